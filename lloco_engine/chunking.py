@@ -1,0 +1,182 @@
+"""Document -> Chunks, one per segment, with their search windows.
+
+The document is tokenised once for a ruler (where in the text each token starts); chunks and windows are measured
+with it and cut where people pause: at a blank line, else after a sentence, else after a line, else between words.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lloco_engine.config import ChunkConfig
+from lloco_engine.errors import DocumentError
+from lloco_engine.types import Chunk, Document, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Chunker"]
+
+_PARAGRAPH = re.compile(r"(?:\r?\n[ \t]*){2,}")
+_SENTENCE = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’）]*\s*")
+_LINE = re.compile(r"\n+")
+_WORD = re.compile(r"\s+")
+_BREAKS = (_PARAGRAPH, _SENTENCE, _LINE, _WORD)  # best first; a cut is made after the match
+_SPREAD = 0.25  # a chunk may be this share shorter or longer than an even division, to end at a better place
+_JOINERS = {"\u200d", "\ufe0e", "\ufe0f"}  # zero-width joiner and the variation selectors
+
+
+class Chunker:
+    """Cuts documents for one decoder.
+
+    Args:
+        tokenizer: the decoder's; a fast one gives its own character offsets, another is measured word by word.
+        config: sizes in tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ChunkConfig | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.config = config or ChunkConfig()
+
+    def split(self, document: Document) -> list[Chunk]:
+        """The document's chunks, in order; none for an empty text.
+
+        Their spans tile the text; ``token_ids`` are at most ``segment_tokens`` long and are the tokens of the chunk's
+        text by itself, without special tokens; their windows cover them.
+
+        Raises:
+            DocumentError: one character alone has more than ``segment_tokens`` tokens, or the text is not UTF-8.
+        """
+        text = document.text
+        try:
+            starts = self._token_starts(text)
+        except UnicodeEncodeError as error:
+            raise DocumentError(
+                f"text must be valid Unicode, and {document.doc_id!r} has a lone surrogate at character {error.start}"
+            ) from error
+        chunks: list[Chunk] = []
+        begin = 0
+        while begin < len(text):
+            end, token_ids = self._next_chunk(text, starts, begin, document.doc_id)
+            span = Span(begin, end)
+            windows = tuple(self._windows(text, starts, span))
+            chunks.append(Chunk(document.doc_id, len(chunks), span, text[begin:end], tuple(token_ids), windows))
+            begin = end
+        return chunks
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _token_starts(self, text: str) -> list[int]:
+        """The character at which each token of ``text`` starts, never decreasing."""
+        if not text:
+            return []
+        tokenizer: Any = self.tokenizer
+        if getattr(tokenizer, "is_fast", False):
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            return _not_decreasing(start for start, _ in encoded["offset_mapping"])
+        words = list(re.finditer(r"\S{1,64}\s*|\s+", text))
+        counts = [len(ids) for ids in tokenizer([w[0] for w in words], add_special_tokens=False)["input_ids"]]
+        return _not_decreasing(
+            word.start() + len(word[0]) * token // count
+            for word, count in zip(words, counts, strict=True)
+            for token in range(count)
+        )
+
+    def _next_chunk(self, text: str, starts: list[int], begin: int, doc_id: str) -> tuple[int, list[int]]:
+        """The end of the chunk that starts at ``begin``, and its token ids."""
+        most = limit = self.config.segment_tokens
+        end = _chunk_end(text, starts, begin, most)
+        while len(token_ids := self._encode(text[begin:end])) > limit:
+            # A text by itself can have more tokens than it has inside the document: measure shorter, else halve.
+            if end - begin == 1:
+                raise DocumentError(
+                    f"a chunk holds at most {limit} tokens, and character {begin} of {doc_id!r} alone has "
+                    f"{len(token_ids)}; raise segment_tokens"
+                )
+            most = max(1, min(most - 1, most * limit // len(token_ids)))
+            shorter = _chunk_end(text, starts, begin, most)
+            end = shorter if shorter < end else begin + (end - begin) // 2
+        return end, token_ids
+
+    def _windows(self, text: str, starts: list[int], span: Span) -> list[Span]:
+        """Search windows of about ``window_tokens`` that overlap and cover ``span``."""
+        size, overlap = self.config.window_tokens, self.config.window_overlap
+        first, last = bisect_left(starts, span.start), bisect_left(starts, span.end)
+        if last - first <= size:
+            return [span]
+        count = -(-(last - first - overlap) // (size - overlap))
+        step = (last - first - overlap) / count
+        slack = max(overlap // 2, 4)  # tokens that a window may grow by at either end, to start and stop at a word
+        windows: list[Span] = []
+        for number in range(count):
+            low, high = first + round(number * step), first + round((number + 1) * step) + overlap
+            start = _word_before(text, _place(starts, low), max(span.start, _place(starts, low - slack)))
+            end = _word_after(text, _place(starts, high), min(span.end, _place(starts, high + slack, len(text))))
+            window = Span(span.start if number == 0 else start, span.end if number == count - 1 else end)
+            if window.start < window.end and (not windows or window != windows[-1]):
+                windows.append(window)
+        return windows
+
+
+def _not_decreasing(starts: Iterable[int]) -> list[int]:
+    ruler: list[int] = []
+    highest = 0
+    for start in starts:
+        highest = max(highest, start)
+        ruler.append(highest)
+    return ruler
+
+
+def _place(starts: list[int], token: int, end: int | None = None) -> int:
+    """The character at which a token starts; beyond the last one, ``end`` (default: where the last one starts)."""
+    if token >= len(starts):
+        return starts[-1] if end is None else end
+    return starts[max(token, 0)]
+
+
+def _chunk_end(text: str, starts: list[int], begin: int, most: int) -> int:
+    """Where a chunk of at most ``most`` tokens that starts at ``begin`` ends, so that the rest divides evenly."""
+    first = bisect_left(starts, begin)
+    left = len(starts) - first
+    if left <= most:
+        return len(text)
+    target = left / -(-left // most)
+    low, middle, high = (_place(starts, first + round(target * share)) for share in (1 - _SPREAD, 1.0, 1 + _SPREAD))
+    return _best_cut(text, begin, low, middle, min(high, _place(starts, first + most)))
+
+
+def _best_cut(text: str, begin: int, low: int, target: int, high: int) -> int:
+    """The best place to end a chunk in ``[low, high]``: the nearest to ``target`` of the best kind of break."""
+    low, high = max(low, begin + 1), max(high, begin + 1)
+    for kind in _BREAKS:
+        # One character more than may be used: a break that runs on beyond ``high`` is not cut in two.
+        places = [match.end() for match in kind.finditer(text, low - 1, min(high + 1, len(text)))]
+        if places := [place for place in places if low <= place <= high]:
+            return min(places, key=lambda place: abs(place - target))
+    cut = min(max(target, low), high)
+    while cut > low and _splits_character(text, cut):
+        cut -= 1
+    return cut
+
+
+def _splits_character(text: str, cut: int) -> bool:
+    """Whether a cut before ``text[cut]`` would part what is drawn as one character."""
+    after, before = text[cut], text[cut - 1]
+    return bool(unicodedata.combining(after)) or after in _JOINERS or before == "\u200d" or before + after == "\r\n"
+
+
+def _word_before(text: str, place: int, lowest: int) -> int:
+    """The start of the word that ``place`` lies in, not before ``lowest``; ``place`` where it has none there."""
+    breaks = [match.end() for match in _WORD.finditer(text, lowest, place)]
+    return breaks[-1] if breaks else place
+
+
+def _word_after(text: str, place: int, highest: int) -> int:
+    """The end of the word that ``place`` lies in, not after ``highest``; ``place`` where it has none there."""
+    found = _WORD.search(text, place, highest)
+    return found.start() if found else place

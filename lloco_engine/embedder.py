@@ -1,0 +1,93 @@
+"""Text -> search vectors, with a sentence-transformers model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from lloco_engine.errors import ModelNotFound
+from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, model_fingerprint, pick_device, quiet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+__all__ = ["Embedder"]
+
+
+class Embedder:
+    """A search embedder; nothing is read before it is needed. Safe to share between threads.
+
+    Args:
+        name: ``"embedded"`` (all-MiniLM-L6-v2 from the installed wheel), a local folder or a hub id.
+        device: as `lloco_engine.models.pick_device` takes it.
+    """
+
+    def __init__(self, name: str = DEFAULT_EMBEDDER, device: str | None = None) -> None:
+        self.name = name
+        self.device = device
+        self._lock = RLock()  # encoding sets truncation on the one tokenizer
+
+    @cached_property
+    def folder(self) -> str:
+        """The model's folder.
+
+        Raises:
+            ModelNotFound: the embedder cannot be resolved.
+        """
+        return embedder_folder(self.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that stand for everything that shapes a vector; equal for a copy under another name."""
+        folder = Path(self.folder)
+        digest = hashlib.sha256(model_fingerprint(folder).encode())
+        shaping = ("modules.json", "sentence_bert_config.json", "tokenizer.json", "vocab.txt")
+        for file in [*(folder / name for name in shaping), *sorted(folder.glob("*/config.json"))]:
+            if file.is_file():
+                digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def dim(self) -> int:
+        """Numbers per vector."""
+        dim = self._model.get_embedding_dimension()
+        return int(dim) if dim else int(self._model.encode(["."], show_progress_bar=False).shape[1])
+
+    @cached_property
+    def _model(self) -> SentenceTransformer:
+        with self._lock:
+            folder = self.folder
+            with quiet():
+                try:
+                    from sentence_transformers import SentenceTransformer
+
+                    return SentenceTransformer(folder, device=str(pick_device(self.device)), local_files_only=True)
+                except (OSError, ValueError, KeyError) as error:
+                    raise ModelNotFound(f"the embedder in {folder} could not be read: {error}") from error
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Vectors of ``texts``: (len(texts), dim) float32, each of length 1.
+
+        Text beyond the embedder's own window (256 word pieces for the embedded one) does not count.
+
+        Raises:
+            ModelNotFound: the embedder cannot be resolved or read.
+        """
+        import numpy as np
+
+        if not texts:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        with self._lock:
+            vectors = self._model.encode(
+                list(texts),
+                batch_size=batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
