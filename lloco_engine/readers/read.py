@@ -1,0 +1,123 @@
+"""The readers' one door: paths in, Documents and Failures out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lloco_engine.errors import ConfigError, DocumentError
+from lloco_engine.readers.formats import FORMATS
+from lloco_engine.readers.jsonl import read_jsonl
+from lloco_engine.readers.walk import Found, find_files, printable
+from lloco_engine.types import Document, Failure, MetadataValue
+
+__all__ = ["MAX_BYTES", "SUFFIXES", "read_paths"]
+
+MAX_BYTES = 200 * 1000 * 1000
+SUFFIXES = (*FORMATS, ".jsonl")
+_RESERVED = ("doc_id", "source", "title", "text", "tenant")
+
+
+def read_paths(
+    paths: Iterable[str | Path],
+    *,
+    tenant: str = "",
+    metadata: Mapping[str, MetadataValue] | None = None,
+    max_bytes: int = MAX_BYTES,
+    skipped: Counter[str] | None = None,
+) -> Iterator[Document | Failure]:
+    """Documents read from files and folders, one at a time; what cannot be used is a Failure, and the rest go on.
+
+    A file's id is its path relative to the folder that was given (``/`` between parts), or its name where it was
+    given itself; a JSON Lines record brings its own. Below a folder only known suffixes count.
+
+    Args:
+        paths: files (.txt, .md, .html, .pdf, .jsonl) and folders.
+        tenant: set on every document.
+        metadata: added to every document; wins over a record's own field of the same name.
+        max_bytes: the largest file (in JSON Lines: the largest line) that is read.
+        skipped: when given, counts what a folder holds but was left out, by reason.
+
+    Raises:
+        ConfigError: a metadata key is one of the names that every document has.
+    """
+    extra = dict(metadata or {})
+    if clash := [key for key in extra if key in _RESERVED]:
+        raise ConfigError(f"metadata must not use the names {', '.join(_RESERVED)}, and {clash[0]!r} is one of them")
+    return _read(paths, tenant, extra, max_bytes, Counter() if skipped is None else skipped)
+
+
+def _read(
+    paths: Iterable[str | Path],
+    tenant: str,
+    metadata: Mapping[str, MetadataValue],
+    max_bytes: int,
+    skipped: Counter[str],
+) -> Iterator[Document | Failure]:
+    first_seen: dict[str, str] = {}
+    for path in paths:
+        for found in find_files(Path(path).expanduser(), SUFFIXES, skipped):
+            if isinstance(found, Failure):
+                yield found
+                continue
+            for where, item in _documents(found, max_bytes):
+                if isinstance(item, Failure):
+                    yield item
+                elif problem := _problem(item, first_seen):
+                    yield Failure(where, problem)
+                else:
+                    first_seen[item.doc_id] = where
+                    yield replace(item, tenant=tenant, metadata={**item.metadata, **metadata})
+
+
+def _documents(found: Found, max_bytes: int) -> Iterator[tuple[str, Document | Failure]]:
+    """Where each document of one file stands, and the document."""
+    source, suffix = printable(found.path), found.path.suffix.lower()
+    try:
+        if suffix == ".jsonl":
+            empty = True
+            for where, item in read_jsonl(found.path, max_bytes):
+                empty = False
+                yield where, item
+            if empty:
+                raise DocumentError("a file must hold text, and this one is empty")
+        elif suffix in FORMATS:
+            title, text = FORMATS[suffix](_bytes(found.path, max_bytes))
+            yield source, Document(doc_id=found.doc_id, text=text, title=title or found.path.stem, source=source)
+        else:
+            known = ", ".join(SUFFIXES)
+            raise DocumentError(
+                f"a file's suffix must be one of {known}, not {suffix or 'none'!r}; rename or convert it"
+            )
+    except DocumentError as error:
+        yield source, Failure(source, str(error))
+    except OSError as error:
+        yield source, Failure(source, f"cannot be read: {error.strerror or error}")
+
+
+def _bytes(path: Path, max_bytes: int) -> bytes:
+    with path.open("rb") as handle:
+        data = handle.read(max_bytes + 1) if path.stat().st_size <= max_bytes else None
+    if data is None or len(data) > max_bytes:
+        raise DocumentError(f"a file must be at most {max_bytes:,} bytes, not {path.stat().st_size:,}; split it")
+    if not data.strip():
+        raise DocumentError(f"a file must hold text, and this one is {'blank' if data else 'empty'}")
+    return data
+
+
+def _problem(document: Document, first_seen: Mapping[str, str]) -> str:
+    """The rule that a document breaks as a whole; empty when it breaks none."""
+    if not document.text.strip():
+        return "a document must hold text, and this one is blank"
+    for name, value in (("doc_id", document.doc_id), ("text", document.text), ("title", document.title)):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"{name} must be valid Unicode, and character {error.start} is a lone surrogate"
+        if "\0" in value:
+            return f"{name} must not be binary, and character {value.index(chr(0))} is NUL"
+    if document.doc_id in first_seen:
+        return f"a doc_id must come once in a run, and {document.doc_id!r} was read from {first_seen[document.doc_id]}"
+    return ""
