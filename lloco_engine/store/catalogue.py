@@ -1,0 +1,320 @@
+"""The catalogue: one SQLite file that is the truth about documents, chunks, search windows and their vectors."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lloco_engine.errors import ConfigError, NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
+from lloco_engine.store.records import DocumentInfo
+from lloco_engine.store.schema import APPLICATION_ID, check_version
+from lloco_engine.types import Hit, MetadataValue, Span
+
+__all__ = ["Catalogue", "Filters", "encode_value", "filter_options"]
+
+Filters = Mapping[str, MetadataValue | Collection[MetadataValue]]
+
+_RESERVED = ("doc_id", "source", "title")
+_QUICK_CHECK_BYTES = 16 * 2**20  # below this a full structural check costs a few milliseconds
+_HIT = """
+    SELECT c.segment_id, d.doc_id, c.ordinal, c.start, c.end, c.text, c.source_tokens, d.title, d.source, d.metadata,
+           d.tenant, d.version
+    FROM chunks c JOIN documents d USING (doc_key)
+"""
+_INFO = """
+    SELECT d.doc_id, d.tenant, d.title, d.source, d.metadata, d.version, d.content_hash, d.chars, d.source_tokens,
+           count(*), sum((SELECT count(*) FROM windows w WHERE w.chunk_key = c.chunk_key)), sum(s.slots),
+           sum(s.bytes), d.compress_s, d.ingested_at
+    FROM documents d JOIN chunks c USING (doc_key) JOIN segments s USING (segment_id)
+"""
+
+
+class Catalogue:
+    """One connection to ``catalogue.sqlite``, and every question that the store asks it.
+
+    Not locked: its owner lets one thread at a time use it. A `transaction` sees one state of the catalogue,
+    whatever a writer commits meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Connect to a catalogue that exists.
+
+        Raises:
+            StoreCorrupt: missing or damaged.
+        """
+        self.path = path
+        if not path.is_file():
+            raise StoreCorrupt(f"{path} is missing; put it back, or repair the store and ingest its documents again")
+        with self.errors():
+            self.connection = connect(path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.connection.close()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Say what SQLite's errors mean for a store."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _explain(error, self.path) from error
+
+    @contextmanager
+    def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """One transaction: committed at the end of the block, undone when the block raises."""
+        with self.errors():
+            self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            try:
+                yield self.connection
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                raise
+
+    def check(self) -> None:
+        """Look whether this is a readable catalogue of ours; the whole structure when the file is small.
+
+        Raises:
+            StoreCorrupt: it is not, or is damaged.
+            StoreMismatch: a newer engine made it.
+        """
+        with self.errors():
+            marker = int(self.connection.execute("PRAGMA application_id").fetchone()[0])
+            if marker != APPLICATION_ID:
+                raise StoreCorrupt(f"{self.path} is not a store's catalogue (application_id {marker:#x}); repair it")
+            check_version(self.connection, str(self.path))
+            if self.path.stat().st_size <= _QUICK_CHECK_BYTES:
+                self.integrity("quick_check")
+            else:
+                self.connection.execute("SELECT max(doc_key), count(*) FROM documents").fetchone()
+                self.connection.execute("SELECT max(window_id) FROM windows").fetchone()
+
+    def integrity(self, pragma: str = "integrity_check") -> None:
+        """Let SQLite check the structure of the file; `StoreCorrupt` names the file and its first complaint."""
+        with self.errors():
+            first = str(self.connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0])
+        if first != "ok":
+            raise StoreCorrupt(f"{self.path} is damaged ({first}); repair the store and ingest its documents again")
+
+    def generation(self) -> int:
+        """How many commits have changed a document."""
+        return int(self.connection.execute("SELECT number FROM generation").fetchone()[0])
+
+    def document_state(self, doc_id: str, tenant: str) -> tuple[int, str, int] | None:
+        """Key, content hash and version of a document; None when there is none."""
+        row = self.connection.execute(
+            "SELECT doc_key, content_hash, version FROM documents WHERE tenant = ? AND doc_id = ?", (tenant, doc_id)
+        ).fetchone()
+        return None if row is None else (int(row[0]), str(row[1]), int(row[2]))
+
+    def doc_key(self, doc_id: str, tenant: str) -> int:
+        """Key of a document; `NotInStore` when there is none."""
+        state = self.document_state(doc_id, tenant)
+        if state is None:
+            of = f" of tenant {tenant!r}" if tenant else ""
+            raise NotInStore(f"the store holds no document {doc_id!r}{of}")
+        return state[0]
+
+    def infos(self, tenant: str | None = None, doc_id: str | None = None) -> list[DocumentInfo]:
+        """Documents by tenant and id; of all tenants when ``tenant`` is None."""
+        wanted = {"tenant": tenant, "doc_id": doc_id}
+        terms = [f"d.{name} = :{name}" for name, value in wanted.items() if value is not None]
+        where = f" WHERE {' AND '.join(terms)}" if terms else ""
+        rows = self.connection.execute(f"{_INFO}{where} GROUP BY d.doc_key ORDER BY d.tenant, d.doc_id", wanted)
+        return [_info(row) for row in rows]
+
+    def text(self, doc_key: int) -> str:
+        """The whole text of a document."""
+        rows = self.connection.execute("SELECT text FROM chunks WHERE doc_key = ? ORDER BY ordinal", (doc_key,))
+        return "".join(text for (text,) in rows)
+
+    def hits(self, doc_key: int, first: int = 0, last: int | None = None, *, score: float = 1.0) -> list[Hit]:
+        """Chunks of a document with ``first <= ordinal <= last``, in order."""
+        rows = self.connection.execute(
+            f"{_HIT} WHERE c.doc_key = ? AND c.ordinal BETWEEN ? AND ? ORDER BY c.ordinal",
+            (doc_key, first, 2**62 if last is None else last),
+        )
+        return [_hit(row, score, ()) for row in rows]
+
+    def chunk_hit(self, chunk_key: int, score: float, windows: tuple[Span, ...]) -> Hit:
+        """One chunk as a search result."""
+        row = self.connection.execute(f"{_HIT} WHERE c.chunk_key = ?", (chunk_key,)).fetchone()
+        return _hit(row, score, windows)
+
+    def window_homes(self, window_ids: Sequence[int]) -> dict[int, tuple[int, str, Span]]:
+        """Chunk key, segment id and span of each window."""
+        rows = self._by_ids(
+            "SELECT w.window_id, c.chunk_key, c.segment_id, w.start, w.end"
+            " FROM windows w JOIN chunks c USING (chunk_key) WHERE w.window_id",
+            window_ids,
+        )
+        return {row[0]: (row[1], row[2], Span(row[3], row[4])) for row in rows}
+
+    def window_ids(self) -> list[int]:
+        """Ids of all windows, ascending."""
+        return [row[0] for row in self.connection.execute("SELECT window_id FROM windows ORDER BY window_id")]
+
+    def allowed_window_ids(self, tenant: str, filters: Filters) -> list[int]:
+        """Ids of the windows of a tenant's documents that meet every filter, ascending."""
+        where, values = _where(tenant, filters)
+        return [
+            row[0]
+            for row in self.connection.execute(
+                "SELECT w.window_id FROM documents d JOIN chunks c USING (doc_key) JOIN windows w USING (chunk_key)"
+                f" WHERE {where} ORDER BY w.window_id",
+                values,
+            )
+        ]
+
+    def vectors(self, window_ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Id and float32 vector of each window."""
+        return self._by_ids("SELECT window_id, vector FROM windows WHERE window_id", window_ids)
+
+    def segment_rows(self, segment_ids: Sequence[str] | None = None) -> dict[str, tuple[int, str]]:
+        """Size of the file and checksum of these segments, or of every one that a document refers to."""
+        query = "SELECT segment_id, bytes, checksum FROM segments"
+        rows = (
+            self.connection.execute(query)
+            if segment_ids is None
+            else self._by_ids(f"{query} WHERE segment_id", segment_ids)
+        )
+        return {row[0]: (row[1], row[2]) for row in rows}
+
+    def counts(self) -> dict[str, Any]:
+        """Totals over all tenants, as `Store.stats` names them, and ``segment_bytes``."""
+        documents, seconds = self.connection.execute(
+            "SELECT count(*), coalesce(sum(compress_s), 0.0) FROM documents"
+        ).fetchone()
+        segments, slots, source_tokens, size = self.connection.execute(
+            "SELECT count(*), coalesce(sum(slots), 0), coalesce(sum(source_tokens), 0), coalesce(sum(bytes), 0)"
+            " FROM segments"
+        ).fetchone()
+        windows = self.connection.execute("SELECT count(*) FROM windows").fetchone()[0]
+        return {
+            "documents": documents,
+            "segments": segments,
+            "windows": windows,
+            "slots": slots,
+            "source_tokens": source_tokens,
+            "compress_s": seconds,
+            "segment_bytes": size,
+        }
+
+    def users_of(self, segment_id: str) -> tuple[str, ...]:
+        """Ids of the documents that refer to a segment."""
+        rows = self.connection.execute(
+            "SELECT DISTINCT d.doc_id FROM chunks c JOIN documents d USING (doc_key) WHERE c.segment_id = ? ORDER BY 1",
+            (segment_id,),
+        )
+        return tuple(row[0] for row in rows)
+
+    def index_file(self) -> tuple[int, int, int, str] | None:
+        """Generation, windows, bytes and checksum of the search index on disk; None when there is none."""
+        return self.connection.execute(  # type: ignore[no-any-return]
+            "SELECT generation, windows, bytes, checksum FROM index_file ORDER BY generation DESC LIMIT 1"
+        ).fetchone()
+
+    def _by_ids(self, query: str, ids: Sequence[int] | Sequence[str]) -> Iterator[Any]:
+        for at in range(0, len(ids), 500):  # SQLite limits the parameters of one statement
+            part = ids[at : at + 500]
+            yield from self.connection.execute(f"{query} IN ({','.join('?' * len(part))})", part)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode; its owner sees to one thread at a time."""
+    connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA foreign_keys = ON")
+        # Files of replaced segments go after the commit, so the commit must survive a power cut first.
+        connection.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def encode_value(key: str, value: object) -> str:
+    """A metadata value as filters compare it: by type and value, numbers as numbers.
+
+    Raises:
+        ConfigError: not text, a finite number or a boolean.
+    """
+    if isinstance(value, str):
+        return f"s:{value}"
+    if isinstance(value, bool):
+        return f"b:{value}".lower()
+    if isinstance(value, int):
+        return f"n:{value}"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"n:{int(value)}" if value.is_integer() else f"n:{value!r}"
+    raise ConfigError(f"metadata {key!r} must be text, a finite number or a boolean, not {value!r}")
+
+
+def filter_options(key: str, wanted: object) -> tuple[str, ...]:
+    """The values that a filter accepts, as `encode_value` gives them: one value, or any of a collection.
+
+    Raises:
+        ConfigError: a value that metadata cannot have.
+    """
+    if isinstance(wanted, Collection) and not isinstance(wanted, (str, bytes)):
+        return tuple(sorted({encode_value(key, value) for value in wanted}))
+    return (encode_value(key, wanted),)
+
+
+def _where(tenant: str, filters: Filters) -> tuple[str, list[str]]:
+    terms, values = ["d.tenant = ?"], [tenant]
+    for key, wanted in filters.items():
+        options = filter_options(key, wanted)
+        marks = ",".join("?" * len(options))
+        if key in _RESERVED:
+            terms.append(f"d.{key} IN ({marks})")
+            values += [option.removeprefix("s:") for option in options]
+        else:
+            terms.append(f"d.doc_key IN (SELECT doc_key FROM metadata WHERE key = ? AND value IN ({marks}))")
+            values += [key, *options]
+    return " AND ".join(terms), values
+
+
+def _info(row: Sequence[Any]) -> DocumentInfo:
+    names = (f.name for f in fields(DocumentInfo))  # in the order of _INFO
+    info = dict(zip(names, row, strict=True))
+    return DocumentInfo(**info | {"metadata": json.loads(info["metadata"])})
+
+
+def _hit(row: Sequence[Any], score: float, windows: tuple[Span, ...]) -> Hit:
+    return Hit(
+        segment_id=row[0],
+        doc_id=row[1],
+        ordinal=row[2],
+        span=Span(row[3], row[4]),
+        text=row[5],
+        source_tokens=row[6],
+        score=score,
+        windows=windows,
+        title=row[7],
+        source=row[8],
+        metadata=json.loads(row[9]),
+        tenant=row[10],
+        version=row[11],
+    )
+
+
+def _explain(error: sqlite3.Error, path: Path) -> StoreError:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")):
+        return StoreFull(f"no room to write {path} ({error}); the store is as it was: free space")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return StoreLocked(f"another program holds {path} ({error}); try again when it is done")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return StoreError(f"cannot write {path} ({error}); check the permissions of its folder")
+    if isinstance(error, sqlite3.ProgrammingError):
+        return StoreError(f"the store of {path} was closed ({error})")
+    return StoreCorrupt(f"{path} is damaged ({error}); repair the store and ingest its documents again")

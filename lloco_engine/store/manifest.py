@@ -1,0 +1,148 @@
+"""What a store was made with: one JSON file, written once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from lloco_engine.config import Config
+from lloco_engine.errors import ConfigError, StoreCorrupt, StoreMismatch
+
+__all__ = ["FORMAT_VERSION", "Manifest", "segment_id"]
+
+FORMAT_VERSION = 1
+
+# The same model may be named in several ways (a hub id, a folder): fingerprints say what it is.
+_DESCRIPTIVE = frozenset({"decoder", "embedder", "created", "engine_version"})
+_SEGMENT_FIELDS = (
+    "decoder_fingerprint",
+    "tokenizer_fingerprint",
+    "template_fingerprint",
+    "layers",
+    "kv_heads",
+    "head_dim",
+    "memory",
+    "compressor",
+    "compressor_settings",
+    "ratio",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class Manifest(Config):
+    """Models, compressor and shapes that everything in a store was made with.
+
+    Fingerprints identify models; ``decoder`` and ``embedder`` are only their names. ``layers``, ``kv_heads`` and
+    ``head_dim`` are the decoder's; ``ratio`` is source tokens per slot; ``dtype`` is that of segment files;
+    ``embedder_dim`` the length of a search vector; ``chunk`` is `ChunkConfig` as JSON; ``created`` an ISO 8601 time.
+    """
+
+    format_version: int
+    decoder: str
+    decoder_fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    memory: Literal["compact_kv", "summary"]
+    compressor: str
+    compressor_settings: dict[str, Any]
+    ratio: float
+    dtype: Literal["float16", "int8"]
+    embedder: str
+    embedder_fingerprint: str
+    embedder_dim: int
+    chunk: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    engine_version: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, int):
+            object.__setattr__(self, "ratio", float(self.ratio))
+        for f in fields(self):
+            value, wanted = getattr(self, f.name), _TYPES[str(f.type).split("[")[0]]
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise ConfigError(f"{f.name} of a manifest must be of type {f.type}, not {value!r}")
+        for name in ("layers", "kv_heads", "head_dim", "embedder_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a manifest must be at least 1, not {getattr(self, name)!r}")
+        for name, allowed in (("memory", ("compact_kv", "summary")), ("dtype", ("float16", "int8"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} of a manifest must be one of {allowed}, not {getattr(self, name)!r}")
+
+    def dumps(self) -> str:
+        """The manifest as the text of ``manifest.json``."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read ``manifest.json``.
+
+        Raises:
+            StoreCorrupt: it cannot be read; names the file.
+            StoreMismatch: a newer engine wrote it.
+        """
+        try:
+            values = json.loads(path.read_bytes())
+            if not isinstance(values, dict):
+                raise TypeError(f"it must hold a JSON object, not {type(values).__name__}")
+            version = values.get("format_version")
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                raise StoreMismatch(
+                    f"format_version of {path} is {version}; this engine reads up to {FORMAT_VERSION}: upgrade it"
+                )
+            return cls.from_json(values)
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreCorrupt(
+                f"{path} is not a store's manifest ({error}); put a copy of it back, or repair the store"
+            ) from error
+
+    def check(self, expect: Manifest | Mapping[str, Any], path: Path) -> None:
+        """Compare with what the caller is about to use, a whole manifest or only some of its fields.
+
+        Names of models, ``created`` and ``engine_version`` are not compared.
+
+        Raises:
+            StoreMismatch: names the first field that differs, and both values.
+            ConfigError: ``expect`` has a field that a manifest has not.
+        """
+        wanted = expect.to_json() if isinstance(expect, Manifest) else dict(expect)
+        mine = self.to_json()
+        if unknown := sorted(set(wanted) - set(mine)):
+            raise ConfigError(f"a manifest has no field {unknown[0]!r}; it has {', '.join(mine)}")
+        for name in (name for name in mine if name in wanted and name not in _DESCRIPTIVE):
+            if _as_stored(mine[name]) != _as_stored(wanted[name]):
+                raise StoreMismatch(
+                    f"{name} of the store at {path} is {mine[name]!r}{self._named(name)}, not {wanted[name]!r}: "
+                    "use what the store was made with, or make another store"
+                )
+
+    def _named(self, name: str) -> str:
+        if name in ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint"):
+            return f" (decoder {self.decoder!r})"
+        return f" (embedder {self.embedder!r})" if name.startswith("embedder_") else ""
+
+
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Literal": str, "dict": dict}
+
+
+def _as_stored(value: Any) -> Any:
+    return json.loads(json.dumps(value))  # JSON has no tuples
+
+
+def segment_id(manifest: Manifest, tenant: str, token_ids: Iterable[int]) -> str:
+    """Content address of a segment: 32 hex digits of what it is made from.
+
+    Same decoder, compressor, settings, tenant and tokens give the same id, so an ingest that was cut off finds its
+    work again. Tenants never share a segment.
+    """
+    made_with = {name: getattr(manifest, name) for name in _SEGMENT_FIELDS} | {"tenant": tenant}
+    digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode("utf-8"))
+    digest.update(b"\0" + ",".join(map(str, token_ids)).encode("ascii"))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,120 @@
+"""The catalogue's tables, as numbered migrations. ``PRAGMA user_version`` is the number of the last one applied.
+
+A migration, once released, is never edited: stores out there have run it. Append another.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from lloco_engine.errors import StoreMismatch
+
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "check_version", "migrate"]
+
+APPLICATION_ID = 0x4C4C6F43  # "LLoC", in the header of the file
+
+MIGRATIONS: tuple[str, ...] = (
+    # 1: first release
+    """
+    CREATE TABLE documents (
+        doc_key       INTEGER PRIMARY KEY AUTOINCREMENT,
+        tenant        TEXT NOT NULL,
+        doc_id        TEXT NOT NULL,
+        title         TEXT NOT NULL,
+        source        TEXT NOT NULL,
+        metadata      TEXT NOT NULL,     -- JSON object, as given
+        version       INTEGER NOT NULL,
+        content_hash  TEXT NOT NULL,     -- SHA-256 of the text, which is the chunks' texts one after another
+        windows_hash  TEXT NOT NULL,     -- SHA-256 of the search windows' spans and vectors, in order
+        chars         INTEGER NOT NULL,
+        source_tokens INTEGER NOT NULL,
+        compress_s    REAL NOT NULL,
+        ingested_at   TEXT NOT NULL,
+        UNIQUE (tenant, doc_id)
+    );
+    CREATE TABLE metadata (              -- the same metadata, one row a key, for filters
+        doc_key INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+        key     TEXT NOT NULL,
+        value   TEXT NOT NULL,           -- type and value: s:text, n:number, b:true
+        PRIMARY KEY (doc_key, key)
+    ) WITHOUT ROWID;
+    CREATE INDEX metadata_by_value ON metadata (key, value);
+    CREATE TABLE segments (
+        segment_id    TEXT PRIMARY KEY,
+        slots         INTEGER NOT NULL,
+        source_tokens INTEGER NOT NULL,
+        bytes         INTEGER NOT NULL,
+        checksum      TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE chunks (
+        chunk_key     INTEGER PRIMARY KEY AUTOINCREMENT,
+        doc_key       INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+        ordinal       INTEGER NOT NULL,
+        start         INTEGER NOT NULL,  -- characters of the document, half open
+        end           INTEGER NOT NULL,
+        source_tokens INTEGER NOT NULL,
+        segment_id    TEXT NOT NULL REFERENCES segments,
+        text          TEXT NOT NULL,
+        UNIQUE (doc_key, ordinal)
+    );
+    CREATE INDEX chunks_by_segment ON chunks (segment_id);
+    CREATE TABLE windows (               -- an id is never used again, so an index may lag behind
+        window_id INTEGER PRIMARY KEY AUTOINCREMENT,
+        chunk_key INTEGER NOT NULL REFERENCES chunks ON DELETE CASCADE,
+        start     INTEGER NOT NULL,
+        end       INTEGER NOT NULL,
+        vector    BLOB NOT NULL          -- float32, little endian, L2-normalised
+    );
+    CREATE INDEX windows_by_chunk ON windows (chunk_key);
+    CREATE TABLE generation (            -- one row: counts the commits that changed a document
+        number INTEGER NOT NULL
+    );
+    INSERT INTO generation VALUES (0);
+    CREATE TABLE index_file (            -- at most one row: the search index on disk
+        generation INTEGER NOT NULL,
+        windows    INTEGER NOT NULL,
+        bytes      INTEGER NOT NULL,
+        checksum   TEXT NOT NULL
+    );
+    """,
+)
+
+
+def migrate(connection: sqlite3.Connection, name: str) -> None:
+    """Bring a catalogue up to the latest migration, all of it or nothing. The caller holds the write lock.
+
+    Args:
+        connection: in autocommit mode.
+        name: what messages call the catalogue.
+
+    Raises:
+        StoreMismatch: a newer engine made it.
+    """
+    version = check_version(connection, name)
+    if version == len(MIGRATIONS):
+        return
+    # executescript would commit a transaction of its caller's, so the script brings its own.
+    steps = "".join(MIGRATIONS[version:])
+    try:
+        connection.executescript(
+            f"BEGIN IMMEDIATE;{steps}PRAGMA application_id = {APPLICATION_ID};"
+            f"PRAGMA user_version = {len(MIGRATIONS)};COMMIT;"
+        )
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def check_version(connection: sqlite3.Connection, name: str) -> int:
+    """Number of the last migration that a catalogue has had.
+
+    Raises:
+        StoreMismatch: a newer engine made it.
+    """
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        raise StoreMismatch(
+            f"user_version of {name} is {version}; this engine reads up to {len(MIGRATIONS)}: upgrade the engine"
+        )
+    return version

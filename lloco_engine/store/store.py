@@ -1,0 +1,353 @@
+"""The store's one door: a folder of compressed documents, open for reading, with a `Writer` for one at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lloco_engine.config import StoreConfig
+from lloco_engine.errors import (
+    ConfigError,
+    SegmentUnavailable,
+    StoreCorrupt,
+    StoreError,
+    StoreMismatch,
+    StoreNotFound,
+)
+from lloco_engine.store import segments
+from lloco_engine.store.catalogue import Catalogue, Filters
+from lloco_engine.store.files import Layout, write_atomic
+from lloco_engine.store.index import SearchIndex
+from lloco_engine.store.lock import write_lock
+from lloco_engine.store.manifest import Manifest
+from lloco_engine.store.records import DocumentInfo, Problem
+from lloco_engine.store.schema import MIGRATIONS, check_version
+from lloco_engine.store.verify import create_catalogue, repair_store, segment_format, verify_store
+from lloco_engine.store.writer import Writer
+from lloco_engine.types import Hit, Segment, Span
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Store"]
+
+
+class Store:
+    """One folder: ``manifest.json``, ``catalogue.sqlite``, ``segments/``, ``index/``, ``write.lock``, ``tmp/``.
+
+    Made by `create` or `open`; a context manager; safe for use from several threads, not across a fork.
+    Reading goes on while a writer, in this process or another, writes: each call sees one committed state.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, config: StoreConfig) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._config = config
+        self._layout = Layout(path)
+        self._form = segment_format(manifest)
+        self._index = SearchIndex(self._layout, manifest.embedder_dim, config.hnsw_above)
+        self._lock = threading.RLock()
+        self._catalogue = Catalogue(self._layout.catalogue)
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Manifest, config: StoreConfig | None = None) -> Self:
+        """Make an empty store in ``path``, a folder that is missing or empty, and open it.
+
+        Raises:
+            StoreError: the folder holds something else, or a store.
+            ConfigError: ``config`` and ``manifest`` disagree about the type on disk.
+        """
+        config = StoreConfig(dtype=manifest.dtype) if config is None else config
+        if config.dtype != manifest.dtype:
+            raise ConfigError(f"store dtype must be the manifest's, {manifest.dtype!r}, not {config.dtype!r}")
+        layout = Layout(path)
+        try:
+            layout.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make a folder at {path}: {error.strerror}") from error
+        # What is left of a creation that was cut off is ours; the manifest comes last and makes it a store.
+        ours = {"tmp", layout.lock.name, *(layout.catalogue.name + suffix for suffix in ("", "-wal", "-shm"))}
+        if strangers := sorted({entry.name for entry in layout.root.iterdir()} - ours):
+            kind = "a store" if layout.manifest.name in strangers else f"{strangers[0]!r} and is not a store"
+            raise StoreError(f"a store is made in a missing or empty folder; {path} already holds {kind}")
+        with write_lock(layout.lock, timeout=10.0):
+            if layout.manifest.exists():
+                raise StoreError(f"a store is made in a missing or empty folder; {path} already holds a store")
+            create_catalogue(layout)
+            write_atomic(layout.manifest, manifest.dumps().encode("utf-8"), layout.temporary)
+        return cls.open(path, config=config)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        expect: Manifest | Mapping[str, Any] | None = None,
+        config: StoreConfig | None = None,
+    ) -> Self:
+        """Open the store in ``path``.
+
+        Args:
+            path: the store's folder.
+            expect: what the caller is about to use: a manifest, or only those of its fields that matter.
+            config: only ``hnsw_above`` counts; the type on disk is the manifest's.
+
+        Raises:
+            StoreNotFound: there is none.
+            StoreMismatch: names the first field that differs from ``expect``, and both values; or a newer engine
+                made the store.
+            StoreCorrupt: manifest or catalogue is damaged; names the file.
+        """
+        layout = Layout(path)
+        if not layout.manifest.exists():
+            if layout.segments.exists():
+                raise StoreCorrupt(f"{layout.manifest} is missing; put a copy of it back, or repair the store")
+            raise StoreNotFound(f"there is no store at {path}; ingest something to make one")
+        manifest = Manifest.load(layout.manifest)
+        if expect is not None:
+            manifest.check(expect, layout.root)
+        store = cls(layout.root, manifest, config or StoreConfig(dtype=manifest.dtype))
+        try:
+            store._ready()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @staticmethod
+    def verify_path(path: str | Path, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+        """Check a store that may be too damaged to open; see `verify.verify_store`."""
+        return verify_store(path, progress)
+
+    @staticmethod
+    def repair(path: str | Path, *, manifest: Manifest | None = None, timeout: float = 10.0) -> list[str]:
+        """Put a damaged store that nobody has open in order; see `verify.repair_store`."""
+        return repair_store(path, manifest=manifest, timeout=timeout)
+
+    def close(self) -> None:
+        """Let go of the files; segments that were loaded stay usable."""
+        with self._lock:
+            self._catalogue.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ready(self) -> None:
+        with self._lock:
+            self._catalogue.check()
+            with self._catalogue.errors():
+                version = check_version(self._catalogue.connection, str(self._layout.catalogue))
+            if version < len(MIGRATIONS):
+                with write_lock(self._layout.lock, timeout=10.0), self._catalogue.errors():
+                    create_catalogue(self._layout)
+
+    @contextmanager
+    def writer(self, timeout: float = 10.0) -> Iterator[Writer]:
+        """The one writer of the store, for the length of the block; the search index is saved when it ends well.
+
+        Args:
+            timeout: seconds to wait for another writer.
+
+        Raises:
+            StoreLocked: another writer still holds the store; names its process id.
+        """
+        with write_lock(self._layout.lock, timeout):
+            self._layout.clear_temporary()
+            catalogue = Catalogue(self._layout.catalogue)
+            try:
+                yield Writer(self._layout, self.manifest, self._form, catalogue)
+                self._index.publish(catalogue)
+            finally:
+                catalogue.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Catalogue]:
+        with self._lock, self._catalogue.transaction():
+            yield self._catalogue
+
+    def document_state(self, doc_id: str, tenant: str = "") -> tuple[str, int] | None:
+        """Content hash and version of a document; None when the tenant has no such document."""
+        with self._reading() as catalogue:
+            state = catalogue.document_state(doc_id, tenant)
+        return None if state is None else state[1:]
+
+    def documents(self, tenant: str | None = None) -> list[DocumentInfo]:
+        """Documents of a tenant, or of all tenants, by tenant and id."""
+        with self._reading() as catalogue:
+            return catalogue.infos(tenant)
+
+    def document(self, doc_id: str, tenant: str = "") -> DocumentInfo:
+        """One document; `NotInStore` when the tenant has no such document."""
+        with self._reading() as catalogue:
+            catalogue.doc_key(doc_id, tenant)
+            return catalogue.infos(tenant, doc_id)[0]
+
+    def document_text(self, doc_id: str, tenant: str = "") -> str:
+        """The whole text of a document; `NotInStore` when the tenant has no such document."""
+        with self._reading() as catalogue:
+            return catalogue.text(catalogue.doc_key(doc_id, tenant))
+
+    def chunks(self, doc_id: str, tenant: str = "") -> list[Hit]:
+        """Every segment of a document, in order, score 1.0 (whole-document mode); `NotInStore` when there is none."""
+        with self._reading() as catalogue:
+            return catalogue.hits(catalogue.doc_key(doc_id, tenant))
+
+    def neighbours(self, hit: Hit, n: int) -> list[Hit]:
+        """Up to ``n`` segments before and ``n`` after a hit in its document, in order, without the hit itself.
+
+        Their score is 0.0, for the search did not find them. None when the document was replaced or deleted since.
+        """
+        with self._reading() as catalogue:
+            state = catalogue.document_state(hit.doc_id, hit.tenant)
+            if state is None or state[2] != hit.version:
+                return []
+            around = catalogue.hits(state[0], hit.ordinal - n, hit.ordinal + n, score=0.0)
+        return [other for other in around if other.ordinal != hit.ordinal]
+
+    def missing_segments(self, doc_id: str, tenant: str = "", *, verify: bool = False) -> list[str]:
+        """Ids of a document's segments that cannot be used and must be saved again, in order, each once.
+
+        Args:
+            doc_id: the document.
+            tenant: whose it is.
+            verify: read every byte and compare checksums, not only headers and sizes.
+        """
+        with self._reading() as catalogue:
+            wanted = dict.fromkeys(hit.segment_id for hit in catalogue.hits(catalogue.doc_key(doc_id, tenant)))
+            known = catalogue.segment_rows(tuple(wanted))
+        return [segment_id for segment_id in wanted if not self._is_usable(segment_id, known[segment_id], verify)]
+
+    def _is_usable(self, segment_id: str, known: tuple[int, str], verify: bool) -> bool:
+        path = self._layout.segment(segment_id)
+        try:
+            if verify:
+                return segments.verify(path, segment_id, self._form)[1] == known[1]
+            segments.read(path, segment_id, self._form)
+            return path.stat().st_size == known[0]
+        except (SegmentUnavailable, OSError):
+            return False
+
+    def search(
+        self,
+        vector: npt.NDArray[np.float32],
+        *,
+        top_k: int,
+        tenant: str = "",
+        filters: Filters | None = None,
+        min_score: float = -1.0,
+    ) -> list[Hit]:
+        """Segments of a tenant by their best search window (small to big), best first.
+
+        Args:
+            vector: (embedder_dim,) float32, L2-normalised.
+            top_k: distinct segments wanted; fewer come back only when no more match.
+            tenant: whose documents are searched; no other's are ever seen.
+            filters: metadata key, or doc_id, source or title, to the value that it must have, or to a collection
+                of which it must have one. Types count: 1 is not "1". Applied inside the search.
+            min_score: windows below this cosine similarity do not count.
+
+        Returns:
+            hits with the matching windows that the search met, best first. A segment that several documents share
+            comes once, as part of the first one.
+
+        Raises:
+            StoreMismatch: the vector's length is not the store's.
+        """
+        import numpy as np
+
+        query = np.ascontiguousarray(vector, dtype=np.float32)
+        if query.shape != (self.manifest.embedder_dim,):
+            raise StoreMismatch(
+                f"embedder_dim of the store at {self.path} is {self.manifest.embedder_dim}, "
+                f"not {query.shape}: search with the embedder {self.manifest.embedder!r}"
+            )
+        if top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, not {top_k!r}")
+        width = max(32, 4 * top_k)
+        with self._reading() as catalogue:
+            while True:
+                found, reachable = self._index.search(catalogue, query, width, tenant, filters or {})
+                kept = [(window, score) for window, score in found if score >= min_score]
+                groups = _by_segment(catalogue, kept)
+                if len(groups) >= top_k or width >= reachable or len(kept) < len(found):
+                    break
+                width *= 4
+            return [catalogue.chunk_hit(*group) for group in groups[:top_k]]
+
+    def load_segment(self, segment_id: str, verify: bool = False) -> Segment:
+        """One segment on the CPU, backed by its file: keys and values float16, bias float32, lengths int64.
+
+        Args:
+            segment_id: from a `Hit`.
+            verify: read every byte and compare the checksum first. A wrong size, header or shape is always noticed.
+
+        Raises:
+            SegmentUnavailable: missing or damaged.
+            NotInStore: not an id of a segment.
+        """
+        path = self._layout.segment(segment_id)
+        if verify:
+            return segments.verify(path, segment_id, self._form)[0]
+        return segments.read(path, segment_id, self._form)
+
+    def load_segments(self, segment_ids: Sequence[str]) -> list[Segment | SegmentUnavailable]:
+        """Many segments, in order; one that is missing or damaged is the error itself, and the others can be used."""
+        loaded: list[Segment | SegmentUnavailable] = []
+        for segment_id in segment_ids:
+            try:
+                loaded.append(self.load_segment(segment_id))
+            except SegmentUnavailable as error:
+                loaded.append(error)
+        return loaded
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+        """Everything that is wrong with the store, every byte of it read; see `verify.verify_store`."""
+        return verify_store(self.path, progress)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts over all tenants, bytes on disk by part, and what a source token costs.
+
+        ``slots`` and ``source_tokens`` count a segment once, however many documents share it.
+        """
+        with self._reading() as catalogue:
+            counts = catalogue.counts()
+        catalogue_files = [self._layout.catalogue.with_name(self._layout.catalogue.name + s) for s in ("", "-wal")]
+        sizes = {
+            "segments": counts.pop("segment_bytes"),
+            "catalogue": sum(map(_size, catalogue_files)),
+            "index": sum(map(_size, self._layout.index.glob("*.faiss"))),
+        }
+        total = sum(sizes.values())
+        tokens = counts["source_tokens"]
+        return {
+            **counts,
+            "bytes": sizes | {"total": total},
+            "bytes_per_source_token": total / tokens if tokens else 0.0,
+        }
+
+
+def _by_segment(catalogue: Catalogue, found: list[tuple[int, float]]) -> list[tuple[int, float, tuple[Span, ...]]]:
+    """Chunk, best score and matching windows of each segment, in the order of ``found``."""
+    homes = catalogue.window_homes([window for window, _ in found])
+    groups: dict[str, tuple[int, float, list[Span]]] = {}
+    for window, score in found:
+        chunk_key, segment_id, span = homes[window]
+        first = groups.setdefault(segment_id, (chunk_key, score, []))
+        if first[0] == chunk_key:
+            first[2].append(span)
+    return [(chunk_key, score, tuple(spans)) for chunk_key, score, spans in groups.values()]
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0

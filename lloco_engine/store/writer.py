@@ -1,0 +1,277 @@
+"""The one writer of a store: segment files first, then one transaction that makes a document be there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from lloco_engine.errors import DocumentError, SegmentUnavailable, StoreError
+from lloco_engine.store import manifest as manifests
+from lloco_engine.store import segments
+from lloco_engine.store.catalogue import Catalogue, encode_value
+from lloco_engine.store.files import Layout, check_segment_id, write_atomic
+from lloco_engine.store.manifest import Manifest
+from lloco_engine.store.records import SegmentStats
+from lloco_engine.types import Chunk, Document, Segment, Span
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Vectors = npt.NDArray[np.float32]
+
+__all__ = ["Writer"]
+
+_log = logging.getLogger(__name__)
+
+
+class Writer:
+    """Adds, replaces and removes documents. Made by `Store.writer`, which holds the write lock meanwhile.
+
+    A document is put by: `segment_id` for each chunk; `save_segment` for those whose `segment_stats` is None;
+    `put_document`, the commit point. A process that dies in between leaves segment files that the next try uses.
+    """
+
+    def __init__(self, layout: Layout, manifest: Manifest, form: segments.SegmentFormat, catalogue: Catalogue) -> None:
+        self._layout = layout
+        self._manifest = manifest
+        self._form = form
+        self._catalogue = catalogue
+
+    def segment_id(self, tenant: str, token_ids: Iterable[int]) -> str:
+        """Content address of the segment that a tenant's tokens become in this store: 32 hex digits."""
+        return manifests.segment_id(self._manifest, tenant, token_ids)
+
+    def has_segment(self, segment_id: str) -> bool:
+        """Whether the segment's file is there, readable, and matches its checksum."""
+        return self.segment_stats(segment_id) is not None
+
+    def segment_stats(self, segment_id: str) -> SegmentStats | None:
+        """What `put_document` needs of a segment whose file is already there; None when it must be made (again).
+
+        Reads and checks the whole file.
+        """
+        path = self._layout.segment(segment_id)
+        try:
+            segment, checksum = segments.verify(path, segment_id, self._form)
+            size = path.stat().st_size
+        except (SegmentUnavailable, OSError):
+            return None
+        with self._catalogue.errors():
+            known = self._catalogue.connection.execute(
+                "SELECT checksum FROM segments WHERE segment_id = ?", (segment_id,)
+            ).fetchone()
+        if known is not None and known[0] != checksum:
+            return None
+        return SegmentStats(segment_id, segment.slots, segment.source_tokens, size, checksum)
+
+    def save_segment(self, segment_id: str, segment: Segment) -> SegmentStats:
+        """Write a segment's file, or write a damaged one again.
+
+        Raises:
+            StoreFull: no room; nothing was changed.
+            StoreError: the segment does not have this store's shape, or has numbers that are not finite.
+        """
+        path = self._layout.segment(segment_id)
+        data, checksum = segments.encode(segment, segment_id, self._form)
+        write_atomic(path, data, self._layout.temporary)
+        stats = SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), checksum)
+        with self._catalogue.transaction(write=True) as connection:
+            connection.execute(
+                "UPDATE segments SET slots = ?, source_tokens = ?, bytes = ?, checksum = ? WHERE segment_id = ?",
+                (stats.slots, stats.source_tokens, stats.bytes, stats.checksum, segment_id),
+            )
+        return stats
+
+    def put_document(
+        self,
+        document: Document,
+        chunks: Sequence[Chunk],
+        segment_ids: Sequence[str],
+        vectors: Sequence[Vectors],
+        *,
+        seconds: float,
+        segment_stats: Sequence[SegmentStats],
+    ) -> Literal["added", "replaced"]:
+        """Make a document be there, instead of its earlier version if there is one. All of it or nothing.
+
+        Args:
+            document: what the chunks were cut from.
+            chunks: in order; their spans tile the document.
+            segment_ids: one id a chunk; each was saved before.
+            vectors: one array (windows of the chunk, embedder_dim) a chunk, float32, rows L2-normalised.
+            seconds: what compressing this version took.
+            segment_stats: one a chunk, from `save_segment` or `segment_stats`.
+
+        Raises:
+            DocumentError: chunks do not tile the document, or a metadata value is of a type that metadata cannot have.
+            StoreError: lists differ in length, vectors have a wrong shape, or a segment's file is not there.
+            StoreFull: no room; the store is as it was.
+        """
+        put = _Put(document, chunks, segment_ids, vectors, seconds, segment_stats)
+        put.check(self._manifest.embedder_dim, self._layout)
+        with self._catalogue.transaction(write=True) as connection:
+            state = self._catalogue.document_state(document.doc_id, document.tenant)
+            dropped: set[str] = set()
+            if state is not None:
+                dropped = _forget(connection, state[0])
+            put.insert(connection, version=1 if state is None else state[2] + 1)
+            unused = _drop_unused(connection, dropped)
+            connection.execute("UPDATE generation SET number = number + 1")
+        self._remove_files(unused)
+        return "added" if state is None else "replaced"
+
+    def delete_document(self, doc_id: str, tenant: str = "") -> None:
+        """Remove a document, and the segments that no other document has.
+
+        Raises:
+            NotInStore: the tenant has no such document.
+        """
+        with self._catalogue.transaction(write=True) as connection:
+            unused = _drop_unused(connection, _forget(connection, self._catalogue.doc_key(doc_id, tenant)))
+            connection.execute("UPDATE generation SET number = number + 1")
+        self._remove_files(unused)
+
+    def collect_garbage(self) -> int:
+        """Remove every file that no document refers to; returns how many.
+
+        That ends what a killed ingest could have gone on from.
+        """
+        with self._catalogue.transaction():
+            kept = {self._layout.segment(segment_id) for segment_id in self._catalogue.segment_rows()}
+        removed = 0
+        for path in self._layout.segment_files():
+            if path not in kept:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _remove_files(self, segment_ids: Iterable[str]) -> None:
+        for segment_id in segment_ids:
+            try:
+                self._layout.segment(segment_id).unlink(missing_ok=True)
+            except OSError as error:  # the document is gone all the same; verify shows what is left
+                _log.warning("segment %s is no longer used but could not be removed: %s", segment_id, error)
+
+
+@dataclass(frozen=True)
+class _Put:
+    """The arguments of one `Writer.put_document`."""
+
+    document: Document
+    chunks: Sequence[Chunk]
+    segment_ids: Sequence[str]
+    vectors: Sequence[Vectors]
+    seconds: float
+    stats: Sequence[SegmentStats]
+
+    def check(self, dim: int, layout: Layout) -> None:
+        import numpy as np
+
+        name, count = self.document.doc_id, len(self.chunks)
+        if not name:
+            raise DocumentError("a document's id must not be empty")
+        for what, values in (("segment ids", self.segment_ids), ("vectors", self.vectors), ("stats", self.stats)):
+            if len(values) != count:
+                raise StoreError(f"document {name!r} has {count} chunks but {len(values)} {what}; give one a chunk")
+        at = 0
+        for chunk in self.chunks:
+            if chunk.span.start != at or chunk.text != self.document.text[at : chunk.span.end]:
+                raise DocumentError(f"chunks must tile document {name!r}; chunk {chunk.ordinal} breaks off at {at}")
+            at = chunk.span.end
+        if at != len(self.document.text) or not count:
+            raise DocumentError(
+                f"chunks must tile document {name!r}; {count} chunks end at {at} of {len(self.document.text)}"
+            )
+        for key, value in self.document.metadata.items():
+            try:
+                encode_value(key, value)
+            except ValueError as error:
+                raise DocumentError(f"document {name!r}: {error}") from error
+        for chunk, vectors in zip(self.chunks, self.vectors, strict=True):
+            if vectors.shape != (len(chunk.windows), dim) or not np.isfinite(vectors).all():
+                raise StoreError(
+                    f"vectors of chunk {chunk.ordinal} of {name!r} must be finite and of shape "
+                    f"{(len(chunk.windows), dim)}, not {vectors.shape}"
+                )
+        for segment_id, stats in zip(self.segment_ids, self.stats, strict=True):
+            path = layout.segment(check_segment_id(segment_id))
+            if stats.segment_id != segment_id or not path.is_file() or path.stat().st_size != stats.bytes:
+                raise StoreError(f"segment {segment_id} of {name!r} is not in the store; save it before the document")
+
+    def insert(self, connection: sqlite3.Connection, version: int) -> None:
+        document = self.document
+        rows = [list(_window_rows(chunk, vectors)) for chunk, vectors in zip(self.chunks, self.vectors, strict=True)]
+        doc_key = connection.execute(
+            "INSERT INTO documents (tenant, doc_id, title, source, metadata, version, content_hash, windows_hash,"
+            " chars, source_tokens, compress_s, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                document.tenant,
+                document.doc_id,
+                document.title,
+                document.source,
+                json.dumps(dict(document.metadata), ensure_ascii=False),
+                version,
+                document.content_hash,
+                windows_hash(row for part in rows for row in part),
+                len(document.text),
+                sum(len(chunk.token_ids) for chunk in self.chunks),
+                self.seconds,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            ),
+        ).lastrowid
+        connection.executemany(
+            "INSERT INTO metadata VALUES (?, ?, ?)",
+            [(doc_key, key, encode_value(key, value)) for key, value in document.metadata.items()],
+        )
+        connection.executemany(
+            "INSERT INTO segments VALUES (?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO NOTHING",
+            [(s.segment_id, s.slots, s.source_tokens, s.bytes, s.checksum) for s in self.stats],
+        )
+        for ordinal, (chunk, segment_id, part) in enumerate(zip(self.chunks, self.segment_ids, rows, strict=True)):
+            chunk_key = connection.execute(
+                "INSERT INTO chunks (doc_key, ordinal, start, end, source_tokens, segment_id, text)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (doc_key, ordinal, chunk.span.start, chunk.span.end, len(chunk.token_ids), segment_id, chunk.text),
+            ).lastrowid
+            connection.executemany(
+                "INSERT INTO windows (chunk_key, start, end, vector) VALUES (?, ?, ?, ?)",
+                [(chunk_key, *row) for row in part],
+            )
+
+
+def windows_hash(rows: Iterable[tuple[int, int, bytes]]) -> str:
+    """SHA-256 of search windows (start, end, float32 vector) in order; shows a damaged vector."""
+    digest = hashlib.sha256()
+    for start, end, vector in rows:
+        digest.update(f"{start} {end} {len(vector)}\n".encode("ascii") + vector)
+    return digest.hexdigest()
+
+
+def _window_rows(chunk: Chunk, vectors: Vectors) -> Iterator[tuple[int, int, bytes]]:
+    window: Span
+    for window, vector in zip(chunk.windows, vectors, strict=True):
+        yield window.start, window.end, vector.astype("<f4").tobytes()
+
+
+def _forget(connection: sqlite3.Connection, doc_key: int) -> set[str]:
+    """Remove a document's rows; returns the segments it referred to."""
+    used = connection.execute("SELECT DISTINCT segment_id FROM chunks WHERE doc_key = ?", (doc_key,)).fetchall()
+    connection.execute("DELETE FROM documents WHERE doc_key = ?", (doc_key,))
+    return {row[0] for row in used}
+
+
+def _drop_unused(connection: sqlite3.Connection, segment_ids: Iterable[str]) -> list[str]:
+    """Remove the rows of those segments that no document refers to; returns them."""
+    unused = []
+    for segment_id in sorted(segment_ids):
+        if connection.execute("SELECT 1 FROM chunks WHERE segment_id = ?", (segment_id,)).fetchone() is None:
+            connection.execute("DELETE FROM segments WHERE segment_id = ?", (segment_id,))
+            unused.append(segment_id)
+    return unused
