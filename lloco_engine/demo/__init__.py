@@ -31,7 +31,7 @@ class Question:
 
 
 def documents_folder() -> Path:
-    """The folder to ingest: Markdown, plain text, HTML and JSON Lines. Ingesting it as a whole gives `Question.doc_id`."""
+    """The folder to ingest: Markdown, plain text, HTML and JSON Lines. Ingested as a whole, it gives `Question.doc_id`."""
     return _HERE / "documents"
 
 
