@@ -31,7 +31,7 @@ class Question:
 
 
 def documents_folder() -> Path:
-    """The folder to ingest: Markdown, plain text, HTML and JSON Lines. Ingested as a whole, it gives `Question.doc_id`."""
+    """The folder to ingest, in four formats. Ingested as a whole, its ids are those in `Question.doc_id`."""
     return _HERE / "documents"
 
 
