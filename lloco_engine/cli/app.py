@@ -1,0 +1,79 @@
+"""The application: its commands, and what every one of them does with an error."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lloco_engine import __version__
+from lloco_engine.cli import ask, care, documents, ingest
+from lloco_engine.errors import LLoCOError
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    """Turns the engine's errors into one line on stderr and exit code 1, for every command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LLoCOError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    name="lloco",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lloco {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lloco(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Ask your documents: compressed offline into memories that the decoder reads directly.
+
+    \b
+    Examples:
+      lloco ingest docs/ notes.pdf
+      lloco ask "What does the pump in hall 3 need?"
+
+    Exit codes: 0 done, 1 something failed (the reason is on stderr), 2 wrong usage, 130 interrupted.
+    """
+
+
+ingest.register(app)
+ask.register(app)
+documents.register(app)
+care.register(app)
+try:
+    import_module("lloco_engine.eval.cli").register(app)
+except ModuleNotFoundError as error:  # the measuring commands can be left out of an installation
+    if not (error.name or "").startswith("lloco_engine.eval"):
+        raise
+
+
+def main() -> None:
+    """Run ``lloco`` with the process's arguments."""
+    app(prog_name="lloco")

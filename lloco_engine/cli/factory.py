@@ -1,0 +1,80 @@
+"""How commands come by an engine or a store; tests put doubles here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lloco_engine.config import ChunkConfig, CompressConfig, StoreConfig
+from lloco_engine.errors import StoreNotFound
+from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER
+
+if TYPE_CHECKING:
+    from lloco_engine.engine import Engine
+    from lloco_engine.store import Store
+
+__all__ = ["open_engine", "open_store"]
+
+
+def open_engine(
+    store: Path,
+    *,
+    create: bool = False,
+    decoder: str | None = None,
+    embedder: str | None = None,
+    ratio: float | None = None,
+    segment_tokens: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Engine:
+    """An engine on ``store``. What is None is as the store was made, or the default for a new store.
+
+    Raises:
+        LLoCOError: as `Engine.open`.
+    """
+    if not create and not store.exists():
+        raise StoreNotFound(f"there is no store at {store}; `lloco ingest` makes one, --store names another")
+    from lloco_engine.engine import Engine
+
+    made = _made_with(store)
+    chunk = dict(made.get("chunk") or {})
+    if segment_tokens is not None:
+        chunk["segment_tokens"] = segment_tokens
+        chunk["window_tokens"] = min(chunk.get("window_tokens", ChunkConfig.window_tokens), segment_tokens)
+        chunk["window_overlap"] = min(
+            chunk.get("window_overlap", ChunkConfig.window_overlap), chunk["window_tokens"] - 1
+        )
+    return Engine.open(
+        store,
+        decoder=decoder or made.get("decoder") or DEFAULT_DECODER,
+        embedder=embedder or made.get("embedder") or DEFAULT_EMBEDDER,
+        create=create,
+        compress=CompressConfig(
+            name=made.get("compressor") or CompressConfig.name,
+            ratio=ratio if ratio is not None else made.get("ratio") or CompressConfig.ratio,
+        ),
+        chunk=ChunkConfig.from_json(chunk),
+        store_config=StoreConfig.from_json({"dtype": dtype or made.get("dtype") or StoreConfig.dtype}),
+        device=device,
+    )
+
+
+def _made_with(store: Path) -> dict[str, Any]:
+    """The store's manifest; empty where there is none, or none to read (opening the store says what is wrong)."""
+    try:
+        values = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def open_store(store: Path) -> Store:
+    """The store alone: no decoder is loaded.
+
+    Raises:
+        StoreError: as `Store.open`.
+    """
+    from lloco_engine.store import Store
+
+    return Store.open(store)

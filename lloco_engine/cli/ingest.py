@@ -1,0 +1,178 @@
+"""``lloco ingest``: compress documents into the store."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lloco_engine.cli import factory
+from lloco_engine.cli.options import AsJSON, Decoder, Device, Embedder, StoreDir, Tenant, parse_metadata
+from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
+from lloco_engine.types import Failure, IngestReport
+
+if TYPE_CHECKING:
+    from lloco_engine.engine import Progress
+
+__all__ = ["register"]
+
+
+class OnDisk(StrEnum):
+    """Number types of segments on disk."""
+
+    float16 = "float16"
+    int8 = "int8"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(ingest)
+
+
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and folders.", show_default=False)],
+    store: StoreDir = Path("lloco-store"),
+    decoder: Decoder = None,
+    embedder: Embedder = None,
+    ratio: Annotated[
+        float | None, typer.Option(min=1, help="Source tokens per slot; 16 for a new store.", show_default=False)
+    ] = None,
+    segment_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Largest segment; 1536 for a new store.", show_default=False)
+    ] = None,
+    dtype: Annotated[OnDisk | None, typer.Option(help="Numbers on disk; float16 for a new store.")] = None,
+    tenant: Tenant = "",
+    meta: Annotated[
+        list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata for every document; repeatable.")
+    ] = None,
+    device: Device = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compress documents into the store.
+
+    Reads .txt, .md, .html, .pdf and .jsonl files, and folders of them. A document that is already there unchanged costs nothing; a run that was cut off goes on where it stopped.
+    What cannot be used is named with the rule it breaks, the rest is ingested, and the exit code is 1.
+
+    \b
+    Examples:
+      lloco ingest docs/
+      lloco ingest a.pdf b.md --store work --meta year=2024 --meta team=pumps
+      lloco ingest corpus.jsonl --ratio 8 --json
+    """
+    metadata = parse_metadata(meta or [])
+    skipped = _skipped(paths)
+    with factory.open_engine(
+        store,
+        create=True,
+        decoder=decoder,
+        embedder=embedder,
+        ratio=ratio,
+        segment_tokens=segment_tokens,
+        dtype=dtype.value if dtype else None,
+        device=device,
+    ) as engine:
+        try:
+            with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
+                report = engine.ingest(paths, tenant=tenant, metadata=metadata, progress=report_progress)
+        except KeyboardInterrupt:
+            typer.echo("Documents finished so far are in the store; the same command goes on from here.", err=True)
+            raise
+    if as_json:
+        print_json(report.as_dict() | {"skipped": dict(skipped)})
+    else:
+        _print_report(report, skipped)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _skipped(paths: Sequence[Path]) -> Counter[str]:
+    """What the folders among ``paths`` hold and is left out, by reason."""
+    from lloco_engine.readers import SUFFIXES
+    from lloco_engine.readers.walk import find_files
+
+    skipped: Counter[str] = Counter()
+    for path in paths:
+        for _ in find_files(path.expanduser(), SUFFIXES, skipped):
+            pass
+    return skipped
+
+
+def _print_report(report: IngestReport, skipped: Counter[str]) -> None:
+    rows: list[tuple[str, object]] = [
+        ("added", len(report.added)),
+        ("replaced", len(report.replaced)),
+        ("unchanged", len(report.unchanged)),
+        ("repaired", len(report.repaired)),
+        ("failed", len(report.failed)),
+        ("segments written", report.segments),
+        ("source tokens", report.source_tokens),
+        ("slots", report.slots),
+        ("bytes written", human_bytes(report.bytes_written)),
+        ("compressing", f"{report.compress_s:.1f} s"),
+        ("in all", f"{report.seconds:.1f} s"),
+    ]
+    if report.compress_s > 0:
+        rows.insert(-1, ("rate", f"{report.source_tokens / report.compress_s:.0f} tokens/s"))
+    print_table(["documents", "count>"], rows)
+    if skipped:
+        left_out = ", ".join(f"{count} {safe(reason)}" for reason, count in sorted(skipped.items()))
+        typer.echo(f"skipped in folders: {left_out}", err=True)
+    elif not (report.added or report.replaced or report.unchanged or report.repaired or report.failed):
+        typer.echo("note: there was nothing to ingest", err=True)
+    for failure in report.failed:
+        typer.echo(f"failed: {safe(failure.source)}: {safe(failure.reason)}", err=True)
+
+
+@contextmanager
+def _progress(paths: Sequence[Path], *, show: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar on stderr, with the rate and the time left; what it yields is given to the engine."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    before, chars = _measure(paths)
+    total = sum(chars.values())
+    columns = (
+        TextColumn("{task.fields[name]}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total or None, name="reading", rate="")
+
+        def report(progress: Any) -> None:
+            doc_id = str(getattr(progress.document, "doc_id", progress.document))
+            share = progress.done_segments / max(progress.total_segments_of_document, 1)
+            bar.update(
+                task,
+                completed=before.get(doc_id, 0) + chars.get(doc_id, 0) * share,
+                name=safe(doc_id)[-40:],
+                rate=f"{progress.tokens_per_s:,.0f} tokens/s",
+            )
+
+        yield report
+
+
+def _measure(paths: Sequence[Path]) -> tuple[dict[str, int], dict[str, int]]:
+    """Characters before each document, and in it, by id: reading is quick beside compressing."""
+    from lloco_engine.readers import read_paths
+
+    before: dict[str, int] = {}
+    chars: dict[str, int] = {}
+    total = 0
+    for item in read_paths(paths):
+        if not isinstance(item, Failure):
+            before[item.doc_id], chars[item.doc_id] = total, len(item.text)
+            total += len(item.text)
+    return before, chars

@@ -1,0 +1,108 @@
+"""Options that several commands share, and how ``key=value`` is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lloco_engine.types import MetadataValue
+
+__all__ = [
+    "Adapter",
+    "AsJSON",
+    "Decoder",
+    "Device",
+    "Embedder",
+    "StoreDir",
+    "Tenant",
+    "parse_filters",
+    "parse_metadata",
+]
+
+StoreDir = Annotated[
+    Path, typer.Option("--store", envvar="LLOCO_STORE", metavar="DIR", help="Folder of the store.", show_default=True)
+]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder",
+        envvar="LLOCO_DECODER",
+        metavar="NAME",
+        help="'embedded', a local folder or a hub id. Default: the store's own, 'embedded' for a new one.",
+    ),
+]
+Embedder = Annotated[
+    str | None, typer.Option("--embedder", metavar="NAME", help="As --decoder, for the search embedder.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps. Default: the best there is.")
+]
+Tenant = Annotated[
+    str, typer.Option("--tenant", metavar="NAME", help="Whose documents; tenants never see each other's.")
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", metavar="NAME", help="LoRA adapter to answer with, or 'none'.")
+]
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+_TEXT_KEYS = ("doc_id", "source", "title")
+
+
+def parse_metadata(pairs: Sequence[str]) -> dict[str, MetadataValue]:
+    """``key=value`` pairs as metadata: true, false and numbers as such, the rest as text (``key="2024"`` is text).
+
+    Raises:
+        typer.BadParameter: a pair has no ``=`` or no key, or a key is one that every document has.
+    """
+    values: dict[str, MetadataValue] = {}
+    for pair in pairs:
+        key, text = _halves(pair)
+        if key in (*_TEXT_KEYS, "text", "tenant"):
+            raise typer.BadParameter(f"metadata must not use the name {key!r}, which every document has")
+        values[key] = _value(text)
+    return values
+
+
+def parse_filters(pairs: Sequence[str]) -> dict[str, MetadataValue | tuple[MetadataValue, ...]]:
+    """``key=value`` pairs as filters. The same key again accepts either value.
+
+    An unquoted number or boolean also matches the same text; ``key="2024"`` matches text alone.
+
+    Raises:
+        typer.BadParameter: a pair has no ``=`` or no key.
+    """
+    accepted: dict[str, list[MetadataValue]] = {}
+    for pair in pairs:
+        key, text = _halves(pair)
+        value = text if key in _TEXT_KEYS else _value(text)
+        accepted.setdefault(key, []).append(value)
+        if not isinstance(value, str):
+            accepted[key].append(text)
+    return {key: values[0] if len(values) == 1 else tuple(values) for key, values in accepted.items()}
+
+
+def _halves(pair: str) -> tuple[str, str]:
+    key, equals, text = pair.partition("=")
+    if not equals or not key.strip():
+        raise typer.BadParameter(f"must be key=value, not {pair!r}")
+    return key.strip(), text
+
+
+def _value(text: str) -> MetadataValue:
+    if text in ("true", "false"):
+        return text == "true"
+    if number := _NUMBER.fullmatch(text):
+        return float(text) if number[2] else int(text)
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        try:
+            quoted = json.loads(text)
+        except ValueError:
+            return text
+        return str(quoted)
+    return text
