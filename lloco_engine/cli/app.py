@@ -52,7 +52,8 @@ def lloco(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Ask your documents: compressed offline into memories that the decoder reads directly.
+    """Ask your documents: compressed offline into memories that the decoder reads
+    directly.
 
     \b
     Examples:

@@ -16,7 +16,7 @@ from lloco_engine.types import Answer
 
 __all__ = ["register"]
 
-Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question, in quotes.", show_default=False)]
+Question = Annotated[str, typer.Argument(help="The question, in quotes.", show_default=False)]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Segments to retrieve.")]
 Filters = Annotated[
     list[str] | None,
@@ -109,8 +109,9 @@ def compare(
 ) -> None:
     """Answer from memories, beside answers from raw text.
 
-    Three answers: from the retrieved segments; by the same decoder from the raw text in context, cut
-    to its window; and from the retrieved segments' own text (text retrieval).
+    Three answers: from the retrieved segments; by the same decoder from the
+    raw text in context, cut to its window; and from the retrieved segments'
+    own text (text retrieval).
 
     \b
     Examples:

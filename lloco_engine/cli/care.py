@@ -41,8 +41,9 @@ def verify(
 ) -> None:
     """Check every file of the store.
 
-    Reads the manifest, the catalogue, every segment (checksum) and the index. The exit code is 1 when something is wrong. Segment files that no document refers to (left by a killed ingest)
-    are listed but do no harm.
+    Reads the manifest, the catalogue, every segment (checksum) and the
+    index. The exit code is 1 when something is wrong. Segment files that no
+    document refers to (left by a killed ingest) are listed but do no harm.
 
     \b
     Examples:

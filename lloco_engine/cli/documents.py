@@ -69,7 +69,7 @@ def list_documents(
 
 
 def show(
-    doc_id: Annotated[str, typer.Argument(metavar="DOC_ID", show_default=False)],
+    doc_id: Annotated[str, typer.Argument(help="Its id, as `lloco ls` shows it.", show_default=False)],
     store: StoreDir = Path("lloco-store"),
     tenant: Tenant = "",
     text: Annotated[bool, typer.Option("--text", help="Print the document's text, and nothing else.")] = False,
@@ -111,7 +111,7 @@ def show(
 
 
 def remove(
-    doc_ids: Annotated[list[str], typer.Argument(metavar="DOC_ID...", show_default=False)],
+    doc_ids: Annotated[list[str], typer.Argument(help="Their ids, as `lloco ls` shows them.", show_default=False)],
     store: StoreDir = Path("lloco-store"),
     tenant: Tenant = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ingest(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and folders.", show_default=False)],
+    paths: Annotated[list[Path], typer.Argument(help="Files and folders.", show_default=False)],
     store: StoreDir = Path("lloco-store"),
     decoder: Decoder = None,
     embedder: Embedder = None,
@@ -56,8 +56,10 @@ def ingest(
 ) -> None:
     """Compress documents into the store.
 
-    Reads .txt, .md, .html, .pdf and .jsonl files, and folders of them. A document that is already there unchanged costs nothing; a run that was cut off goes on where it stopped.
-    What cannot be used is named with the rule it breaks, the rest is ingested, and the exit code is 1.
+    Reads .txt, .md, .html, .pdf and .jsonl files, and folders of them. A
+    document that is already there unchanged costs nothing; a run that was
+    cut off goes on where it stopped. What cannot be used is named with the
+    rule it breaks, the rest is ingested, and the exit code is 1.
 
     \b
     Examples:
