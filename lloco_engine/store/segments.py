@@ -12,6 +12,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from lloco_engine.types import Segment
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SegmentFormat", "checksum", "encode", "read", "verify"]
+__all__ = ["SegmentFormat", "checksum", "encode", "probe", "read", "verify"]
 
 _FORMAT = "lloco.segment.1"
 
@@ -36,12 +39,6 @@ class SegmentFormat:
     kv_heads: int
     head_dim: int
     dtype: Literal["float16", "int8"]
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors in a file, in the order in which they are read."""
-        scales = ("keys.scale", "values.scale") if self.dtype == "int8" else ()
-        return ("keys", "values", "bias", "lengths", *scales)
 
 
 def encode(segment: Segment, segment_id: str, form: SegmentFormat) -> tuple[bytes, str]:
@@ -106,43 +103,62 @@ def verify(path: Path, segment_id: str, form: SegmentFormat) -> tuple[Segment, s
     return _segment(tensors, header, form), header["checksum"]
 
 
-def _open(path: Path, segment_id: str, form: SegmentFormat) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    import torch
-    from safetensors import SafetensorError, safe_open
+def probe(path: Path, segment_id: str, form: SegmentFormat) -> None:
+    """What `read` would notice, without making a segment; raises `SegmentUnavailable`."""
+    _open(path, segment_id, form)
 
+
+def _open(path: Path, segment_id: str, form: SegmentFormat) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors over a private memory map of the file, and the strings of its header."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in form.tensors}
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensors, header = _parse(mapped, form)
     except FileNotFoundError as error:
         raise _unavailable(segment_id, path, "the file is missing") from error
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise _unavailable(segment_id, path, str(error)) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise _unavailable(segment_id, path, f"the file is damaged ({error})") from error
     if header.get("format") != _FORMAT or header.get("segment_id") != segment_id:
-        raise _unavailable(
-            segment_id, path, f"its header says {header.get('format')!r}, segment {header.get('segment_id')!r}"
-        )
-    lengths, bias = tensors["lengths"], tensors["bias"]
-    rows, heads = bias.numel(), (form.layers, form.kv_heads)
-    kind = torch.int8 if form.dtype == "int8" else torch.float16
-    wanted = {
-        "keys": (kind, (rows, form.head_dim)),
-        "values": (kind, (rows, form.head_dim)),
-        "bias": (torch.float32, (rows,)),
-        "lengths": (torch.int32, heads),
-        "keys.scale": (torch.float32, (*heads, form.head_dim)),
-        "values.scale": (torch.float32, (*heads, form.head_dim)),
-    }
-    for name, tensor in tensors.items():
-        if (tensor.dtype, tuple(tensor.shape)) != wanted[name]:
-            raise _unavailable(
-                segment_id,
-                path,
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {wanted[name][0]} {wanted[name][1]}",
-            )
-    if int(lengths.min()) < 0 or int(lengths.sum()) != rows or not header.get("source_tokens", "").isdecimal():
+        what = f"its header says {header.get('format')!r}, segment {header.get('segment_id')!r}"
+        raise _unavailable(segment_id, path, what)
+    lengths = tensors["lengths"].numpy()  # for so few numbers numpy takes a tenth of torch's time
+    rows = len(tensors["bias"])
+    if lengths.min() < 0 or lengths.sum() != rows or not header.get("source_tokens", "").isdecimal():
         raise _unavailable(segment_id, path, f"the slots of its heads do not add up to {rows}")
     return tensors, header
+
+
+def _parse(mapped: mmap.mmap, form: SegmentFormat) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file of known tensors: a third of `safe_open`'s time, and a prompt may need 85 files."""
+    import torch
+
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    if start > len(mapped):
+        raise ValueError(f"a header of {start} bytes in a file of {len(mapped)}")
+    header = json.loads(mapped[8:start])
+    rows = int(header["bias"]["shape"][0])
+    heads = [form.layers, form.kv_heads]
+    kind = ("I8", torch.int8, 1) if form.dtype == "int8" else ("F16", torch.float16, 2)
+    scale = ("F32", torch.float32, 4, [*heads, form.head_dim])
+    wanted = {
+        "keys": (*kind, [rows, form.head_dim]),
+        "values": (*kind, [rows, form.head_dim]),
+        "bias": ("F32", torch.float32, 4, [rows]),
+        "lengths": ("I32", torch.int32, 4, heads),
+    }
+    if form.dtype == "int8":
+        wanted |= {"keys.scale": scale, "values.scale": scale}
+    tensors, total = {}, 0
+    for name, (code, dtype, size, shape) in wanted.items():
+        entry, count = header[name], math.prod(shape)
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] != code or entry["shape"] != shape or end - begin != count * size or begin < 0:
+            raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {code} {shape}")
+        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(shape)
+        total += end - begin
+    if start + total != len(mapped):
+        raise ValueError(f"{len(mapped)} bytes, not the {start + total} that its header describes")
+    return tensors, {name: str(value) for name, value in header["__metadata__"].items()}
 
 
 def _segment(tensors: dict[str, torch.Tensor], header: dict[str, str], form: SegmentFormat) -> Segment:
@@ -158,9 +174,11 @@ def _quantise(rows: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, 
     """(N, D) float32 -> (N, D) int8 and the scales (L, H, D) that turn it back."""
     import torch
 
-    heads = lengths.flatten().long()
-    owner = torch.arange(heads.numel()).repeat_interleave(heads)
-    peak = torch.zeros(heads.numel(), rows.shape[1]).index_reduce_(0, owner, rows.abs(), "amax")
+    heads = lengths.flatten().tolist()
+    owner = torch.arange(len(heads)).repeat_interleave(torch.tensor(heads))
+    peak = torch.stack(
+        [part.abs().amax(0) if len(part) else rows.new_zeros(rows.shape[1]) for part in rows.split_with_sizes(heads)]
+    )
     scales = peak.clamp_min(torch.finfo(torch.float32).tiny) / 127
     quantised = (rows / scales[owner]).round().clamp_(-127, 127).to(torch.int8)
     return quantised, scales.reshape(*lengths.shape, rows.shape[1])

@@ -230,7 +230,7 @@ class Store:
         try:
             if verify:
                 return segments.verify(path, segment_id, self._form)[1] == known[1]
-            segments.read(path, segment_id, self._form)
+            segments.probe(path, segment_id, self._form)
             return path.stat().st_size == known[0]
         except (SegmentUnavailable, OSError):
             return False
