@@ -53,11 +53,12 @@ class Chunker:
         """
         text = document.text
         try:
-            starts = self._token_starts(text)
+            text.encode("utf-8")  # tokenizers complain in their own ways
         except UnicodeEncodeError as error:
             raise DocumentError(
                 f"text must be valid Unicode, and {document.doc_id!r} has a lone surrogate at character {error.start}"
             ) from error
+        starts = self._token_starts(text)
         chunks: list[Chunk] = []
         begin = 0
         while begin < len(text):

@@ -110,7 +110,7 @@ def _package_folder(package: str, role: str, install: str) -> Path:
 
 def _folder_or_snapshot(name: str, role: str) -> str:
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"a {role} folder must hold config.json, and {folder} does not; name a model's folder")
         return str(folder)
