@@ -9,7 +9,7 @@ import sqlite3
 
 from lloco_engine.errors import StoreMismatch
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "check_version", "migrate"]
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "check_version", "is_latest", "migrate"]
 
 APPLICATION_ID = 0x4C4C6F43  # "LLoC", in the header of the file
 
@@ -91,7 +91,7 @@ def migrate(connection: sqlite3.Connection, name: str) -> None:
         StoreMismatch: a newer engine made it.
     """
     version = check_version(connection, name)
-    if version == len(MIGRATIONS):
+    if is_latest(connection, name):
         return
     # executescript would commit a transaction of its caller's, so the script brings its own.
     steps = "".join(MIGRATIONS[version:])
@@ -118,3 +118,8 @@ def check_version(connection: sqlite3.Connection, name: str) -> int:
             f"user_version of {name} is {version}; this engine reads up to {len(MIGRATIONS)}: upgrade the engine"
         )
     return version
+
+
+def is_latest(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether a catalogue has had every migration; raises like `check_version`."""
+    return check_version(connection, name) == len(MIGRATIONS)

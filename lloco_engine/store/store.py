@@ -25,7 +25,7 @@ from lloco_engine.store.index import SearchIndex
 from lloco_engine.store.lock import write_lock
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import DocumentInfo, Problem
-from lloco_engine.store.schema import MIGRATIONS, check_version
+from lloco_engine.store.schema import is_latest
 from lloco_engine.store.verify import create_catalogue, repair_store, segment_format, verify_store
 from lloco_engine.store.writer import Writer
 from lloco_engine.types import Hit, Segment, Span
@@ -144,10 +144,9 @@ class Store:
         with self._lock:
             self._catalogue.check()
             with self._catalogue.errors():
-                version = check_version(self._catalogue.connection, str(self._layout.catalogue))
-            if version < len(MIGRATIONS):
-                with write_lock(self._layout.lock, timeout=10.0), self._catalogue.errors():
-                    create_catalogue(self._layout)
+                if not is_latest(self._catalogue.connection, str(self._layout.catalogue)):
+                    with write_lock(self._layout.lock, timeout=10.0):
+                        create_catalogue(self._layout)
 
     @contextmanager
     def writer(self, timeout: float = 10.0) -> Iterator[Writer]:
