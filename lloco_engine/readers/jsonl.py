@@ -66,7 +66,7 @@ def _document(line: str, where: str) -> Document:
     if not record["doc_id"].strip():
         raise DocumentError('a record\'s "doc_id" must not be empty')
     for name in ("title", "source"):
-        if not isinstance(record.get(name) or "", str):
+        if not isinstance(record.get(name), str | None):
             raise DocumentError(f'a record\'s "{name}" must be a string, not {_kind(record[name])}')
     return Document(
         doc_id=record["doc_id"],

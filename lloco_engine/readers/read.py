@@ -111,7 +111,9 @@ def _problem(document: Document, first_seen: Mapping[str, str]) -> str:
     """The rule that a document breaks as a whole; empty when it breaks none."""
     if not document.text.strip():
         return "a document must hold text, and this one is blank"
-    for name, value in (("doc_id", document.doc_id), ("text", document.text), ("title", document.title)):
+    fields = {"doc_id": document.doc_id, "text": document.text, "title": document.title, "source": document.source}
+    words = {key: value for key, value in document.metadata.items() if isinstance(value, str)}
+    for name, value in (fields | words).items():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
