@@ -132,7 +132,7 @@ def _snapshot(name: str, role: str) -> str:
         folder = snapshot_download(name, allow_patterns=patterns)
         if not _has_model(Path(folder)):
             folder = snapshot_download(name, allow_patterns=[*patterns, "*.bin"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
             f"no local folder is called {name!r}, and it could not be had from the hub ({reason}); "

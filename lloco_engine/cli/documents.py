@@ -87,7 +87,7 @@ def show(
         info = opened.document(doc_id, tenant)
         if text and not as_json:
             content = opened.document_text(doc_id, tenant)
-            typer.echo(safe(content) if sys.stdout.isatty() else content, nl=False)
+            sys.stdout.write(safe(content) if sys.stdout.isatty() else content)  # echo would drop escape codes
             return
         hits = opened.chunks(doc_id, tenant)
         content = opened.document_text(doc_id, tenant) if text else ""

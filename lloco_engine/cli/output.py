@@ -48,7 +48,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
         table.add_row(*(_cell(value) for value in row))
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.measure(table).maximum, 40))  # a file has no edge to wrap at
+        console = Console(width=100_000)  # a file has no edge to wrap at
     console.print(table)
 
 

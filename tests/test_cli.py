@@ -1,0 +1,558 @@
+"""The command line, run against doubles of the engine and the store, and once against a real store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import store_cases
+import typer
+from typer.testing import CliRunner
+
+from lloco_engine import __version__
+from lloco_engine.cli import app, factory
+from lloco_engine.cli.ingest import _progress
+from lloco_engine.cli.options import parse_filters, parse_metadata
+from lloco_engine.cli.output import human_bytes, safe
+from lloco_engine.config import GenerateConfig
+from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
+from lloco_engine.readers import read_paths
+from lloco_engine.store import DocumentInfo, Problem, Store
+from lloco_engine.types import Answer, Document, Failure, Hit, IngestReport, Span, Usage
+
+TEXT = "The crane in hall 3 fell in March.\nIt was repaired by Anna Vogt.\x1b[31m"
+HIT = Hit("s1", "report.md", 2, Span(10, 10 + len(TEXT)), TEXT, 20, 0.734, (Span(45, 74),), title="The report")
+USAGE = Usage(prompt_tokens=31, prompt_slots=96, source_tokens=1536, completion_tokens=5, ttft_s=0.25, decode_s=0.5)
+ANSWER = Answer("Anna Vogt repaired it.", (HIT,), USAGE)
+
+
+class EngineDouble:
+    """Answers from a script and remembers how it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, dict[str, Any]]] = []
+        self.opened: dict[str, Any] = {}
+        self.answer = ANSWER
+        self.error: BaseException | None = None
+        self.closed = 0
+
+    def __enter__(self) -> EngineDouble:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed += 1
+
+    def _note(self, name: str, subject: Any, options: dict[str, Any]) -> None:
+        self.calls.append((name, subject, options))
+        if self.error:
+            raise self.error
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        self._note("ask", question, options)
+        return self.answer
+
+    def stream(self, question: str, **options: Any) -> StreamDouble:
+        self._note("stream", question, options)
+        return StreamDouble(self.answer)
+
+    def compare(self, question: str, **options: Any) -> dict[str, Answer]:
+        self._note("compare", question, options)
+        text = replace(self.answer, text="No idea.", hits=(), usage=replace(USAGE, prompt_slots=0, prompt_tokens=6000))
+        return {"lloco": self.answer, "in_context": text, "text_retrieval": text}
+
+    def ingest(
+        self, sources: Any, *, tenant: str = "", metadata: Mapping[str, Any] | None = None, progress: Any = None
+    ):
+        sources = list(sources)
+        self._note("ingest", sources, {"tenant": tenant, "metadata": metadata})
+        items = [item for item in sources if isinstance(item, Document)]
+        items += read_paths([source for source in sources if not isinstance(source, Document)], tenant=tenant)
+        documents = [item for item in items if isinstance(item, Document)]
+        return IngestReport(
+            added=tuple(document.doc_id for document in documents),
+            failed=tuple(item for item in items if isinstance(item, Failure)),
+            source_tokens=1200,
+            compress_s=2.0,
+        )
+
+
+class StreamDouble:
+    """An answer in pieces."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def __iter__(self) -> Iterator[str]:
+        head, space, tail = self.answer.text.partition(" ")
+        return iter([head, space + tail])
+
+
+class StoreDouble:
+    """A store with two documents."""
+
+    def __init__(self) -> None:
+        self.held = {
+            "report.md": DocumentInfo(
+                "report.md", "", "The report", "in/report.md", {"year": 2024}, 2, "ab", 65, 20, 1, 1, 2, 5000
+            ),
+            "notes.txt": DocumentInfo("notes.txt", "acme", "notes", "in/notes.txt", {}, 1, "cd", 5, 2, 1, 1, 1, 70),
+        }
+
+    def __enter__(self) -> StoreDouble:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def documents(self, tenant: str | None = None) -> list[DocumentInfo]:
+        return [info for info in self.held.values() if tenant in (None, info.tenant)]
+
+    def document(self, doc_id: str, tenant: str = "") -> DocumentInfo:
+        if doc_id not in self.held or self.held[doc_id].tenant != tenant:
+            raise NotInStore(f"the store holds no document {doc_id!r}")
+        return self.held[doc_id]
+
+    def document_text(self, doc_id: str, tenant: str = "") -> str:
+        return TEXT
+
+    def chunks(self, doc_id: str, tenant: str = "") -> list[Hit]:
+        return [HIT]
+
+    def writer(self) -> StoreDouble:
+        return self
+
+    def delete_document(self, doc_id: str, tenant: str = "") -> None:
+        self.document(doc_id, tenant)
+        del self.held[doc_id]
+
+
+@pytest.fixture
+def engine(monkeypatch) -> EngineDouble:
+    double = EngineDouble()
+
+    def opened(store: Path, **options: Any) -> EngineDouble:
+        double.opened = {"store": store, **options}
+        return double
+
+    monkeypatch.setattr(factory, "open_engine", opened)
+    return double
+
+
+@pytest.fixture
+def store(monkeypatch) -> StoreDouble:
+    double = StoreDouble()
+    monkeypatch.setattr(factory, "open_store", lambda path: double)
+    return double
+
+
+def run(*arguments: str, **options: Any):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_help_in_a_process_is_quick_and_lists_the_commands():
+    started = time.perf_counter()
+    out = subprocess.run([sys.executable, "-m", "lloco_engine", "--help"], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    assert out.returncode == 0
+    for command in ("ingest", "ask", "compare", "ls", "show", "rm", "verify", "info"):
+        assert f" {command} " in out.stdout
+    assert seconds < 2.0, f"lloco --help took {seconds:.2f} s"
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    code = (
+        "import sys, lloco_engine, lloco_engine.cli; "
+        "print([m for m in ('torch', 'transformers', 'faiss', 'numpy', 'sentence_transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["ingest", "ask", "compare", "ls", "show", "rm", "verify", "info"])
+def test_every_command_has_help_with_examples(command):
+    result = run(command, "--help", env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    assert f"lloco {command}" in result.output.split("Examples:")[1]
+    assert "--json" in result.output
+
+
+def test_version_and_no_arguments():
+    assert run("--version").output == f"lloco {__version__}\n"
+    assert run().exit_code == 2
+    assert "Commands" in run().output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["ask"], ["ask", "q", "--top-k", "0"], ["ask", "q", "--filter", "novalue"],
+     ["ask", "q", "--stop", ""], ["ask", "q", "--top-p", "0"], ["ask", "q", "--whole-document", "d", "--filter", "a=b"],
+     ["ingest"], ["ingest", "x", "--ratio", "0.5"], ["ingest", "x", "--dtype", "float64"],
+     ["ingest", "x", "--meta", "title=x"],
+     ["rm", "report.md"], ["rm", "report.md", "--json"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_2(arguments, engine, store):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "report.md" in store.held
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StoreMismatch("decoder differs:\n 'a' against 'b'"), NotInStore("no document 'x'"), PromptTooLong("too long")],
+)
+def test_an_engines_error_is_one_line_and_exit_code_1(error, engine):
+    engine.error = error
+    result = run("ask", "q")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == f"error: {' '.join(str(error).split())}\n"
+    assert engine.closed == 1
+
+
+def test_an_interrupt_is_exit_code_130(engine, tmp_path):
+    engine.error = KeyboardInterrupt()
+    result = run("ask", "q")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    result = run("ingest", tmp_path)
+    assert result.exit_code == 130
+    assert "goes on from here" in result.stderr
+
+
+def test_the_store_comes_from_the_option_else_the_environment_else_the_default(engine):
+    run("ask", "q", "--store", "mine", env={"LLOCO_STORE": "theirs"})
+    assert engine.opened["store"] == Path("mine")
+    run("ask", "q", env={"LLOCO_STORE": "theirs"})
+    assert engine.opened["store"] == Path("theirs")
+    run("ask", "q", env={"LLOCO_STORE": None})
+    assert engine.opened["store"] == Path("lloco-store")
+
+
+# -- ask and compare -------------------------------------------------------------------------------------------------
+
+
+def test_ask_streams_and_shows_sources_and_cost(engine):
+    result = run("ask", "Who repaired it?")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Anna Vogt repaired it."
+    assert '[1] report.md, segment 2, score 0.73  "The report"' in lines
+    assert "    | It was repaired by Anna Vogt." in lines
+    assert "prompt 31 tokens + 96 slots for 1,536 source tokens, first token 0.25 s, 5 tokens at 8.0/s" in lines[-1]
+
+
+def test_ask_passes_every_option_on(engine):
+    run(
+        "ask", "q", "--top-k", "2", "--filter", "year=2024", "--filter", "team=pumps", "--neighbours", "1",
+        "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
+        "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu",
+    )  # fmt: skip
+    assert engine.opened == {"store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu"}
+    assert engine.calls == [
+        ("stream", "q", {
+            "top_k": 2, "filters": {"year": (2024, "2024"), "team": "pumps"}, "neighbours": 1, "whole_document": None,
+            "tenant": "acme", "adapter": "law",
+            "generate": GenerateConfig(max_new_tokens=9, temperature=0.7, top_p=0.9, stop=("\n",), seed=3),
+        }),
+    ]  # fmt: skip
+
+
+def test_ask_about_a_whole_document_and_without_adapter(engine):
+    run("ask", "q", "--whole-document", "report.md", "--adapter", "none")
+    _, _, options = engine.calls[0]
+    assert (options["whole_document"], options["adapter"], options["filters"]) == ("report.md", None, None)
+
+
+def test_ask_as_json_is_one_value_with_verbatim_spans(engine):
+    result = run("ask", "Who?", "--json")
+    value = json.loads(result.stdout)
+    assert (value["question"], value["answer"], value["finish"]) == ("Who?", ANSWER.text, "stop")
+    assert value["usage"]["prompt_slots"] == 96
+    assert value["usage"]["tokens_per_s"] == 8.0
+    (source,) = value["sources"]
+    assert source["windows"] == [{"start": 45, "end": 74, "text": "It was repaired by Anna Vogt."}]
+    assert source["span"] == {"start": 10, "end": 10 + len(TEXT)}
+
+
+def test_warnings_and_a_cut_off_answer_are_told_on_stderr(engine):
+    engine.answer = replace(ANSWER, finish="length", warnings=("segment s9 is damaged and was left out",))
+    result = run("ask", "q")
+    assert "cut off at --max-new-tokens" in result.stderr
+    assert "warning: segment s9 is damaged" in result.stderr
+    assert "damaged" not in result.stdout
+
+
+def test_a_document_cannot_steer_the_terminal(engine):
+    engine.answer = replace(ANSWER, text="Red \x1b[31mtext", hits=(replace(HIT, windows=()),))
+    result = run("ask", "q", color=True)
+    assert "\x1b" not in result.stdout
+    assert safe("a\tb\né👍\x07") == "a\tb\né👍\ufffd"
+
+
+def test_compare_shows_three_answers_and_their_cost(engine):
+    result = run("compare", "q", "-k", "1")
+    assert engine.calls[0][0] == "compare"
+    for heading in ("== lloco\nAnna Vogt", "== in context\nNo idea.", "== text retrieval"):
+        assert heading in result.stdout
+    assert result.stdout.splitlines()[-1].split() == ["text", "retrieval", "6,000", "0", "1,536", "0.25", "s", "8.0"]
+
+
+def test_compare_as_json_has_one_entry_per_method(engine):
+    value = json.loads(run("compare", "q", "--json").stdout)
+    assert list(value) == ["lloco", "in_context", "text_retrieval"]
+    assert value["in_context"]["usage"]["prompt_tokens"] == 6000
+
+
+# -- ingest ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("first text")
+    (folder / "b.md").write_text("# second")
+    (folder / "pic.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def test_ingest_reports_what_it_did(engine, corpus):
+    result = run("ingest", corpus)
+    assert result.exit_code == 0
+    rows = {line.rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in result.stdout.splitlines()[1:] if line}
+    assert rows["added"] == "2"
+    assert rows["failed"] == "0"
+    assert "600 tokens/s" in result.stdout
+    assert "skipped in folders: 1 .png" in result.stderr
+
+
+def test_ingest_names_failures_and_exits_1(engine, corpus):
+    (corpus / "bad.txt").write_bytes(b"\0")
+    result = run("ingest", corpus, corpus / "gone.txt")
+    assert result.exit_code == 1
+    assert f"failed: {corpus}/bad.txt: a text must not be binary" in result.stderr
+    assert f"failed: {corpus}/gone.txt: no such file or folder" in result.stderr
+    assert engine.closed == 1
+
+
+def test_ingest_as_json(engine, corpus):
+    (corpus / "bad.txt").write_bytes(b"")
+    result = run("ingest", corpus, "--json")
+    value = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert value["added"] == ["a.txt", "b.md"]
+    assert value["failed"][0]["source"] == f"{corpus}/bad.txt"
+    assert value["skipped"] == {".png": 1}
+
+
+def test_ingest_passes_every_option_on(engine, corpus):
+    run(
+        "ingest", corpus, "--store", "s", "--decoder", "d", "--embedder", "e", "--ratio", "8",
+        "--segment-tokens", "512", "--dtype", "int8", "--tenant", "acme", "--meta", "year=2024",
+        "--meta", "team=pumps", "--device", "cpu",
+    )  # fmt: skip
+    assert engine.opened == {
+        "store": Path("s"), "create": True, "decoder": "d", "embedder": "e", "ratio": 8.0, "segment_tokens": 512,
+        "dtype": "int8", "device": "cpu",
+    }  # fmt: skip
+    assert engine.calls == [("ingest", [corpus], {"tenant": "acme", "metadata": {"year": 2024, "team": "pumps"}})]
+
+
+def test_an_empty_folder_is_said_to_be_empty(engine, tmp_path):
+    result = run("ingest", tmp_path)
+    assert result.exit_code == 0
+    assert "nothing to ingest" in result.stderr
+
+
+def test_the_bar_follows_the_engine(corpus, capsys):
+    with _progress([corpus], show=True) as report:
+        assert report is not None
+        for doc_id, done in (("a.txt", 1), ("a.txt", 2), ("b.md", 1), ("unknown", 1)):
+            report(
+                SimpleNamespace(document=doc_id, done_segments=done, total_segments_of_document=2, tokens_per_s=500.0)
+            )
+    assert capsys.readouterr().out == ""
+    with _progress([corpus], show=False) as report:
+        assert report is None
+
+
+# -- the store's commands --------------------------------------------------------------------------------------------
+
+
+def test_ls_lists_documents(store):
+    result = run("ls")
+    assert result.exit_code == 0
+    assert [line.split()[:2] for line in result.stdout.splitlines()[1:]] == [
+        ["report.md", "The"],
+        ["acme", "notes.txt"],
+    ]
+    assert "5.0 KB" in result.stdout
+    assert "report.md" not in run("ls", "--tenant", "acme").stdout
+    assert [info["doc_id"] for info in json.loads(run("ls", "--json").stdout)] == ["report.md", "notes.txt"]
+
+
+def test_a_long_table_is_not_wrapped_in_a_file(store):
+    store.held["x" * 150] = replace(store.held["report.md"], doc_id="x" * 150)
+    assert "x" * 150 in run("ls").stdout
+
+
+def test_show_gives_facts_and_segments(store):
+    result = run("show", "report.md")
+    assert "metadata year  2024" in result.stdout
+    assert "bytes per source token  250.0" in result.stdout
+    assert "The crane in hall 3" in result.stdout
+    assert run("show", "report.md", "--text").stdout == TEXT
+    value = json.loads(run("show", "report.md", "--json").stdout)
+    assert value["version"] == 2
+    assert value["chunks"][0]["text"] == TEXT
+    assert "text" not in value
+    missing = run("show", "report.md", "--tenant", "acme")
+    assert (missing.exit_code, missing.stderr) == (1, "error: the store holds no document 'report.md'\n")
+
+
+def test_rm_removes_what_is_there_and_names_what_is_not(store):
+    result = run("rm", "report.md", "nothing", "report.md", "--yes")
+    assert result.exit_code == 1
+    assert result.stdout == "removed report.md\n"
+    assert "error: the store holds no document 'nothing'" in result.stderr
+    assert list(store.held) == ["notes.txt"]
+    result = run("rm", "notes.txt", "--tenant", "acme", "--yes", "--json")
+    assert json.loads(result.stdout) == {"removed": ["notes.txt"], "missing": []}
+    assert result.exit_code == 0
+
+
+def test_verify_names_problems_and_exits_1(monkeypatch):
+    problems = [
+        Problem("segment", "segments/ab/x.safetensors", "is truncated", ("report.md",)),
+        Problem("orphan", "o", "extra"),
+    ]
+    monkeypatch.setattr(Store, "verify_path", staticmethod(lambda path, progress=None: problems))
+    result = run("verify")
+    assert result.exit_code == 1
+    assert "segment: segments/ab/x.safetensors: is truncated (documents: report.md)" in result.stderr
+    value = json.loads(run("verify", "--json").stdout)
+    assert not value["ok"]
+    assert value["problems"][0]["doc_ids"] == ["report.md"]
+    del problems[0]
+    result = run("verify")
+    assert result.exit_code == 0
+    assert "orphan" in result.stdout
+    assert "sound" in result.stdout
+
+
+def test_verify_repairs_and_compresses_again_from_the_stores_text(monkeypatch, engine, store):
+    store.missing_segments = lambda doc_id, tenant="": ["s1"] if doc_id == "notes.txt" else []
+    monkeypatch.setattr(Store, "repair", staticmethod(lambda path: ["s1 was damaged"]))
+    monkeypatch.setattr(Store, "verify_path", staticmethod(lambda path, progress=None: []))
+    engine.ingest = lambda documents, tenant: (
+        IngestReport(repaired=tuple(d.doc_id for d in documents))
+        if [(d.text, d.tenant, d.source) for d in documents] == [(TEXT, "acme", "in/notes.txt")]
+        else IngestReport()
+    )
+    result = run("verify", "--repair")
+    assert result.exit_code == 0
+    assert result.stdout == "repaired: s1 was damaged\nrepaired: notes.txt was compressed again\nthe store is sound\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["ls"], ["show", "x"], ["rm", "x", "--yes"], ["verify"], ["verify", "--repair"], ["ask", "q"]]
+)
+def test_a_store_that_is_not_there_is_named(command, tmp_path):
+    result = run(*command, "--store", tmp_path / "none")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: there is no store at {tmp_path}/none")
+    assert result.stdout == ""
+    assert not (tmp_path / "none").exists()
+
+
+def test_info_works_without_a_store(tmp_path):
+    value = json.loads(run("info", "--store", tmp_path / "none", "--json").stdout)
+    assert value["lloco"] == __version__
+    assert value["store"] is None
+    assert value["libraries"]["torch"][0].isdigit()
+    assert value["models"]["device"]
+    assert "store: none" in run("info", "--store", tmp_path / "none").stdout
+
+
+def test_the_stores_commands_on_a_real_store(tmp_path):
+    path = tmp_path / "store"
+    made = store_cases.make_store(path, store_cases.document("a", year=2024), store_cases.document("b", tenant="acme"))
+    damaged = store_cases.segment_file(path, made.chunks("a")[0].segment_id)
+    made.close()
+    at = ("--store", path)
+    assert [info["doc_id"] for info in json.loads(run("ls", *at, "--json").stdout)] == ["a", "b"]
+    assert json.loads(run("show", "a", *at, "--json").stdout)["metadata"] == {"year": 2024}
+    assert json.loads(run("info", *at, "--json").stdout)["store"]["stats"]["documents"] == 2
+    assert run("verify", *at).stdout == "the store is sound\n"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    result = run("verify", *at, "--json")
+    assert result.exit_code == 1
+    assert [problem["doc_ids"] for problem in json.loads(result.stdout)["problems"]] == [["a"]]
+    assert run("rm", "a", *at, "--yes").stdout == "removed a\n"
+    assert run("verify", *at).exit_code == 0
+    assert [info["doc_id"] for info in json.loads(run("ls", *at, "--json").stdout)] == ["b"]
+
+
+# -- small things ----------------------------------------------------------------------------------------------------
+
+
+def test_metadata_values_are_read_as_what_they_look_like():
+    pairs = ["a=1", "b=-2.5", "c=true", "d=x=y", "e=", 'f="1"', "g=007", "h=1e5", 'i="', "j=nan"]
+    assert parse_metadata(pairs) == {
+        "a": 1, "b": -2.5, "c": True, "d": "x=y", "e": "", "f": "1", "g": "007", "h": "1e5", "i": '"', "j": "nan",
+    }  # fmt: skip
+    for pair in ("novalue", "=x", " =x", "doc_id=x"):
+        with pytest.raises(typer.BadParameter):
+            parse_metadata([pair])
+
+
+def test_a_filter_accepts_any_of_its_values_and_numbers_as_text_too():
+    assert parse_filters(["a=x", "b=1", 'c="1"', "d=x", "d=y", "doc_id=7"]) == {
+        "a": "x", "b": (1, "1"), "c": "1", "d": ("x", "y"), "doc_id": "7",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 KB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")]
+)
+def test_bytes_are_shown_short(count, text):
+    assert human_bytes(count) == text
+
+
+def test_open_engine_takes_what_is_not_given_from_the_store(monkeypatch, tmp_path):
+    seen: dict[str, Any] = {}
+    opener = SimpleNamespace(open=lambda store, **options: seen.update(options))
+    monkeypatch.setitem(sys.modules, "lloco_engine.engine", SimpleNamespace(Engine=opener))
+    factory.open_engine(tmp_path, create=True)
+    assert (seen["decoder"], seen["compress"].ratio, seen["chunk"].segment_tokens) == ("embedded", 16.0, 1536)
+    manifest = {
+        "decoder": "d",
+        "embedder": "e",
+        "ratio": 8.0,
+        "compressor": "c",
+        "dtype": "int8",
+        "chunk": {"segment_tokens": 400},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    factory.open_engine(tmp_path)
+    assert (seen["decoder"], seen["embedder"], seen["create"]) == ("d", "e", False)
+    assert (seen["compress"].name, seen["compress"].ratio) == ("c", 8.0)
+    assert (seen["chunk"].segment_tokens, seen["store_config"].dtype) == (400, "int8")
+    factory.open_engine(tmp_path, ratio=4, segment_tokens=64, dtype="float16", decoder="other")
+    assert (seen["decoder"], seen["compress"].ratio, seen["store_config"].dtype) == ("other", 4, "float16")
+    assert (seen["chunk"].segment_tokens, seen["chunk"].window_tokens) == (64, 64)
+    with pytest.raises(StoreNotFound):
+        factory.open_engine(tmp_path / "none")
