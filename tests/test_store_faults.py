@@ -260,6 +260,15 @@ def test_a_disk_that_fills_while_a_segment_is_written(path, monkeypatch, number)
         assert store.documents() == info and store.verify() == []
 
 
+def test_a_file_that_could_not_be_replaced_keeps_its_content(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    files.write_atomic(file, b"old", tmp_path / "tmp")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(StoreFull, match="no room to write 3 bytes"):
+        files.write_atomic(file, b"new", tmp_path / "tmp")
+    assert file.read_bytes() == b"old" and not list((tmp_path / "tmp").iterdir())
+
+
 def test_a_disk_that_fills_while_the_catalogue_is_written(path):
     with Store.open(path) as store:
         info = store.documents()

@@ -158,6 +158,28 @@ def test_a_large_store_is_searched_by_graph(tmp_path):
         assert same(store.search(unit(0), top_k=500), slowly(store, unit(0), 500))
 
 
+def test_a_graph_that_cannot_reach_the_allowed_windows_is_scanned(tmp_path):
+    near, rng = unit(0), np.random.default_rng(0)
+
+    def around(centre, doc):
+        noise = 0.05 * rng.normal(size=(len(doc.text) // 10, DIM)).astype(np.float32)
+        made = [(centre + each) / np.linalg.norm(centre + each) for each in noise]
+        return {doc.text[at * 10 : at * 10 + 10]: vector for at, vector in enumerate(made)}
+
+    with Store.create(tmp_path / "s", manifest(), StoreConfig(hnsw_above=30)) as store:
+        with store.writer() as writer:
+            for n in range(20):  # a crowd of another tenant stands around the question
+                doc = document(f"n{n}", 200, tenant="crowd")
+                put(writer, doc, around(near, doc))
+            far = document("far", 400)
+            vectors = around(-near, far)
+            put(writer, far, vectors)
+        hits = store.search(near, top_k=20)
+        assert is_graph(store) and len(hits) == 20
+        scores = sorted((float(vector @ near) for vector in vectors.values()), reverse=True)
+        assert hits[0].score == pytest.approx(scores[0], abs=1e-5)
+
+
 def test_a_graph_forgets_what_was_deleted(tmp_path):
     with graph_store(tmp_path / "s") as store:
         with store.writer() as writer:
