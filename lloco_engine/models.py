@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,12 +123,12 @@ def _snapshot(name: str, role: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    with contextlib.suppress(LocalEntryNotFoundError):
-        cached = snapshot_download(name, local_files_only=True)
-        if _has_model(Path(cached)):
-            return cached
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        with contextlib.suppress(LocalEntryNotFoundError):
+            cached = snapshot_download(name, local_files_only=True)
+            if _has_model(Path(cached)):
+                return cached
         folder = snapshot_download(name, allow_patterns=patterns)
         if not _has_model(Path(folder)):
             folder = snapshot_download(name, allow_patterns=[*patterns, "*.bin"])
@@ -198,7 +198,8 @@ def _convert_once(gguf: Path, folder: Path) -> None:
             for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a killed process: the lock is ours
                 shutil.rmtree(left_over)
             print(f"lloco: converting the embedded decoder into {folder} (once, about 30 s)", file=sys.stderr)
-            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            work = folder.parent / f".{folder.name}.{os.getpid()}"
+            work.mkdir()
             try:
                 _convert(gguf, work)
                 _sync(work)
@@ -217,9 +218,9 @@ def _convert_once(gguf: Path, folder: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
-    with quiet():
+    with quiet(), _without_bar(modeling_gguf_pytorch_utils):
         read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         if hasattr(read.config, "quantization_config"):
@@ -231,10 +232,26 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+@contextlib.contextmanager
+def _without_bar(module: Any) -> Iterator[None]:
+    """Silence a progress bar that heeds no setting: ``module`` calls tqdm itself."""
+    bar = getattr(module, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    module.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
+
+
 def _sync(folder: Path) -> None:
+    """Have a folder's files on disk, readable to whoever may read the folder."""
     for file in folder.iterdir():
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
+        file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
 def _is_whole(folder: Path) -> bool:

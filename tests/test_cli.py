@@ -377,13 +377,18 @@ def test_an_empty_folder_is_said_to_be_empty(engine, tmp_path):
     assert "nothing to ingest" in result.stderr
 
 
-def test_the_bar_follows_the_engine(corpus, capsys):
+def test_the_bar_follows_the_engine(corpus, capsys, monkeypatch):
+    from rich.progress import Progress
+
+    shown = []
+    monkeypatch.setattr(Progress, "update", lambda self, task, **fields: shown.append(fields))
     with _progress([corpus], show=True) as report:
         assert report is not None
-        for doc_id, done in (("a.txt", 1), ("a.txt", 2), ("b.md", 1), ("unknown", 1)):
-            report(
-                SimpleNamespace(document=doc_id, done_segments=done, total_segments_of_document=2, tokens_per_s=500.0)
-            )
+        for doc_id, done in (("a.txt", 1), ("a.txt", 2), ("b.md", 1), ("b.md", 2)):
+            event = {"document": doc_id, "done_segments": done, "total_segments_of_document": 2, "tokens_per_s": 1500.0}
+            report(SimpleNamespace(**event))
+    assert [fields["completed"] for fields in shown] == [5, 10, 14, 18]  # characters, of 10 and 8
+    assert shown[0]["rate"] == "1,500 tokens/s"
     assert capsys.readouterr().out == ""
     with _progress([corpus], show=False) as report:
         assert report is None

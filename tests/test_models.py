@@ -95,6 +95,11 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch, tmp_path):
         models.decoder_folder("owner/model")
 
 
+def test_a_name_that_the_hub_itself_refuses_is_named():
+    with pytest.raises(ModelNotFound, match=r"'a--b'.*Cannot have"):
+        models.decoder_folder("a--b")
+
+
 def test_a_hub_id_gives_its_snapshot_and_downloads_only_what_is_missing(monkeypatch, tiny, tmp_path):
     import huggingface_hub
 
