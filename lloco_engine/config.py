@@ -1,0 +1,129 @@
+"""One frozen dataclass per stage, with a JSON round trip.
+
+A value outside its rule raises `ConfigError` when the object is made, so no stage checks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+from lloco_engine.errors import ConfigError
+
+__all__ = ["ChunkConfig", "CompressConfig", "Config", "GenerateConfig", "PrefixConfig", "RetrieveConfig", "StoreConfig"]
+
+
+class Config:
+    """Mixin of every stage's dataclass: JSON out, JSON in, rules checked."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from JSON values.
+
+        Raises:
+            ConfigError: a name is unknown or a value breaks its rule.
+        """
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _require(holds: bool, rule: str, received: object) -> None:
+    if not holds:
+        raise ConfigError(f"{rule}, not {received!r}")
+
+
+@dataclass(frozen=True)
+class ChunkConfig(Config):
+    """Sizes in decoder tokens. 1536 is LLoCO's own segment size (Tan et al. 2024, section 3)."""
+
+    segment_tokens: int = 1536
+    window_tokens: int = 200
+    window_overlap: int = 40
+
+    def __post_init__(self) -> None:
+        _require(self.segment_tokens >= 16, "segment_tokens must be at least 16", self.segment_tokens)
+        _require(
+            8 <= self.window_tokens <= self.segment_tokens,
+            f"window_tokens must be between 8 and segment_tokens ({self.segment_tokens})",
+            self.window_tokens,
+        )
+        _require(
+            0 <= self.window_overlap < self.window_tokens,
+            f"window_overlap must be between 0 and window_tokens - 1 ({self.window_tokens - 1})",
+            self.window_overlap,
+        )
+
+
+@dataclass(frozen=True)
+class CompressConfig(Config):
+    """Which compressor, how hard, and its own settings (checked by the compressor)."""
+
+    name: str = "attention_matching"
+    ratio: float = 16.0
+
+    def __post_init__(self) -> None:
+        _require(self.ratio >= 1, "ratio must be at least 1 (source tokens per slot)", self.ratio)
+
+
+@dataclass(frozen=True)
+class StoreConfig(Config):
+    """How segments and vectors are kept."""
+
+    dtype: Literal["float16", "int8"] = "float16"
+    hnsw_above: int = 50_000  # windows; exact search up to here, HNSW beyond
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in ("float16", "int8"), "store dtype must be 'float16' or 'int8'", self.dtype)
+        _require(self.hnsw_above >= 0, "hnsw_above must not be negative", self.hnsw_above)
+
+
+@dataclass(frozen=True)
+class RetrieveConfig(Config):
+    """How a question finds segments."""
+
+    top_k: int = 4
+    neighbours: int = 0  # segments before and after each hit, same document
+    min_score: float = -1.0
+
+    def __post_init__(self) -> None:
+        _require(self.top_k >= 1, "top_k must be at least 1", self.top_k)
+        _require(self.neighbours >= 0, "neighbours must not be negative", self.neighbours)
+
+
+@dataclass(frozen=True)
+class PrefixConfig(Config):
+    """How segments are placed; ``max_slots`` is the budget (0: no limit but the decoder's window)."""
+
+    placement: Literal["parallel", "sequence"] = "parallel"
+    max_slots: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.placement in ("parallel", "sequence"), "placement must be 'parallel' or 'sequence'", self.placement
+        )
+        _require(self.max_slots >= 0, "max_slots must not be negative (0 is no limit)", self.max_slots)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Config):
+    """How tokens are chosen. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
+        _require(self.temperature >= 0, "temperature must not be negative", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
+        _require(all(self.stop), "a stop string must not be empty", self.stop)

@@ -1,0 +1,114 @@
+"""Attention over two kinds of keys at once: the compressed prefix (ragged, biased) and the live tokens (dense, causal).
+
+Shapes: ``B`` rows, ``H`` KV heads, ``G`` query heads per KV head, ``T`` new tokens, ``S`` live tokens, ``D`` head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lloco_engine.decoder.memory import LayerMemory
+
+__all__ = ["Cache", "attend"]
+
+_FLASH_FROM = 16  # new tokens from which the fused kernel beats two plain matrix products
+
+
+class Cache:
+    """Keys and values of the live tokens: template prefix, question and what was generated.
+
+    Args:
+        layers, rows, kv_heads, head_dim: sizes.
+        capacity: live tokens per row that fit.
+        pad: (B,) int64, unused positions at the left of each row (rows of different lengths end together), or None.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        pad: torch.Tensor | None = None,
+    ) -> None:
+        size = (rows, kv_heads, capacity, head_dim)
+        self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
+        self.length = 0
+        self.capacity = capacity
+        self.pad = pad
+
+    def begin(self, tokens: int) -> torch.Tensor | None:
+        """The mask of the next ``tokens``: additive (B or 1, 1, T, S) float32, or None when every key may be read."""
+        past = self.length
+        if past + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {past + tokens}")
+        if tokens == 1 and self.pad is None:
+            return None
+        device = self.keys[0].device
+        column = torch.arange(past + tokens, device=device)
+        hidden = column[None, :] > torch.arange(past, past + tokens, device=device)[:, None]
+        if self.pad is not None:
+            hidden = hidden[None] | (column[None, None, :] < self.pad[:, None, None])
+        else:
+            hidden = hidden[None]
+        mask = torch.zeros(hidden.shape, device=device, dtype=self.keys[0].dtype)
+        return mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)[:, None]
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (B, H, T, D) of one layer; returns all live (B, H, S, D) keys and values."""
+        start, end = self.length, self.length + keys.shape[2]
+        if torch.is_grad_enabled() and keys.requires_grad:  # writing into the buffer would lose the graph
+            return (
+                torch.cat((self.keys[layer][:, :, :start], keys), dim=2),
+                torch.cat((self.values[layer][:, :, :start], values), dim=2),
+            )
+        self.keys[layer][:, :, start:end] = keys
+        self.values[layer][:, :, start:end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def end(self, tokens: int) -> None:
+        """All layers have appended."""
+        self.length += tokens
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    memory: LayerMemory | None,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax attention of the new tokens over the prefix's slots and the live tokens together.
+
+    Args:
+        q: (B, H*G, T, D); keys, values: (B, H, S, D); mask: additive (B or 1, 1, T, S) or None.
+        memory: the prefix's slots in this layer, or None.
+        scale: factor of the logits.
+
+    Returns:
+        (B, T, H*G*D), ready for the output projection.
+    """
+    rows, query_heads, tokens, dim = q.shape
+    heads = keys.shape[1]
+    if memory is None and tokens >= _FLASH_FROM:
+        read = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        return read.transpose(1, 2).reshape(rows, tokens, -1)
+    group = query_heads // heads
+    queries = (q * scale).reshape(rows * heads, group * tokens, dim)
+    live = keys.shape[2]
+    scores = torch.bmm(queries, keys.reshape(rows * heads, live, dim).transpose(1, 2))
+    if mask is not None:
+        scores = (scores.view(rows, heads * group, tokens, live) + mask).view(rows * heads, group * tokens, live)
+    values = values.reshape(rows * heads, live, dim)
+    if memory is None:
+        read = torch.bmm(torch.softmax(scores, dim=-1), values)
+    else:
+        read = memory.attend(queries, scores, values)
+    return read.view(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)

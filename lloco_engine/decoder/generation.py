@@ -1,0 +1,95 @@
+"""Choosing tokens and turning them into text: sampling, stop strings, streaming, drafting. No model is touched here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lloco_engine.config import GenerateConfig
+
+__all__ = ["Draft", "TextStream", "choose"]
+
+
+def choose(logits: torch.Tensor, config: GenerateConfig, generator: torch.Generator | None) -> torch.Tensor:
+    """Next tokens (B,) from logits (B, vocabulary): greedy at temperature 0, else nucleus sampling."""
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits / config.temperature, dim=-1)
+    if config.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(dim=-1) - ordered >= config.top_p] = 0  # the first token always stays
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+class TextStream:
+    """Token ids in, printable text out; holds back half a character and anything that may become a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self.ids: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self._sent = 0
+
+    def push(self, token: int) -> str:
+        """Add one token; returns the text that can be shown now."""
+        self.ids.append(token)
+        text = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:
+            self.text, self.stopped = text[: min(found)], True
+            return self._release(len(self.text))
+        self.text = text
+        if text.endswith("\ufffd"):  # a character whose last bytes are still to come
+            return ""
+        return self._release(len(text) - self._held(text))
+
+    def finish(self) -> str:
+        """The text held back, once no token follows."""
+        return self._release(len(self.text))
+
+    def _held(self, text: str) -> int:
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+    def _release(self, end: int) -> str:
+        new = self.text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return new
+
+
+class Draft:
+    """Guesses the next tokens by looking up the last two in text that the answer may repeat (prompt lookup).
+
+    Two guesses ride along with a decode step at almost no cost, since a step is bound by reading the weights; the
+    decoder keeps a guess only where it is its own greedy choice, so the output does not change. The method is
+    prompt lookup decoding (Saxena 2023); here the text looked up is that of the retrieved windows, which is not in
+    the prompt, and of the answer so far.
+    """
+
+    SIZE = 2
+
+    def __init__(self, ids: Sequence[int] = ()) -> None:
+        self._ids: list[int] = []
+        self._after: dict[tuple[int, int], int] = {}
+        self.extend(ids)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Add tokens that may come again."""
+        for token in ids:
+            if len(self._ids) >= 2:
+                self._after[(self._ids[-2], self._ids[-1])] = len(self._ids)
+            self._ids.append(token)
+
+    def guess(self, last: Sequence[int]) -> list[int]:
+        """Up to `SIZE` tokens that followed the last two of ``last`` before; empty when they are new."""
+        if len(last) < 2:
+            return []
+        at = self._after.get((last[-2], last[-1]))
+        return [] if at is None else self._ids[at : at + self.SIZE]

@@ -1,0 +1,342 @@
+"""A decoder that runs in this process on torch: prefixes and questions in, tokens out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from lloco_engine import models
+from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder.attention import Cache
+from lloco_engine.decoder.generation import Draft, TextStream, choose
+from lloco_engine.decoder.memory import Memory
+from lloco_engine.decoder.runner import Runner
+from lloco_engine.decoder.template import Template, encode
+from lloco_engine.errors import AdapterError, PromptTooLong
+from lloco_engine.types import Prefix
+
+__all__ = ["Generation", "LocalDecoder", "Prompt"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question for the decoder.
+
+    Args:
+        question: the user's question.
+        prefix: compressed segments to read, or None.
+        context: raw text before the question (the in-context baseline), as text or token ids, or None.
+        draft: text that the answer may repeat; only speeds up greedy decoding, never changes it.
+    """
+
+    question: str
+    prefix: Prefix | None = None
+    context: str | Sequence[int] | None = None
+    draft: str = ""
+
+
+@dataclass
+class Generation:
+    """An answer in the making; complete when ``finish`` is set. Times in seconds from the call."""
+
+    prompt_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Literal["", "stop", "length"] = ""
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0  # passes through the decoder after the first token; fewer than tokens when guesses were kept
+
+
+class LocalDecoder:
+    """A Hugging Face causal language model with its tokenizer and template.
+
+    One request runs at a time; others wait (a lock), so an adapter chosen for one never leaks into another.
+
+    Args:
+        model: causal language model in eval mode, of a family in `lloco_engine.decoder.shape.FAMILIES`.
+        tokenizer: its tokenizer.
+        name: what the user called it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.runner = Runner(model)
+        self.shape = self.runner.shape
+        self.template = Template.of(tokenizer)
+        self.tokenizer_fingerprint = models.tokenizer_fingerprint(tokenizer)
+        self.fingerprint = ""
+        self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
+        self._adapters: dict[str, Path] = {}
+        self._lock = threading.RLock()
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+
+    @classmethod
+    def load(cls, name: str = models.DEFAULT_DECODER, *, device: str | None = None, dtype: str | None = None) -> Self:
+        """Load a decoder by local folder, hub id or ``"embedded"``.
+
+        Raises:
+            ModelNotFound: nothing is there; the message says which command to run.
+            UnsupportedModel: the family cannot be run.
+        """
+        decoder = cls(models.load_causal_lm(name, device=device, dtype=dtype), models.load_tokenizer(name), name)
+        decoder.fingerprint = models.model_fingerprint(models.decoder_folder(name))
+        return decoder
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the template prefix."""
+        return len(self.template.prefix_ids)
+
+    # -- adapters ---------------------------------------------------------------------------------------------
+
+    def load_adapter(self, folder: str | Path, name: str) -> None:
+        """Add a PEFT LoRA adapter under a name.
+
+        Raises:
+            AdapterError: the folder holds no adapter for this decoder, or the name is taken.
+        """
+        if name in self._adapters or name == "none":
+            raise AdapterError(f"an adapter's name must be new and not 'none', not {name!r}")
+        with self._lock:
+            try:
+                self.runner.model.load_adapter(str(folder), adapter_name=name, local_files_only=True)
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise AdapterError(f"{folder} does not hold a LoRA adapter for {self.name!r}: {error}") from error
+            self._adapters[name] = Path(folder)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(self._adapters)
+
+    def _use(self, adapter: str | None) -> None:
+        if adapter in (None, "none"):
+            self.runner.adapted = False
+            return
+        if adapter not in self._adapters:
+            raise AdapterError(f"adapter {adapter!r} is not loaded; there is {', '.join(self._adapters) or 'none'}")
+        self.runner.model.set_adapter(adapter)
+        self.runner.adapted = True
+
+    # -- passes -----------------------------------------------------------------------------------------------
+
+    def new_cache(self, rows: int, capacity: int, pad: torch.Tensor | None = None) -> Cache:
+        """An empty cache for live tokens."""
+        shape, runner = self.shape, self.runner
+        return Cache(
+            shape.layers,
+            rows,
+            shape.kv_heads,
+            shape.head_dim,
+            capacity,
+            device=runner.device,
+            dtype=runner.dtype,
+            pad=pad,
+        )
+
+    def template_cache(self, adapter: str | None = None) -> Cache:
+        """Keys and values of the template prefix, computed once per adapter."""
+        if adapter not in self._prefix_cache:
+            ids = self.template.prefix_ids
+            cache = self.new_cache(1, len(ids))
+            if ids:
+                with torch.inference_mode():
+                    self.runner.forward(self._tensor([ids]), torch.arange(len(ids), device=self.runner.device), cache)
+            self._prefix_cache[adapter] = cache
+        return self._prefix_cache[adapter]
+
+    def _start(self, rows: int, room: int, adapter: str | None, pad: list[int] | None = None) -> Cache:
+        """A cache that holds the template prefix in every row and has room for ``room`` tokens more."""
+        template = self.template_cache(adapter)
+        cache = self.new_cache(rows, template.length + room)
+        for layer in range(self.shape.layers):
+            cache.keys[layer][:, :, : template.length] = template.keys[layer]
+            cache.values[layer][:, :, : template.length] = template.values[layer]
+        cache.length = template.length
+        if pad is not None and any(pad):
+            cache.pad = self._tensor(pad)
+            cache.pad_from = template.length
+        return cache
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.runner.device)
+
+    def _check(self, start: int, tokens: int, new: int) -> None:
+        if start + tokens + new > self.shape.window:
+            raise PromptTooLong(
+                f"positions of the prompt and the answer must fit the decoder's window of {self.shape.window}: the text "
+                f"starts at {start}, the prompt has {tokens} tokens and the answer may have {new}, "
+                f"{start + tokens + new} in all; shorten the question or lower max_new_tokens"
+            )
+
+    def _position(self, prompt: Prompt) -> int:
+        return self.template_tokens if prompt.prefix is None else prompt.prefix.start
+
+    # -- generation -------------------------------------------------------------------------------------------
+
+    def stream(
+        self, prompt: Prompt, config: GenerateConfig | None = None, adapter: str | None = None
+    ) -> tuple[Generation, Iterator[str]]:
+        """Answer one question, text by text.
+
+        Returns:
+            the generation, which fills while the iterator is read, and the iterator of new text.
+
+        Raises:
+            PromptTooLong: at once, before anything is read.
+        """
+        config = config or GenerateConfig()
+        ids = self.template.question_ids(prompt.question, prompt.context)
+        self._check(self._position(prompt), len(ids), config.max_new_tokens)
+        generation = Generation(prompt_tokens=len(ids))
+        return generation, self._run(prompt, ids, config, adapter, generation)
+
+    @torch.inference_mode()
+    def _run(
+        self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation
+    ) -> Iterator[str]:
+        began = time.perf_counter()
+        text = TextStream(self.tokenizer, config.stop)
+        sampler = self._generator(config)
+        with self._lock:
+            self._use(adapter)
+            memory = self._memory([prompt])
+            cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter)
+            position = self._position(prompt) - cache.length
+            hidden = self._step([ids], position, cache, memory)
+            token = int(choose(self.runner.logits(hidden[:, -1]), config, sampler)[0])
+            generation.ttft_s = time.perf_counter() - began
+            drafting = config.temperature == 0
+            draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
+            accepted = [token]
+            while True:
+                for token in accepted:
+                    new = self._take(token, generation, text, config)
+                    generation.decode_s = time.perf_counter() - began - generation.ttft_s
+                    draft.extend([token])
+                    if new:
+                        yield new
+                    if generation.finish:
+                        return
+                guesses = draft.guess(generation.token_ids) if drafting else []
+                hidden = self._step([[generation.token_ids[-1], *guesses]], position, cache, memory)
+                chosen = choose(self.runner.logits(hidden[0]), config, sampler).tolist()
+                kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
+                cache.length -= len(guesses) - kept
+                accepted = chosen[: kept + 1]
+                generation.steps += 1
+
+    def _take(self, token: int, generation: Generation, text: TextStream, config: GenerateConfig) -> str:
+        """Record one token of a generation; returns the text it makes certain."""
+        if token in self.eos:
+            generation.finish, new = "stop", text.finish()
+        else:
+            generation.token_ids.append(token)
+            new = text.push(token)
+            if text.stopped:
+                generation.finish = "stop"
+            elif len(generation.token_ids) >= config.max_new_tokens:
+                generation.finish = "length"
+                new += text.finish()
+        generation.text += new
+        return new
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Prompt], config: GenerateConfig | None = None, adapter: str | None = None
+    ) -> list[Generation]:
+        """Answer several questions together, one row each; rows of different lengths are padded at the left.
+
+        Raises:
+            PromptTooLong: any of them does not fit; nothing is run.
+        """
+        config = config or GenerateConfig()
+        asked = [self.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
+        for prompt, ids in zip(prompts, asked, strict=True):
+            self._check(self._position(prompt), len(ids), config.max_new_tokens)
+        began = time.perf_counter()
+        generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
+        texts = [TextStream(self.tokenizer, config.stop) for _ in prompts]
+        sampler = self._generator(config)
+        longest = max(map(len, asked))
+        pad = [longest - len(ids) for ids in asked]
+        filler = self.tokenizer.eos_token_id
+        with self._lock:
+            self._use(adapter)
+            memory = self._memory(prompts)
+            cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad)
+            # positions follow from where each row's own text starts, not from where it lies in the padded cache
+            offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
+            step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
+            while True:
+                hidden = self._step(step, offset[:, None], cache, memory)
+                tokens = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
+                now = time.perf_counter() - began
+                for token, generation, text in zip(tokens, generations, texts, strict=True):
+                    if not generation.finish:
+                        self._take(token, generation, text, config)
+                        generation.ttft_s = generation.ttft_s or now
+                        generation.decode_s = now - generation.ttft_s
+                if all(generation.finish for generation in generations):
+                    return generations
+                step = [[token] for token in tokens]
+
+    def _memory(self, prompts: Sequence[Prompt]) -> Memory | None:
+        return Memory.of([prompt.prefix for prompt in prompts], self.runner.device, self.runner.dtype, self.runner.rotate)
+
+    def _step(
+        self, ids: list[list[int]], offset: int | torch.Tensor, cache: Cache, memory: Memory | None
+    ) -> torch.Tensor:
+        """Run tokens that follow the cache; their positions are ``offset`` beyond their places in it."""
+        places = torch.arange(cache.length, cache.length + len(ids[0]), device=self.runner.device)
+        return self.runner.forward(self._tensor(ids), (places + offset).clamp_min(0), cache, memory)
+
+    def _generator(self, config: GenerateConfig) -> torch.Generator | None:
+        if config.seed is None:
+            return None
+        return torch.Generator(device=self.runner.device).manual_seed(config.seed)
+
+    # -- scoring ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def answer_losses(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], adapter: str | None = None
+    ) -> list[tuple[float, int]]:
+        """Negative log-likelihood of gold answers, each ended by the decoder's end token.
+
+        Prompts that share one prefix object (or one context) are run as rows over that one memory.
+
+        Returns:
+            per prompt, the sum over the answer's tokens in nats and the number of those tokens.
+
+        Raises:
+            PromptTooLong: a prompt with its answer does not fit the window.
+        """
+        end = self.tokenizer.eos_token_id
+        asked = [self.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
+        gold = [[*encode(self.tokenizer, answer), end] for answer in answers]
+        for prompt, ids, answer in zip(prompts, asked, gold, strict=True):
+            self._check(self._position(prompt), len(ids), len(answer))
+        longest = max(len(ids) + len(answer) for ids, answer in zip(asked, gold, strict=True))
+        rows = [ids + answer for ids, answer in zip(asked, gold, strict=True)]
+        with self._lock:
+            self._use(adapter)
+            cache = self._start(len(rows), longest, adapter)
+            offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
+            padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
+            hidden = self._step(padded, offset[:, None], cache, self._memory(prompts))
+        losses = []
+        for row, ids, answer in zip(hidden, asked, gold, strict=True):
+            logits = self.runner.logits(row[len(ids) - 1 : len(ids) + len(answer) - 1])
+            loss = torch.nn.functional.cross_entropy(logits, self._tensor(answer), reduction="sum")
+            losses.append((float(loss), len(answer)))
+        return losses

@@ -1,0 +1,87 @@
+"""The prompt's fixed text: what stands before the memory, and what stands around the question.
+
+``template prefix`` is the system turn and the opening of the user turn. It is the same for every question, so its
+keys and values are computed once and shared by all segments (DESIGN: "kept whole, computed once").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lloco_engine.errors import UnsupportedModel
+
+__all__ = ["Template", "encode"]
+
+_MARK = "\u2402MEMORY\u2403"  # stands for the user turn's content while the chat template is rendered
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of untrusted text: special tokens written in it stay plain text, so it cannot close its turn."""
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Template:
+    """The tokens around a memory and a question, taken from the decoder's own chat template.
+
+    Args:
+        tokenizer: the decoder's tokenizer.
+        before: text of the template prefix.
+        joint: text between the memory (or the raw context) and the question.
+        after: text after the question, up to where the answer begins.
+    """
+
+    tokenizer: Any
+    before: str
+    joint: str
+    after: str
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Template:
+        """The template of a tokenizer; a decoder without a chat template gets a plain question-and-answer form.
+
+        Raises:
+            UnsupportedModel: the chat template does not keep the user's text in one piece.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            return cls(tokenizer, tokenizer.bos_token or "", "\n\nQuestion: ", "\nAnswer:")
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        before, found, after = rendered.partition(_MARK)
+        if not found or _MARK in after:
+            raise UnsupportedModel("the chat template must render the user's text once and unchanged; this one does not")
+        return cls(tokenizer, before, "\n\n", after)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any of the template's text or the ids it gives."""
+        parts = "\x00".join((self.before, self.joint, self.after, str(self.prefix_ids)))
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Token ids of the template prefix."""
+        return self._fixed(self.before)
+
+    def question_ids(self, question: str, context: str | Sequence[int] | None = None) -> list[int]:
+        """Token ids of all that follows the template prefix and the memory.
+
+        Args:
+            question: the user's question, untrusted.
+            context: raw text, or its token ids, to stand before the question (the in-context baseline), or None.
+        """
+        ids = [] if context is None else encode(self.tokenizer, context) if isinstance(context, str) else list(context)
+        return ids + self._fixed(self.joint) + encode(self.tokenizer, question) + self._fixed(self.after)
+
+    def repeat_ids(self) -> list[int]:
+        """Token ids of the request to repeat the text above, which gives the reference queries of a compressor."""
+        return self._fixed(self.joint + "Repeat the text above." + self.after)
+
+    def _fixed(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

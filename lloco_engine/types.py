@@ -1,0 +1,218 @@
+"""The values that flow along the spine: Document -> Chunk -> Segment -> Hit -> Prefix -> Answer.
+
+All are frozen. Every tensor's shape, dtype and meaning is stated here and nowhere else.
+Letters used for shapes: ``L`` layers, ``H`` KV heads, ``D`` head dimension, ``N`` slots of all heads together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # a type never costs the import of torch
+    import torch
+
+__all__ = [
+    "Answer",
+    "Chunk",
+    "Document",
+    "Failure",
+    "Hit",
+    "IngestReport",
+    "MetadataValue",
+    "Prefix",
+    "Segment",
+    "Span",
+    "Usage",
+]
+
+MetadataValue = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Span:
+    """Half-open range ``[start, end)`` of characters in a document's text."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source text.
+
+    ``doc_id`` is unique within a tenant; the same id with another text replaces the earlier version.
+    """
+
+    doc_id: str
+    text: str
+    title: str = ""
+    source: str = ""
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    tenant: str = ""
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the text, 64 lowercase hex digits."""
+        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The stretch of a document that becomes one segment.
+
+    ``span`` is its place in the document; ``text`` is exactly the document's text there;
+    ``token_ids`` are the decoder's tokens of ``text``; ``windows`` are the search windows, in document characters.
+    """
+
+    doc_id: str
+    ordinal: int
+    span: Span
+    text: str
+    token_ids: tuple[int, ...]
+    windows: tuple[Span, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The compressed memory of one chunk: the slots that each KV head of each layer keeps.
+
+    Heads are ragged. Slots lie flat, by layer, then KV head, then position in the chunk.
+
+    keys    : (N, D)  rotary embedding applied at the chunk's own positions (template prefix, then chunk)
+    values  : (N, D)
+    bias    : (N,)    float32, added to the attention logit of the slot (log of its mass)
+    lengths : (L, H)  int64, slots of each head; its sum is N
+    source_tokens : decoder tokens of the chunk that the slots stand for
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+    lengths: torch.Tensor
+    source_tokens: int
+
+    @property
+    def slots(self) -> int:
+        """Slots of the segment: the mean over all KV heads, rounded up."""
+        heads = self.lengths.numel()
+        return -(-int(self.keys.shape[0]) // heads)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One retrieved segment and why it was retrieved.
+
+    ``score`` is the cosine similarity of its best search window (1.0 for whole-document mode);
+    ``windows`` are the matching search windows, best first; ``text`` is the chunk's verbatim text.
+    """
+
+    segment_id: str
+    doc_id: str
+    ordinal: int
+    span: Span
+    text: str
+    source_tokens: int
+    score: float
+    windows: tuple[Span, ...] = ()
+    title: str = ""
+    source: str = ""
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    tenant: str = ""
+    version: int = 1
+
+    def quote(self, window: Span) -> str:
+        """The document's verbatim text in ``window``, which lies inside ``span``."""
+        return self.text[window.start - self.span.start : window.end - self.span.start]
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Segments placed for one prompt.
+
+    ``segments`` in placement order; ``start`` is the position of the first text token after them;
+    ``placement`` is ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another);
+    ``offsets`` are the positions added to each segment's own (all 0 in parallel).
+    """
+
+    segments: tuple[Segment, ...]
+    offsets: tuple[int, ...]
+    start: int
+    placement: Literal["parallel", "sequence"] = "parallel"
+
+    @property
+    def slots(self) -> int:
+        """Slots of all segments together (mean over heads, each segment rounded up)."""
+        return sum(segment.slots for segment in self.segments)
+
+    @property
+    def source_tokens(self) -> int:
+        """Decoder tokens that the segments stand for."""
+        return sum(segment.source_tokens for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The cost ledger of one question. Times in seconds, memory in bytes."""
+
+    prompt_tokens: int = 0  # text tokens prefilled for this question, the shared template prefix not counted
+    prompt_slots: int = 0  # slots read from segments (mean over heads)
+    template_tokens: int = 0  # tokens of the template prefix, computed once per process
+    source_tokens: int = 0  # decoder tokens that the slots replace
+    source_tokens_tiktoken: int = 0  # the same text counted by tiktoken
+    completion_tokens: int = 0
+    retrieve_s: float = 0.0
+    load_s: float = 0.0  # reading segments from disk and placing them
+    ttft_s: float = 0.0  # question in -> first token out, retrieval and loading included
+    decode_s: float = 0.0  # first token -> last token
+    peak_memory: int = 0  # of the process (CPU) or the device's allocator (GPU)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed after the first token; 0 when there was only one."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 and self.completion_tokens > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a question came back with. ``finish`` is ``"stop"`` or ``"length"``."""
+
+    text: str
+    hits: tuple[Hit, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    finish: Literal["stop", "length"] = "stop"
+    warnings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One input that was not ingested, and the rule it broke."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did. Lists hold document ids; ``seconds`` is wall time."""
+
+    added: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
+    failed: tuple[Failure, ...] = ()
+    segments: int = 0
+    source_tokens: int = 0
+    slots: int = 0
+    bytes_written: int = 0
+    compress_s: float = 0.0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        from dataclasses import asdict
+
+        return asdict(self)
