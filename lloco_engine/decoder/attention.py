@@ -21,7 +21,8 @@ class Cache:
     Args:
         layers, rows, kv_heads, head_dim: sizes.
         capacity: live tokens per row that fit.
-        pad: (B,) int64, unused positions at the left of each row (rows of different lengths end together), or None.
+        pad: (B,) int64, unused places of each row from place ``pad_from`` on (rows of different lengths end
+            together), or None.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Cache:
         device: torch.device,
         dtype: torch.dtype,
         pad: torch.Tensor | None = None,
+        pad_from: int = 0,
     ) -> None:
         size = (rows, kv_heads, capacity, head_dim)
         self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
@@ -42,6 +44,7 @@ class Cache:
         self.length = 0
         self.capacity = capacity
         self.pad = pad
+        self.pad_from = pad_from
 
     def begin(self, tokens: int) -> torch.Tensor | None:
         """The mask of the next ``tokens``: additive (B or 1, 1, T, S) float32, or None when every key may be read."""
@@ -54,7 +57,8 @@ class Cache:
         column = torch.arange(past + tokens, device=device)
         hidden = column[None, :] > torch.arange(past, past + tokens, device=device)[:, None]
         if self.pad is not None:
-            hidden = hidden[None] | (column[None, None, :] < self.pad[:, None, None])
+            place = column[None, None, :] - self.pad_from
+            hidden = hidden[None] | ((place >= 0) & (place < self.pad[:, None, None]))
         else:
             hidden = hidden[None]
         mask = torch.zeros(hidden.shape, device=device, dtype=self.keys[0].dtype)

@@ -129,7 +129,7 @@ class LocalDecoder:
 
     # -- passes -----------------------------------------------------------------------------------------------
 
-    def new_cache(self, rows: int, capacity: int, pad: torch.Tensor | None = None) -> Cache:
+    def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for live tokens."""
         shape, runner = self.shape, self.runner
         return Cache(
@@ -140,7 +140,6 @@ class LocalDecoder:
             capacity,
             device=runner.device,
             dtype=runner.dtype,
-            pad=pad,
         )
 
     def template_cache(self, adapter: str | None = None) -> Cache:
@@ -180,6 +179,15 @@ class LocalDecoder:
 
     def _position(self, prompt: Prompt) -> int:
         return self.template_tokens if prompt.prefix is None else prompt.prefix.start
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Sequence[int], room: int = 0) -> Cache:
+        """The cache of the template prefix and a chunk, made with the base weights; ``room`` more tokens will fit."""
+        with self._lock:
+            self._use(None)
+            cache = self._start(1, len(token_ids) + room, None)
+            self._step([list(token_ids)], 0, cache, None)
+        return cache
 
     # -- generation -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,67 @@
+"""The contract of a compressor: token ids of one chunk in, a segment at each asked ratio out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lloco_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.types import Segment
+
+__all__ = ["Compressor"]
+
+
+class Compressor(ABC):
+    """Turns a chunk into the slots that stand for it.
+
+    A leaf sets ``name`` and ``memory`` and implements `make`. Its constructor takes only keyword settings, which
+    `settings` gives back JSON-ready; two compressors of equal name and settings make equal segments of equal input.
+    Compression always uses the decoder's base weights, never an adapter.
+    """
+
+    name: ClassVar[str]
+    memory: ClassVar[str] = "compact_kv"  # which kind of memory: "compact_kv" or "summary"
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+
+    @abstractmethod
+    def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
+        """One segment per ratio; the arguments have been checked."""
+
+    def compress(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
+        """Compress one chunk.
+
+        Args:
+            decoder: the decoder that will read the segment.
+            token_ids: n >= 1 decoder tokens of the chunk, without the template prefix.
+            ratios: source tokens per slot, each >= 1; work that does not depend on the ratio is shared.
+
+        Returns:
+            a segment per ratio, with about ``n / ratio`` slots per KV head on average, at least one in each head.
+            Keys carry the rotary embedding of positions P .. P+n-1, where P is the length of the template prefix.
+
+        Raises:
+            ConfigError: the chunk is empty or too long for the decoder's window, or a ratio is below 1.
+        """
+        if not token_ids:
+            raise ConfigError("a chunk must have at least one token")
+        if bad := [ratio for ratio in ratios if ratio < 1]:
+            raise ConfigError(f"a compression ratio must be at least 1, not {bad[0]}")
+        longest = self.longest_chunk(decoder)
+        if len(token_ids) > longest:
+            raise ConfigError(
+                f"a chunk must have at most {longest} tokens to be compressed by {self.name!r} in the decoder's window "
+                f"of {decoder.shape.window}, not {len(token_ids)}; lower segment_tokens"
+            )
+        return self.make(decoder, token_ids, ratios)
+
+    def longest_chunk(self, decoder: LocalDecoder) -> int:
+        """Most tokens a chunk may have with this decoder."""
+        return decoder.shape.window - decoder.template_tokens

@@ -1,0 +1,44 @@
+"""The whole KV cache of a chunk as a segment: what reading the text in context would attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lloco_engine.compress.base import Compressor
+from lloco_engine.types import Segment
+
+if TYPE_CHECKING:
+    from lloco_engine.decoder.local import LocalDecoder
+
+__all__ = ["Uncompressed"]
+
+
+class Uncompressed(Compressor):
+    """Keeps every slot with bias 0, whatever the ratio; the reference that compression is measured against."""
+
+    name = "uncompressed"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """No settings."""
+        return {}
+
+    @torch.inference_mode()
+    def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
+        """The same full segment for every ratio."""
+        shape, length = decoder.shape, len(token_ids)
+        cache = decoder.prefill(token_ids)
+        start = decoder.template_tokens
+        keys = torch.stack([layer[0, :, start : start + length] for layer in cache.keys])
+        values = torch.stack([layer[0, :, start : start + length] for layer in cache.values])
+        segment = Segment(
+            keys=keys.reshape(-1, shape.head_dim),
+            values=values.reshape(-1, shape.head_dim),
+            bias=torch.zeros(shape.layers * shape.kv_heads * length),
+            lengths=torch.full((shape.layers, shape.kv_heads), length, dtype=torch.int64),
+            source_tokens=length,
+        )
+        return [segment for _ in ratios]
