@@ -26,6 +26,8 @@ _SENTENCE = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’�
 _LINE = re.compile(r"\n+")
 _WORD = re.compile(r"\s+")
 _BREAKS = (_PARAGRAPH, _SENTENCE, _LINE, _WORD)  # best first; a cut is made after the match
+# A document is untrusted: what looks like a special token in it stays plain text and cannot close the user's turn.
+_PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
 _SPREAD = 0.25  # a chunk may be this share shorter or longer than an even division, to end at a better place
 _JOINERS = {"\u200d", "\ufe0e", "\ufe0f"}  # zero-width joiner and the variation selectors
 
@@ -46,7 +48,7 @@ class Chunker:
         """The document's chunks, in order; none for an empty text.
 
         Their spans tile the text; ``token_ids`` are at most ``segment_tokens`` long and are the tokens of the chunk's
-        text by itself, without special tokens; their windows cover them.
+        text by itself, without special tokens (one written in the text is plain text); their windows cover them.
 
         Raises:
             DocumentError: one character alone has more than ``segment_tokens`` tokens, or the text is not UTF-8.
@@ -70,7 +72,7 @@ class Chunker:
         return chunks
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self.tokenizer(text, **_PLAIN, verbose=False)["input_ids"])
 
     def _token_starts(self, text: str) -> list[int]:
         """The character at which each token of ``text`` starts, never decreasing."""
@@ -78,10 +80,10 @@ class Chunker:
             return []
         tokenizer: Any = self.tokenizer
         if getattr(tokenizer, "is_fast", False):
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            encoded = tokenizer(text, **_PLAIN, return_offsets_mapping=True, verbose=False)
             return _not_decreasing(start for start, _ in encoded["offset_mapping"])
         words = list(re.finditer(r"\S{1,64}\s*|\s+", text))
-        counts = [len(ids) for ids in tokenizer([w[0] for w in words], add_special_tokens=False)["input_ids"]]
+        counts = [len(ids) for ids in tokenizer([w[0] for w in words], **_PLAIN)["input_ids"]]
         return _not_decreasing(
             word.start() + len(word[0]) * token // count
             for word, count in zip(words, counts, strict=True)

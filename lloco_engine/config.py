@@ -6,7 +6,7 @@ A value outside its rule raises `ConfigError` when the object is made, so no sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from lloco_engine.errors import ConfigError
@@ -67,6 +67,7 @@ class CompressConfig(Config):
 
     name: str = "attention_matching"
     ratio: float = 16.0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.ratio >= 1, "ratio must be at least 1 (source tokens per slot)", self.ratio)

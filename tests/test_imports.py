@@ -20,20 +20,20 @@ STAGES = (
     ("config", "types", "tokens"),
     ("models",),
     ("embedder", "chunking", "readers"),
-    ("compress",),
     ("store",),
     ("retrieve",),
     ("prefix",),
     ("decoder",),
-    ("engine",),
-    ("baselines", "finetune", "testing"),
-    ("eval",),
-    ("demo",),
+    ("compress",),
+    ("ledger", "baselines"),
+    ("opening", "ingest", "answers", "engine"),
+    ("finetune", "testing"),
+    ("demo", "eval"),
     ("cli",),
     ("__main__",),
 )
 RANK = {part: rank for rank, stage in enumerate(STAGES) for part in stage}
-APART = (("decoder", "store"), ("store", "compress"))  # the first must not know the second
+APART = (("decoder", "store"), ("compress", "store"))  # the first must not know the second
 HEAVY = ("torch", "transformers", "faiss", "numpy", "sentence_transformers", "peft", "tiktoken", "matplotlib")
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

@@ -1,0 +1,226 @@
+"""What an engine works with, as a store's manifest says it: found out without loading any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lloco_engine import __version__, models
+from lloco_engine.config import ChunkConfig, CompressConfig, StoreConfig
+from lloco_engine.errors import ConfigError, StoreError, StoreNotFound
+from lloco_engine.store import FORMAT_VERSION, Manifest, Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from lloco_engine.compress.base import Compressor
+    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.shape import DecoderShape
+    from lloco_engine.decoder.template import Template
+
+__all__ = ["DecoderFacts", "Encodes", "Setup", "open_store"]
+
+
+class Encodes(Protocol):
+    """What an engine needs of an embedder."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that stand for everything that shapes a vector."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Numbers per vector."""
+        ...
+
+    def encode(self, texts: Sequence[str], /) -> npt.NDArray[np.float32]:
+        """(texts, dim) float32, rows L2-normalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderFacts:
+    """A decoder without its weights: the attributes of a `LocalDecoder` that chunking and a manifest need."""
+
+    name: str
+    fingerprint: str
+    tokenizer: Any
+    tokenizer_fingerprint: str
+    template: Template
+    shape: DecoderShape
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the template prefix."""
+        return len(self.template.prefix_ids)
+
+    @classmethod
+    def of(cls, decoder: str | LocalDecoder) -> DecoderFacts:
+        """The facts of a decoder by name, read from its folder, or of a loaded one.
+
+        Raises:
+            ModelNotFound: nothing of that name can be read.
+            UnsupportedModel: the engine cannot run its family.
+        """
+        from lloco_engine.decoder.shape import DecoderShape
+        from lloco_engine.decoder.template import Template
+
+        if not isinstance(decoder, str):
+            fingerprint = decoder.fingerprint or models.model_fingerprint(decoder.runner.model)
+            return cls(
+                decoder.name,
+                fingerprint,
+                decoder.tokenizer,
+                decoder.tokenizer_fingerprint,
+                decoder.template,
+                decoder.shape,
+            )
+        from transformers import AutoConfig
+
+        folder = models.decoder_folder(decoder)
+        fingerprint = models.model_fingerprint(folder)  # first: it says best what is wrong with a folder
+        tokenizer = models.load_tokenizer(decoder)
+        with models.quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return cls(
+            decoder,
+            fingerprint,
+            tokenizer,
+            models.tokenizer_fingerprint(tokenizer),
+            Template.of(tokenizer),
+            DecoderShape.of(config),
+        )
+
+
+class Setup:
+    """A decoder, an embedder and settings, each the caller's choice, else the store's, else the default.
+
+    Args:
+        stored: the manifest of the store; None where it is yet to be made.
+        decoder: a name, or a loaded decoder.
+        embedder: a name, or an embedder.
+        compress: which compressor, and how hard.
+        chunk: sizes of chunks and search windows.
+        store: how segments are kept.
+        device: for an embedder by name.
+    """
+
+    def __init__(
+        self,
+        stored: Manifest | None,
+        *,
+        decoder: str | LocalDecoder | None,
+        embedder: str | Encodes | None,
+        compress: CompressConfig | None,
+        chunk: ChunkConfig | None,
+        store: StoreConfig | None,
+        device: str | None,
+    ) -> None:
+        from lloco_engine.compress import registry
+        from lloco_engine.embedder import Embedder
+
+        if stored is not None:
+            decoder = decoder or stored.decoder
+            embedder = embedder or stored.embedder
+            compress = compress or CompressConfig(stored.compressor, stored.ratio, stored.compressor_settings)
+            chunk = chunk or ChunkConfig.from_json(stored.chunk)
+            store = store or StoreConfig(dtype=stored.dtype)
+        self.decoder = decoder or models.DEFAULT_DECODER
+        embedder = embedder or models.DEFAULT_EMBEDDER
+        self.embedder: Encodes = Embedder(embedder, device) if isinstance(embedder, str) else embedder
+        self.compress = compress or CompressConfig()
+        self.chunk = chunk or ChunkConfig()
+        self.store = store or StoreConfig()
+        self.compressor: Compressor = registry.get(self.compress.name, **self.compress.settings)
+
+    @cached_property
+    def facts(self) -> DecoderFacts:
+        """The decoder without its weights."""
+        return DecoderFacts.of(self.decoder)
+
+    def expected(self) -> dict[str, Any]:
+        """The fields of a manifest that a store must have to be used with this."""
+        facts, shape = self.facts, self.facts.shape
+        return {
+            "decoder_fingerprint": facts.fingerprint,
+            "tokenizer_fingerprint": facts.tokenizer_fingerprint,
+            "template_fingerprint": facts.template.fingerprint,
+            "layers": shape.layers,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "memory": self.compressor.memory,
+            "compressor": self.compressor.name,
+            "compressor_settings": self.compressor.settings,
+            "ratio": float(self.compress.ratio),
+            "dtype": self.store.dtype,
+            "embedder_fingerprint": self.embedder.fingerprint,
+            "chunk": self.chunk.to_json(),
+        }
+
+    def manifest(self) -> Manifest:
+        """The manifest of a new store.
+
+        Raises:
+            ConfigError: a chunk can be longer than the compressor can take with this decoder.
+        """
+        facts: Any = self.facts  # has what `longest_chunk` reads of a decoder
+        longest = self.compressor.longest_chunk(facts)
+        if self.chunk.segment_tokens > longest:
+            raise ConfigError(
+                f"segment_tokens must be at most {longest} for the compressor {self.compressor.name!r} in the window "
+                f"of {facts.shape.window} of decoder {facts.name!r}, not {self.chunk.segment_tokens}"
+            )
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            decoder=facts.name,
+            embedder=self.embedder.name,
+            embedder_dim=self.embedder.dim,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            engine_version=__version__,
+            **self.expected(),
+        )
+
+
+def stored_manifest(path: Path) -> Manifest | None:
+    """The manifest of the store in ``path``; None where there is no store.
+
+    Raises:
+        StoreCorrupt: it cannot be read.
+        StoreMismatch: a newer engine wrote it.
+    """
+    file = path / "manifest.json"
+    return Manifest.load(file) if file.exists() else None
+
+
+def open_store(path: Path, setup: Setup, *, stored: Manifest | None, create: bool) -> Store:
+    """Open the store in ``path``, or make it.
+
+    Raises:
+        StoreNotFound: there is none, and ``create`` is False.
+        StoreMismatch: it was made with something else; names the field.
+        StoreError: as `Store.open` and `Store.create`.
+    """
+    if stored is None:
+        try:
+            return Store.open(path)  # says what is wrong where a store lost its manifest
+        except StoreNotFound:
+            if not create:
+                raise
+        try:
+            return Store.create(path, setup.manifest(), setup.store)
+        except StoreError:
+            if stored_manifest(path) is None:
+                raise
+            # another process made it meanwhile
+    return Store.open(path, expect=setup.expected(), config=setup.store)
