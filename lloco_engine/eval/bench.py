@@ -1,0 +1,208 @@
+"""``lloco bench``: speed, size and memory in one run, as ratios of measurements taken in turn."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from lloco_engine.compress import registry
+from lloco_engine.config import ChunkConfig, CompressConfig, Config
+from lloco_engine.decoder.local import LocalDecoder
+from lloco_engine.embedder import Embedder
+from lloco_engine.errors import ConfigError
+from lloco_engine.eval.corpus import Corpus, CorpusSizes, Encoder
+from lloco_engine.eval.costs import SLOW, QuestionCosts
+from lloco_engine.eval.machine import PeakMemory, circumstances
+from lloco_engine.eval.reference import against_transformers
+from lloco_engine.eval.timing import median_ratio, never_ending, seconds
+from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER
+from lloco_engine.store import Store
+
+if TYPE_CHECKING:
+    from lloco_engine.eval.progress import Report
+
+__all__ = ["BenchConfig", "run"]
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """Settings of a bench. The defaults of all but ``source_tokens`` and ``repeats`` are part of what the keys mean.
+
+    Args:
+        source_tokens: tokens of the searched store and of the longest whole source.
+        repeats: measurements of each kind.
+        shortest: the shortest whole source; each is twice as long as the one before.
+        segment_tokens, ratio, top_k: of the retrieved segments.
+        whole_ratio: source tokens per slot where a whole source is read.
+        new_tokens: greedy tokens over which decoding is timed.
+        reference_context: tokens of text in the prompts that transformers' generate answers too.
+        reference_tokens: most tokens of those answers.
+        decoder, device, embedder: as elsewhere.
+        compressor: of `lloco_engine.compress.registry.NAMES`.
+    """
+
+    source_tokens: int = 131072
+    repeats: int = 7
+    shortest: int = 2048
+    segment_tokens: int = ChunkConfig.segment_tokens
+    ratio: float = CompressConfig.ratio
+    top_k: int = 4
+    whole_ratio: float = 30.0
+    new_tokens: int = 32
+    reference_context: int = 1024
+    reference_tokens: int = 64
+    decoder: str = DEFAULT_DECODER
+    device: str | None = None
+    embedder: str = DEFAULT_EMBEDDER
+    compressor: str = CompressConfig.name
+
+    def __post_init__(self) -> None:
+        if self.source_tokens < max(self.shortest, self.segment_tokens):
+            least = max(self.shortest, self.segment_tokens)
+            raise ConfigError(f"source_tokens must be at least {least}, not {self.source_tokens}")
+        if self.new_tokens < 2 or self.repeats < 1:
+            raise ConfigError(
+                f"new_tokens must be at least 2 and repeats at least 1, not {self.new_tokens} and {self.repeats}"
+            )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The source lengths: doubling from the shortest, and the longest itself."""
+        made = []
+        length = self.shortest
+        while length < self.source_tokens:
+            made.append(length)
+            length *= 2
+        return (*made, self.source_tokens)
+
+
+def run(
+    config: BenchConfig,
+    *,
+    decoder: LocalDecoder | None = None,
+    embedder: Encoder | None = None,
+    folder: Path | None = None,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Measure everything; minutes, and longer when the source has to be compressed first.
+
+    Args:
+        config: the settings.
+        decoder, embedder: loaded ones; else those of ``config``.
+        folder: where the compressed source is kept; None is in the cache folder.
+        progress: is told what is done.
+
+    Returns:
+        the keys of ``lloco bench``, JSON-ready; ``details`` says what they were computed from.
+
+    Raises:
+        ConfigError, ModelNotFound, StoreError: as their messages say.
+    """
+    began = time.perf_counter()
+    decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
+    embedder = embedder or Embedder(config.embedder, config.device)
+    compressor = registry.get(config.compressor)
+    memory = PeakMemory(decoder.runner.device)
+    sizes = CorpusSizes(config.segment_tokens, config.ratio, config.whole_ratio, config.lengths)
+    tell = progress or (lambda what, done, total: None)
+    with Corpus(decoder, compressor, embedder, sizes, folder=folder, progress=progress) as corpus:
+        costs = QuestionCosts(config, decoder, embedder, corpus, memory, tell)
+        with never_ending(decoder):
+            retrieved, whole, in_context = costs.retrieved(), costs.whole(), costs.in_context()
+        with memory.phase("transformers_generate"):
+            generate = against_transformers(
+                decoder,
+                context_tokens=config.reference_context,
+                new_tokens=config.reference_tokens,
+                repeats=min(config.repeats, SLOW),
+                progress=tell,
+            )
+        with memory.phase("compress"):
+            compress = _compress(decoder, corpus, config, tell)
+        size = _bytes(corpus)
+        built_s = corpus.compress_s
+    details = {
+        "retrieved": retrieved,
+        "whole": whole,
+        "in_context": in_context,
+        "transformers_generate": generate,
+        "compress": compress,
+        "bytes_per_source_token": size,
+        "peak_memory_mb_by_phase": memory.phases,
+        "config": config.to_json()
+        | {
+            "decoder_fingerprint": decoder.fingerprint,
+            "compressor_settings": compressor.settings,
+            "lengths": list(config.lengths),
+        },
+        **circumstances(decoder.runner.device, decoder.runner.dtype),
+        "seconds": time.perf_counter() - began,
+        "seconds_of_compressing_the_source": built_s,
+    }
+    keys = _keys(details) | {"peak_memory_mb": memory.highest, "details": details}
+    return {name: _rounded(value) for name, value in keys.items()}
+
+
+def _keys(details: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that stand for the measurements."""
+    retrieved, whole, in_context = details["retrieved"], details["whole"], details["in_context"]
+    return {
+        "ttft_retrieved_over_no_context": retrieved["ttft_over_no_context"],
+        "decode_retrieved_over_no_context": retrieved["decode_over_no_context"],
+        "ttft_whole_over_no_context": {length: row["ttft_over_no_context"] for length, row in whole.items()},
+        "decode_whole_over_no_context": {length: row["decode_over_no_context"] for length, row in whole.items()},
+        "in_context_ttft_over_lloco": {length: row["ttft_over_lloco"] for length, row in in_context.items()},
+        "decode_over_transformers_generate": details["transformers_generate"]["ratio"],
+        "compress_over_prefill": details["compress"]["ratio"],
+        "bytes_per_source_token": details["bytes_per_source_token"]["float16"]["store"],
+    }
+
+
+def _compress(decoder: LocalDecoder, corpus: Corpus, config: BenchConfig, tell: Report) -> dict[str, Any]:
+    """Compressing chunks at the default ratio beside plainly prefilling them."""
+    chunks = corpus.chunk_ids()[: max(2, min(config.repeats, SLOW))]
+    pairs: list[tuple[float, float]] = []
+    for number, ids in enumerate([chunks[0], *chunks]):
+        tell("compressing beside prefilling", number, len(chunks) + 1)
+        prefill_s = seconds(partial(decoder.prefill, ids))
+        pairs.append((prefill_s, seconds(partial(corpus.compressor.compress, decoder, ids, [config.ratio]))))
+    del pairs[0]  # it warmed up
+    tokens = config.segment_tokens
+    return {
+        "ratio": median_ratio(pairs),
+        "prefill_tokens_per_s": tokens / median(prefill for prefill, _ in pairs),
+        "compress_tokens_per_s": tokens / median(compress for _, compress in pairs),
+        "chunks": len(pairs),
+        "chunk_tokens": tokens,
+    }
+
+
+def _bytes(corpus: Corpus) -> dict[str, Any]:
+    """Bytes on disk per source token: of the whole store, catalogue and index too, and of its segments alone."""
+    stats = corpus.retrieved.stats()
+    tokens, beside = stats["source_tokens"], stats["bytes"]["total"] - stats["bytes"]["segments"]
+    identities = dict.fromkeys(
+        hit.segment_id for info in corpus.retrieved.documents() for hit in corpus.retrieved.chunks(info.doc_id)
+    )
+    with TemporaryDirectory() as folder:
+        manifest = replace(corpus.retrieved.manifest, dtype="int8")
+        with Store.create(Path(folder) / "int8", manifest) as store, store.writer() as writer:
+            small = sum(writer.save_segment(each, corpus.retrieved.load_segment(each)).bytes for each in identities)
+    return {
+        dtype: {"store": (size + beside) / tokens, "segments": size / tokens}
+        for dtype, size in (("float16", stats["bytes"]["segments"]), ("int8", small))
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return value
