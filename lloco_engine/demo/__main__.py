@@ -240,7 +240,7 @@ def _print_sources(console: Console, answer: Answer) -> None:
 def _print_table(console: Console, rows: Sequence[_Row]) -> None:
     from rich.table import Table
 
-    table = Table(title="Median of the questions", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="All questions together (medians)", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     kept = " (first run)" if all(row.kept for row in rows) else ""
     for name in ("LLoCO", f"in context{kept}"):
