@@ -47,7 +47,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     ratio = details["config"]["whole_ratio"]
     plain = whole[-1][1]["no_context_ttft_s"]
 
-    _line(left, in_context, lambda row: row["ttft_s"], _THEIRS, "text in context", "s")
+    _line(left, in_context, lambda row: row["ttft_s"], _THEIRS, "text in context, up to the window", "s")
     _line(left, whole, lambda row: row["ttft_s"], _OURS, f"LLoCO, {ratio:g}x", "s")
     left.axhline(plain, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)))
     left.annotate(
@@ -56,13 +56,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     )  # fmt: skip
     _dress(left, "Time to first token", "seconds", [length for length, _ in whole])
     low, high = left.get_ylim()
-    left.set_ylim(low / 1.6, high * 1.8)
+    left.set_ylim(low / 1.6, high * 2.5)
 
-    _line(right, in_context, lambda row: row["prompt_tokens"], _THEIRS, "text in context", "tokens")
+    _line(right, in_context, lambda row: row["prompt_tokens"], _THEIRS, "text in context, up to the window", "tokens")
     _line(right, whole, lambda row: row["prompt_slots"] + row["prompt_tokens"], _OURS, f"LLoCO, {ratio:g}x", "")
     _dress(right, "Prompt: text tokens and slots", "tokens and slots", [length for length, _ in whole])
     low, high = right.get_ylim()
-    right.set_ylim(low / 1.6, high * 1.8)
+    right.set_ylim(low / 1.6, high * 2.5)
 
     figure.suptitle(f"The whole source in the prompt: {_machine(details)}", x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=150)
@@ -86,6 +86,8 @@ def _line(axes: Axes, points: Sequence[tuple[int, Any]], value: Any, colour: str
 
 
 def _dress(axes: Axes, title: str, unit: str, lengths: Sequence[int]) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_title(title, loc="left", fontsize=11)
@@ -93,6 +95,7 @@ def _dress(axes: Axes, title: str, unit: str, lengths: Sequence[int]) -> None:
     axes.set_ylabel(unit)
     axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(True, axis="y", color="#e3e3e3", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
