@@ -1,0 +1,73 @@
+"""Tiny decoders and segments that the tests of the decoder and of the compressors share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lloco_engine.compress.uncompressed import Uncompressed
+from lloco_engine.config import PrefixConfig
+from lloco_engine.decoder.local import LocalDecoder
+from lloco_engine.decoder.template import encode
+from lloco_engine.prefix import assemble
+from lloco_engine.testing import tiny_decoder, tiny_tokenizer
+from lloco_engine.types import Prefix, Segment
+
+# every family, and grouped-query, multi-head and multi-query attention
+SHAPES = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"num_key_value_heads": 1}),
+    ("llama", {"attention_bias": True, "mlp_bias": False, "tie_word_embeddings": False}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen2", {"num_key_value_heads": 1}),
+    ("qwen3", {}),
+    ("qwen3", {"num_key_value_heads": 4, "head_dim": 16}),
+]
+TEXT = "The mill at Orne has three wheels. Its keeper, Ada Brandt, came from the north in 1874 and never left."
+OTHERS = (
+    "A tram of the green line carries forty people and a dog; on Sundays it carries none.",
+    "Under the hill lies salt. The firm Kessler dug it for a century, then sold the holes to a bank.",
+)
+
+
+def tiny(family: str = "llama", *, seed: int = 0, **changes) -> LocalDecoder:
+    """A decoder of its own: what a test does to it reaches no other."""
+    return LocalDecoder(spiced(tiny_decoder(family, seed=seed, **changes)), tiny_tokenizer(), "tiny")
+
+
+def spiced(model):
+    """The model with biases and norms that are not the 0 and 1 they start with, so that a skipped one is noticed."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        elif "norm" in name:
+            parameter.data.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tokens(decoder: LocalDecoder, text: str) -> list[int]:
+    return encode(decoder.tokenizer, text)
+
+
+def whole(decoder: LocalDecoder, text: str = TEXT) -> Segment:
+    """A text's whole KV cache as a segment."""
+    return Uncompressed().compress(decoder, tokens(decoder, text), [1])[0]
+
+
+def place(decoder: LocalDecoder, segments: Sequence[Segment], placement: str = "parallel") -> Prefix:
+    config = PrefixConfig(placement=placement)
+    made = assemble(segments, config, template_tokens=decoder.template_tokens, room=0, window=decoder.shape.window)
+    return made.prefix
+
+
+def ragged(seed: int, lengths: Sequence[Sequence[int]], dim: int = 8, source_tokens: int = 50) -> Segment:
+    """A segment of random slots, ``lengths`` (layers, heads) of them."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    count = int(sizes.sum())
+    keys, values = (torch.randn(count, dim, generator=generator) for _ in range(2))
+    return Segment(keys, values, torch.randn(count, generator=generator), sizes, source_tokens)

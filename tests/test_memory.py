@@ -1,0 +1,246 @@
+"""The layout of ragged segments, and attention over it, against a loop over heads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from decoder_cases import ragged, tiny
+
+from lloco_engine.decoder import memory
+from lloco_engine.decoder.attention import attend
+from lloco_engine.decoder.memory import LayerMemory, Memory
+from lloco_engine.store import segments
+from lloco_engine.types import Prefix, Segment
+
+DIM, HEADS, LAYERS = 8, 2, 2
+# one block per head; blocks of 4, 16 and 128 slots for heads that differ in length
+LAYOUTS = [(10**9, 128), (0, 4), (0, 16), (0, 128)]
+SEGMENTS = [
+    ragged(1, [[3, 9], [1, 20]]),
+    ragged(2, [[4, 4], [4, 4]]),
+    ragged(3, [[30, 1], [2, 2]]),
+]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(params=LAYOUTS, ids=["one", "of4", "of16", "of128"])
+def layout(request, monkeypatch):
+    worth, width = request.param
+    monkeypatch.setattr(memory, "_WORTH", worth)
+    monkeypatch.setattr(memory, "_WIDTH", width)
+    return request.param
+
+
+def prefix(*segments: Segment) -> Prefix:
+    return Prefix(segments, (0,) * len(segments), 60)
+
+
+def make(prefixes, dtype=torch.float32) -> Memory:
+    made = Memory.of(prefixes, torch.device("cpu"), dtype, tiny().runner.rotate)
+    assert made is not None
+    return made
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slots_of(segment: Segment, layer: int, head: int) -> slice:
+    """Where a head's slots lie, counted one head after the other."""
+    begin = 0
+    for at_layer, sizes in enumerate(segment.lengths.tolist()):
+        for at_head, size in enumerate(sizes):
+            if (at_layer, at_head) == (layer, head):
+                return slice(begin, begin + size)
+            begin += size
+    raise AssertionError
+
+
+def naive(q, keys, values, mask, prefixes, layer, scale) -> torch.Tensor:
+    """One query at a time: the slots of its head, then the live tokens it may read."""
+    rows, query_heads, count, dim = q.shape
+    read = torch.zeros(rows, count, query_heads, dim, dtype=torch.float64)
+    for row in range(rows):
+        for query_head in range(query_heads):
+            head = query_head * keys.shape[1] // query_heads
+            slots, biases, seen = [keys[row, head]], [torch.zeros(keys.shape[2])], [values[row, head]]
+            for segment in prefixes[row].segments if prefixes[row] is not None else ():
+                here = slots_of(segment, layer, head)
+                slots.append(segment.keys[here])
+                biases.append(segment.bias[here])
+                seen.append(segment.values[here])
+            slots, biases, seen = (torch.cat(parts).double() for parts in (slots, biases, seen))
+            for t in range(count):
+                logits = scale * (slots @ q[row, query_head, t].double()) + biases
+                if mask is not None:
+                    may = mask[row if mask.shape[0] > 1 else 0, 0, t] == 0
+                    logits[: keys.shape[2]].masked_fill_(~may, -torch.inf)
+                read[row, t, query_head] = torch.softmax(logits, 0) @ seen
+    return read.reshape(rows, count, -1).float()
+
+
+def live(rows: int, count: int, past: int, group: int = 2):
+    """Random queries, live keys and values, and the causal mask."""
+    q = random(rows, HEADS * group, count, DIM, seed=11)
+    keys, values = (random(rows, HEADS, past + count, DIM, seed=seed) for seed in (12, 13))
+    mask = torch.zeros(1, 1, count, past + count)
+    mask.masked_fill_(torch.ones(count, past + count).triu(past + 1).bool(), torch.finfo(mask.dtype).min)
+    return q, keys, values, mask
+
+
+ROWS = {
+    "one": [prefix(*SEGMENTS)],
+    "own": [prefix(*SEGMENTS), prefix(SEGMENTS[1]), prefix(SEGMENTS[2], SEGMENTS[0])],
+    "none among them": [None, prefix(SEGMENTS[0]), prefix(), prefix(*SEGMENTS)],
+    "shared": [prefix(*SEGMENTS)] * 3,
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.usefixtures("layout")
+def test_attention_is_that_of_a_loop_over_slots_and_tokens(rows, count, group):
+    prefixes = ROWS[rows]
+    made = make(prefixes)
+    q, keys, values, mask = live(len(prefixes), count, 3, group)
+    for layer in range(LAYERS):
+        read = attend(q, keys, values, mask, made.layer(layer), 0.3)
+        torch.testing.assert_close(read, naive(q, keys, values, mask, prefixes, layer, 0.3), **CLOSE)
+    one = attend(q[:, :, -1:], keys, values, None, made.layer(0), 0.3)
+    torch.testing.assert_close(one, naive(q[:, :, -1:], keys, values, None, prefixes, 0, 0.3), **CLOSE)
+
+
+def test_rows_that_share_a_prefix_hold_it_once():
+    same = prefix(*SEGMENTS)
+    assert make([same] * 5).layer(0).heads == HEADS
+    assert make([same, prefix(*SEGMENTS)]).layer(0).heads == 2 * HEADS
+
+
+def test_long_heads_do_not_pad_the_others(monkeypatch):
+    uneven = prefix(ragged(5, [[2000, 10], [1000, 1000]]))
+    made = make([uneven])
+    cut, even = made.layer(0), made.layer(1)
+    assert cut.owner.tolist() == [0] * 16 + [1]
+    assert cut.keys.shape == (17, DIM, 128)
+    assert even.owner is None
+    assert even.keys.shape == (2, DIM, 1000)
+    monkeypatch.setattr(memory, "_WORTH", 1990)
+    assert make([uneven]).layer(0).keys.shape == (2, DIM, 2000)  # this much padding is worth one block per head
+
+
+def test_what_fills_a_block_up_is_never_read(layout):
+    made = make([prefix(*SEGMENTS), None])
+    for layer in range(LAYERS):
+        laid = made.layer(layer)
+        real = sum(int(segment.lengths[layer].sum()) for segment in SEGMENTS)
+        assert int(laid.bias.isfinite().sum()) == real
+        assert bool(laid.keys.isfinite().all())
+        assert bool(laid.values.isfinite().all())
+        assert laid.bias.isneginf().logical_or(laid.bias.isfinite()).all()
+
+
+@pytest.mark.usefixtures("layout")
+def test_extreme_logits_and_a_row_without_slots_never_give_nan():
+    segment = ragged(7, [[5, 1], [1, 5]])
+    made = make([prefix(segment), None])
+    q, keys, values, mask = live(2, 4, 0)
+    for factor in (0.0, 1.0, 1e4):
+        for sign in (-1, 1):
+            read = attend(q * factor * sign, keys, values, mask, made.layer(0), 1.0)
+            assert bool(read.isfinite().all())
+    hidden = torch.full_like(mask, torch.finfo(mask.dtype).min)  # only slots may be read; the second row has none
+    assert bool(attend(q, keys, values, hidden, made.layer(0), 1.0).isfinite().all())
+
+
+@pytest.mark.parametrize("rows", ["one", "own", "shared"])
+@pytest.mark.usefixtures("layout")
+def test_gradients_are_those_of_plain_attention(rows):
+    prefixes = ROWS[rows]
+    made = make(prefixes)
+    q, keys, values, mask = live(len(prefixes), 3, 2)
+    weight = random(len(prefixes), 3, HEADS * 2 * DIM, seed=3)
+    leaves = [one.clone().requires_grad_(True) for one in (q, keys, values)]
+    expected = torch.autograd.grad((naive(*leaves, mask, prefixes, 0, 0.3) * weight).sum(), leaves)
+    found = torch.autograd.grad((attend(*leaves, mask, made.layer(0), 0.3) * weight).sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_fold_puts_the_rows_side_by_side_and_unfold_takes_them_apart(rows):
+    x = random(rows * HEADS, 5, 4)
+    folded = memory._fold(x, rows)
+    assert folded.shape == (HEADS, rows * 5, 4)
+    for row in range(rows):
+        for head in range(HEADS):
+            assert torch.equal(folded[head, row * 5 : row * 5 + 5], x[row * HEADS + head])
+    assert torch.equal(memory._unfold(folded, rows), x)
+
+
+def test_segments_in_half_precision_are_read_as_what_they_hold():
+    half = [Segment(one.keys.half(), one.values.half(), one.bias, one.lengths, one.source_tokens) for one in SEGMENTS]
+    full = [Segment(one.keys.float(), one.values.float(), one.bias, one.lengths, one.source_tokens) for one in half]
+    q, keys, values, mask = live(1, 4, 2)
+    first = attend(q, keys, values, mask, make([prefix(*half)]).layer(1), 0.3)
+    assert torch.equal(first, attend(q, keys, values, mask, make([prefix(*full)]).layer(1), 0.3))
+    laid = make([prefix(*half)], torch.bfloat16).layer(0)
+    assert {laid.keys.dtype, laid.values.dtype, laid.bias.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_segments_out_of_a_store_are_read(tmp_path, dtype):
+    written = SEGMENTS[0]
+    form = segments.SegmentFormat(LAYERS, HEADS, DIM, dtype)
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(segments.encode(written, "0" * 32, form)[0])
+    stored = segments.read(file, "0" * 32, form)
+    q, keys, values, mask = live(1, 4, 2)
+    read = attend(q, keys, values, mask, make([prefix(stored)]).layer(0), 0.3)
+    near = {"rtol": 0, "atol": 2e-3 if dtype == "float16" else 5e-2}
+    torch.testing.assert_close(read, naive(q, keys, values, mask, [prefix(written)], 0, 0.3), **near)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_sequence_turns_the_keys_by_their_offsets(stored):
+    rotate = tiny().runner.rotate
+    placed_here = [
+        Segment(one.keys.to(stored), one.values.to(stored), one.bias, one.lengths, one.source_tokens)
+        for one in SEGMENTS
+    ]
+    placed = Prefix(tuple(placed_here), (0, 50, 100), 160, "sequence")
+    turned = [
+        Segment(rotate(one.keys, offset), one.values, one.bias, one.lengths, 50)
+        for one, offset in zip(placed_here, placed.offsets, strict=True)
+    ]
+    for layer in range(LAYERS):
+        ours, theirs = make([placed]).layer(layer), make([prefix(*turned)]).layer(layer)
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.bias, theirs.bias)
+
+
+def test_a_layer_is_laid_out_once_and_only_when_asked_for(monkeypatch):
+    made, seen = make([prefix(*SEGMENTS)]), []
+    lay_out = Memory._lay_out
+    monkeypatch.setattr(Memory, "_lay_out", lambda self, index: seen.append(index) or lay_out(self, index))
+    assert made.layer(1) is made.layer(1)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("prefixes", [[None], [None, None], [prefix()], [prefix(), None]])
+def test_no_segments_need_no_memory(prefixes):
+    assert Memory.of(prefixes, torch.device("cpu"), torch.float32, lambda keys, offset: keys) is None
+
+
+def test_a_bias_is_the_logarithm_of_how_often_a_slot_counts():
+    key, value = random(1, DIM, seed=1), random(1, DIM, seed=2)
+    lengths = torch.tensor([[1]])
+    three = prefix(Segment(key, value, torch.tensor([math.log(3)]), lengths, 3))
+    often = Segment(key.repeat(3, 1), value.repeat(3, 1), torch.zeros(3), lengths * 3, 3)
+    q, keys, values = random(1, 1, 2, DIM), random(1, 1, 2, DIM, seed=4), random(1, 1, 2, DIM, seed=5)
+    one, other = make([three]).layer(0), make([prefix(often)]).layer(0)
+    assert isinstance(one, LayerMemory)
+    torch.testing.assert_close(attend(q, keys, values, None, one, 0.5), attend(q, keys, values, None, other, 0.5))
