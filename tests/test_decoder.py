@@ -119,6 +119,14 @@ def test_the_rotation_of_keys_can_be_undone_and_added_up():
     assert not torch.allclose(runner.rotate(keys, 1), keys, atol=0.1)
 
 
+def test_keys_of_a_scaled_rotary_embedding_are_turned_but_not_scaled():
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 256}
+    runner = tiny(rope_parameters=rope).runner
+    keys = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(runner.rotate(keys, 0), keys, **CLOSE)
+    torch.testing.assert_close(runner.rotate(keys, 300).norm(dim=-1), keys.norm(dim=-1), **CLOSE)
+
+
 def test_a_family_or_rotary_embedding_that_cannot_be_run_is_refused():
     from transformers import GPT2Config
 
@@ -428,7 +436,9 @@ def save_adapter(folder, seed: int, *, targets=TARGETS, **changes):
             if "lora_B" in name:
                 parameter.data.normal_(std=0.2)
         model.train(False)
-        model.save_pretrained(str(folder))
+        with warnings.catch_warnings():  # PEFT says so when it saves an embedding or head along
+            warnings.simplefilter("ignore", UserWarning)
+            model.save_pretrained(str(folder))
         return model.merge_and_unload().requires_grad_(False)
 
 
@@ -596,3 +606,39 @@ def test_gradients_of_an_adapter_are_transformers_own(adapters):
     with_memory = runner.forward(ids, torch.arange(30) + prefix.start, cache, decoder._memory([Prompt("", prefix)] * 2))
     found = gradients(runner.logits(with_memory))
     assert all(bool(gradient.isfinite().all()) and gradient.abs().max() > 0 for gradient in found)
+
+
+def test_losses_that_start_from_one_cache_can_be_learned_from_in_any_order(adapters):
+    decoder = tiny()
+    decoder.load_adapter(adapters["law"][0], "law")
+    parameters = [p for name, p in decoder.runner.model.named_parameters() if "lora_" in name]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    decoder._use("law")
+    first = decoder.template_tokens
+
+    def loss(cache, seed):
+        cache.length = first
+        ids = random_ids(1, 12, seed)
+        hidden = decoder.runner.forward(ids, torch.arange(first, first + 12), cache)
+        return torch.nn.functional.cross_entropy(decoder.runner.logits(hidden)[0, :-1], ids[0, 1:])
+
+    cache = decoder._start(1, 12, "law")
+    losses = [loss(cache, seed) for seed in (1, 2)]
+    together = [torch.autograd.grad(one, parameters) for one in losses]
+    for seed, found in zip((1, 2), together, strict=True):
+        alone = torch.autograd.grad(loss(decoder._start(1, 12, "law"), seed), parameters)
+        for ours, theirs in zip(found, alone, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_an_adapter_on_a_part_that_is_not_adapted_here_is_refused_or_used(tmp_path):
+    merged = save_adapter(tmp_path, 1, targets=["q_proj", "lm_head"], tie_word_embeddings=False)
+    decoder = tiny(tie_word_embeddings=False)
+    try:
+        decoder.load_adapter(tmp_path, "law")
+    except AdapterError as error:
+        assert "lm_head" in str(error)
+        return
+    expected = type(decoder)(merged, decoder.tokenizer).answer_losses([Prompt(QUESTION)], ["Ada"])
+    assert decoder.answer_losses([Prompt(QUESTION)], ["Ada"], "law")[0] == pytest.approx(expected[0], rel=1e-4)
