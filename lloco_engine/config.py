@@ -114,13 +114,14 @@ class PrefixConfig(Config):
 
 @dataclass(frozen=True)
 class GenerateConfig(Config):
-    """How tokens are chosen. ``temperature`` 0 is greedy."""
+    """How tokens are chosen. ``temperature`` 0 is greedy; there, ``lookup`` guesses ahead without changing the output."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    lookup: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))

@@ -132,7 +132,6 @@ class Hit:
 class Prefix:
     """Segments placed for one prompt.
 
-    ``segments`` in placement order; ``start`` is the position of the first text token after them;
     ``segments`` in placement order; ``start`` is the position of the first text token after them; ``placement`` is
     ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another);
     ``offsets`` are the positions added to each segment's own (all 0 in parallel).

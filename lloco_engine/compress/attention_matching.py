@@ -1,102 +1,273 @@
-"""Compact KV by attention matching (draft)."""
+"""Compact KV by attention matching: the few slots that reproduce the attention of a chunk's whole KV cache.
+
+Source: Attention Matching (Zweiger et al. 2026, arXiv 2602.16284) for the bias and the values, with the reference
+queries of KVzip (Kim et al. 2025) and one budget over all heads together. No training; works for any decoder.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
-from lloco_engine.decoder.attention import Cache
+
+from lloco_engine.compress.base import Compressor
+from lloco_engine.errors import ConfigError
 from lloco_engine.types import Segment
 
-@dataclass
-class Opt:
-    max_rows:int=2048
-    stride:int=1
-    ridge:float=1e-3
-    iters:int=200
-    mass_rows:str='full'
-    floor:float=1e-4
-    score:str='max'
+if TYPE_CHECKING:
+    from lloco_engine.decoder.attention import Cache
+    from lloco_engine.decoder.local import LocalDecoder
 
-def compress(runner, p_ids, chunk_ids, repeat_ids, ratios, opt=Opt()):
-    sh=runner.shape; P=len(p_ids); n=len(chunk_ids); H=sh.kv_heads; G=sh.query_heads//H; D=sh.head_dim
-    dev=runner.device
-    total=P+2*n+len(repeat_ids)
-    cache=Cache(sh.layers,1,H,D,total,device=dev,dtype=runner.dtype)
-    ids=torch.tensor([list(p_ids)+list(chunk_ids)])
-    runner.forward(ids,torch.arange(P+n),cache)
-    state=[]
-    rep=list(repeat_ids)+list(chunk_ids)
-    T=len(rep)
-    rows=torch.arange(0,T,opt.stride)
-    M=len(rows)*G
-    fit=torch.arange(0,M, max(1,-(-M//opt.max_rows)))
-    def observe(l,q):
-        sc=D**-0.5
-        Q=q[0].view(H,G,T,D)[:,:,rows].reshape(H,M,D)*sc
-        K=cache.keys[l][0,:,:P+n];V=cache.values[l][0,:,:P+n]
-        best=torch.full((H,n),-1e30);lses=[]
-        for s in range(0,M,1024):
-            S=Q[:,s:s+1024]@K.transpose(1,2)
-            lse=torch.logsumexp(S,-1,keepdim=True); lses.append(lse)
-            S-=lse
-            best=torch.maximum(best,S[:,:,P:].amax(1))
-        lse=torch.cat(lses,1)[:,fit]
-        Qf=Q[:,fit]
-        Y=[];mass=[]
-        for s in range(0,Qf.shape[1],1024):
-            A=torch.exp(Qf[:,s:s+1024]@K.transpose(1,2)-lse[:,s:s+1024])
-            Y.append(A@V); mass.append(A[:,:,P:].sum(-1))
-        state.append((best,Qf,lse,torch.cat(Y,1),torch.cat(mass,1)))
-    runner.forward(torch.tensor([rep]),torch.arange(P+n,P+n+T),cache,observe=observe)
-    imp=torch.stack([s[0] for s in state]) # L,H,n
-    out=[]
-    for ratio in ratios:
-        budget=max(int(round(n/ratio*sh.layers*H)),sh.layers*H)
-        flat=imp.clone()
-        flat.scatter_(2,flat.argmax(-1,keepdim=True),1e9)  # at least one per head
-        thr=torch.topk(flat.flatten(),min(budget,flat.numel())).indices
-        keep=torch.zeros(flat.numel(),dtype=torch.bool);keep[thr]=True;keep=keep.view_as(flat)
-        ks,vs,bs,lens=[],[],[],[]
-        for l in range(sh.layers):
-            best,Qf,lse,Y,mass=state[l]
-            k=keep[l].sum(-1);km=int(k.max())
-            idx=torch.argsort(~keep[l],dim=-1,stable=True)[:,:km]
-            valid=torch.arange(km)[None]<k[:,None]
-            Kc=cache.keys[l][0,:,P:P+n];Vc=cache.values[l][0,:,P:P+n]
-            Kk=Kc.gather(1,idx[...,None].expand(-1,-1,D));Vk=Vc.gather(1,idx[...,None].expand(-1,-1,D))
-            A=torch.exp(Qf@Kk.transpose(1,2)-lse)*valid[:,None]
-            # mass
-            Gm=A.transpose(1,2)@A; b=(A.transpose(1,2)@mass[...,None])[...,0]
-            d=Gm.diagonal(dim1=1,dim2=2)
-            reg=1e-4*d.sum(-1,keepdim=True)/k[:,None]+1e-12
-            Gm=Gm+torch.diag_embed(reg.expand(-1,km)); b=b+reg  # towards w=1
-            w=nnls(Gm,b,opt.iters)*valid
-            w=w.clamp_min(opt.floor)
-            # values
-            Kp=cache.keys[l][0,:,:P];Vp=cache.values[l][0,:,:P]
-            Ap=torch.exp(Qf@Kp.transpose(1,2)-lse)
-            E=A*w[:,None]
-            Z=E.sum(-1,keepdim=True)+Ap.sum(-1,keepdim=True)
-            X=E/Z
-            R=Y-(Ap/Z)@Vp-X@Vk
-            XX=X.transpose(1,2)@X
-            lam=opt.ridge*(XX.diagonal(dim1=1,dim2=2).sum(-1)/k)[:,None]+1e-9
-            XX=XX+torch.diag_embed(lam.expand(-1,km)+(~valid)*1.0)
-            rhs=X.transpose(1,2)@R; dV=torch.stack([torch.cholesky_solve(rhs[h],torch.linalg.cholesky(XX[h])) for h in range(H)])
-            Vk=Vk+dV
-            for h in range(H):
-                m=int(k[h]);ks.append(Kk[h,:m]);vs.append(Vk[h,:m]);bs.append(w[h,:m].log());lens.append(m)
-        out.append(Segment(torch.cat(ks),torch.cat(vs),torch.cat(bs),torch.tensor(lens).view(sh.layers,H),n))
-    return out
+__all__ = ["AttentionMatching", "nnls"]
 
-def nnls(G,b,iters):
-    # accelerated projected gradient; G (H,k,k), b (H,k)
-    L=torch.linalg.matrix_norm(G,ord='fro') # upper bound of the largest eigenvalue
-    v=torch.rand(G.shape[0],G.shape[1],1)
-    for _ in range(15):
-        v=G@v; v=v/v.norm(dim=1,keepdim=True)
-    L=((v.transpose(1,2)@G@v)[:,0,0]*1.05)[:,None]
-    x=torch.ones_like(b);y=x.clone();t=1.
-    for _ in range(iters):
-        xn=(y-((G@y[...,None])[...,0]-b)/L).clamp_min(0)
-        tn=(1+(1+4*t*t)**.5)/2
-        y=xn+(t-1)/tn*(xn-x);x=xn;t=tn
+_LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
+_PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
+_ROWS = 256  # query rows scored at once, which bounds memory at _ROWS * (P + 2 n) floats per KV head
+_BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the reference queries of one layer saw; ``M`` rows are kept for the fits.
+
+    importance : (H, n) largest attention any reference query pays to each position, times the root of its value's length
+    queries    : (H, M, D) scaled; lse : (H, M, 1) log partition sum over template prefix and chunk
+    output     : (H, M, D) attention output over both; mass : (H, M) share of that attention on the chunk
+    """
+
+    importance: torch.Tensor
+    queries: torch.Tensor
+    lse: torch.Tensor
+    output: torch.Tensor
+    mass: torch.Tensor
+
+
+class AttentionMatching(Compressor):
+    """Keeps the most important positions of every head, then fits a bias and a value to each.
+
+    Args:
+        ridge: pull of the values towards the originals, relative to the mean squared attention of the kept slots.
+        fit_rows: most reference queries per KV head used in the fits.
+        iterations: steps of the non-negative least squares.
+    """
+
+    name = "attention_matching"
+
+    def __init__(self, *, ridge: float = 1.0, fit_rows: int = 1024, iterations: int = 200) -> None:
+        if not isinstance(ridge, int | float) or not ridge > 0:
+            raise ConfigError(f"ridge must be a number above 0, not {ridge!r}")
+        if fit_rows < 16 or iterations < 1:
+            raise ConfigError(f"fit_rows must be at least 16 and iterations at least 1, not {fit_rows}, {iterations}")
+        self._ridge, self._fit_rows, self._iterations = ridge, fit_rows, iterations
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return {"ridge": self._ridge, "fit_rows": self._fit_rows, "iterations": self._iterations}
+
+    def longest_chunk(self, decoder: LocalDecoder) -> int:
+        """Half the window: the chunk is read twice, once to be kept and once to be repeated."""
+        return (decoder.shape.window - decoder.template_tokens - len(decoder.template.repeat_ids())) // 2
+
+    @torch.inference_mode()
+    def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
+        """See `Compressor.compress`."""
+        repeat = [*decoder.template.repeat_ids(), *token_ids]
+        cache = decoder.prefill(token_ids, room=len(repeat))
+        watch = _Watch(cache, decoder.template_tokens, decoder.runner.scale, self._fit_rows)
+        # the queries only point at what matters, so half precision serves where the processor is quick at it
+        with torch.autocast(decoder.runner.device.type, torch.bfloat16, enabled=_quicker_in_bf16(decoder)):
+            decoder.follow(repeat, cache, watch.attend)
+        chunk = slice(decoder.template_tokens, decoder.template_tokens + len(token_ids))
+        importance = torch.stack([seen.importance for seen in watch.seen])
+        return [self._fit(cache, watch.seen, select(importance, ratio), chunk) for ratio in ratios]
+
+    def _fit(self, cache: Cache, seen: list[_Seen], keep: torch.Tensor, chunk: slice) -> Segment:
+        """Bias and values of the kept positions; heads of like size are fitted together, whatever their layer."""
+        sizes = keep.sum(dim=-1)
+        heads = keep.shape[1]
+        keys, values, bias = ([torch.empty(0)] * sizes.numel() for _ in range(3))
+        for batch in _batches(sizes.flatten().tolist(), seen[0].queries.shape[1]):
+            where = [divmod(number, heads) for number in batch]
+            # in float32, whatever the decoder's own precision: the fits square what they are given
+            k = torch.stack([cache.keys[layer][0, head, chunk] for layer, head in where]).float()
+            v = torch.stack([cache.values[layer][0, head, chunk] for layer, head in where]).float()
+            before = (
+                torch.stack([part[layer][0, head, : chunk.start] for layer, head in where]).float()
+                for part in (cache.keys, cache.values)
+            )
+            # a stable sort of "not kept" brings the kept positions to the front, in their order
+            kept = torch.stack([keep[layer, head] for layer, head in where])
+            size = kept.sum(dim=-1)
+            index = torch.sort((~kept).to(torch.uint8), dim=-1, stable=True).indices[:, : int(size.max())]
+            valid = torch.arange(index.shape[1], device=index.device)[None] < size[:, None]
+            pick = index[..., None].expand(-1, -1, k.shape[-1])
+            picked = [
+                torch.stack([getattr(seen[layer], name)[head] for layer, head in where]).float()
+                for name in ("queries", "lse", "output", "mass")
+            ]
+            k, v, b = self._fit_heads(k.gather(1, pick), v.gather(1, pick), *before, *picked, valid)
+            for i, number in enumerate(batch):
+                n = int(size[i])
+                keys[number], values[number], bias[number] = k[i, :n], v[i, :n], b[i, :n]
+        return Segment(torch.cat(keys), torch.cat(values), torch.cat(bias).float(), sizes, keep.shape[-1])
+
+    def _fit_heads(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        fixed_keys: torch.Tensor,
+        fixed_values: torch.Tensor,
+        queries: torch.Tensor,
+        lse: torch.Tensor,
+        output: torch.Tensor,
+        mass: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fit a batch of heads (B, k, D), ``valid`` (B, k), beside the template prefix (B, P, D), which stays whole."""
+        weights = torch.exp(torch.bmm(queries, keys.transpose(1, 2)) - lse) * valid[:, None]
+        count = valid.sum(dim=-1, keepdim=True)
+        # mass: w >= 0 such that the kept slots' weighted attention adds up to the chunk's, query by query
+        gram = torch.bmm(weights.transpose(1, 2), weights)
+        right = torch.bmm(weights.transpose(1, 2), mass[..., None])[..., 0]
+        pull = _PULL * gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) / count + 1e-12  # towards w = 1
+        gram.diagonal(dim1=1, dim2=2).add_(pull)
+        w = torch.where(valid, nnls(gram, right + pull, self._iterations).clamp_min(_LEAST_MASS), 1.0)
+        # values: ridge least squares of the full output on the re-weighted attention, towards the original values
+        fixed = torch.exp(torch.bmm(queries, fixed_keys.transpose(1, 2)) - lse)
+        weights = weights * w[:, None]
+        total = weights.sum(-1, keepdim=True) + fixed.sum(-1, keepdim=True)
+        weights, fixed = weights / total, fixed / total
+        missing = output - torch.bmm(fixed, fixed_values) - torch.bmm(weights, values)
+        gram = torch.bmm(weights.transpose(1, 2), weights)
+        pull = (self._ridge * gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) / count).clamp_min(1e-9)
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(valid, pull, 1.0))
+        return keys, values + _solve(gram, torch.bmm(weights.transpose(1, 2), missing)), w.log()
+
+
+class _Watch:
+    """Attention of the repetition over the chunk and itself, block by block of rows, taking notes layer by layer."""
+
+    def __init__(self, cache: Cache, first: int, scale: float, fit_rows: int) -> None:
+        self._context = cache.length  # template prefix and chunk
+        self._first, self._scale, self._fit_rows = first, scale, fit_rows
+        self.seen: list[_Seen] = []
+
+    def attend(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """An `Attention`; notes what the layer's queries see of the chunk, in the cache's own precision."""
+        with torch.autocast(keys.device.type, enabled=False):
+            return self._attend(queries.to(keys.dtype), keys, values)
+
+    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        heads, context, dim = keys.shape[1], self._context, keys.shape[-1]
+        group, tokens = queries.shape[1] // heads, queries.shape[2]
+        grouped = (queries[0] * self._scale).view(heads, group, tokens, dim)
+        step = -(-group * tokens // self._fit_rows)
+        importance = keys.new_zeros(heads, context - self._first)
+        read = torch.empty_like(grouped)
+        notes: list[tuple[torch.Tensor, ...]] = []
+        size = max(1, _ROWS // group)
+        for row in range(0, tokens, size):
+            stop = min(row + size, tokens)
+            block = grouped[:, :, row:stop].reshape(heads, -1, dim)
+            live = context + stop  # what comes later is not computed at all
+            logits = torch.bmm(block, keys[0, :, :live].transpose(1, 2))
+            later = torch.ones(stop - row, stop - row, dtype=torch.bool, device=keys.device).triu_(1)
+            logits[:, :, context + row :].view(heads, group, stop - row, -1).masked_fill_(later, -torch.inf)
+            weights = torch.softmax(logits, dim=-1)
+            torch.maximum(importance, weights[:, :, self._first : context].amax(dim=1), out=importance)
+            out = torch.bmm(weights, values[0, :, :live])
+            read[:, :, row:stop] = out.view(heads, group, stop - row, dim)
+            notes.append(self._note(block, logits, weights, out, values[0, :, :live], step))
+        # a position matters by what it adds to the output; the root of the value's length did best (docs/log.md)
+        importance = importance * values[0, :, self._first : context].norm(dim=-1).sqrt()
+        self.seen.append(_Seen(importance, *(torch.cat(part, dim=1) for part in zip(*notes, strict=True))))
+        return read.view(1, heads * group, tokens, dim).transpose(1, 2).reshape(1, tokens, -1)
+
+    def _note(
+        self,
+        queries: torch.Tensor,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+        values: torch.Tensor,
+        step: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """Every ``step``-th row, with its attention restricted to template prefix and chunk."""
+        context = self._context
+        logits, weights, out = logits[:, ::step], weights[:, ::step], out[:, ::step]
+        lse = torch.logsumexp(logits[:, :, :context], dim=-1, keepdim=True)
+        own = weights[:, :, context:]
+        share = (1 - own.sum(dim=-1, keepdim=True)).clamp_min(1e-6)
+        output = (out - torch.bmm(own, values[:, context:])) / share
+        mass = weights[:, :, self._first : context].sum(dim=-1) / share[..., 0]
+        return queries[:, ::step], lse, output, mass
+
+
+def _quicker_in_bf16(decoder: LocalDecoder) -> bool:
+    """Whether a float32 decoder runs on a CPU that multiplies bfloat16 matrices in hardware."""
+    on_cpu = decoder.runner.device.type == "cpu" and decoder.runner.dtype == torch.float32
+    return on_cpu and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def select(importance: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Which positions stay: the most important of all heads together, and the best of each head.
+
+    Args:
+        importance: (L, H, n). ratio: positions per kept slot.
+
+    Returns:
+        (L, H, n) bool, with about ``L * H * n / ratio`` true, at least one per head.
+    """
+    layers, heads, length = importance.shape
+    budget = min(max(round(length / ratio * layers * heads), layers * heads), importance.numel())
+    ranked = importance.scatter(2, importance.argmax(dim=-1, keepdim=True), torch.inf)
+    keep = torch.zeros(importance.numel(), dtype=torch.bool, device=importance.device)
+    keep[ranked.flatten().topk(budget).indices] = True
+    return keep.view_as(importance)
+
+
+def _batches(sizes: list[int], rows: int) -> Iterator[list[int]]:
+    """Numbers of heads to fit together: sizes within a quarter of each other, so that little is padding."""
+    batch: list[int] = []
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if batch and (sizes[number] > 1.25 * sizes[batch[0]] + 4 or (len(batch) + 1) * rows * sizes[number] > _BATCH):
+            yield batch
+            batch = []
+        batch.append(number)
+    yield batch
+
+
+def nnls(gram: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Minimise x G x / 2 - r x over x >= 0, by accelerated projected gradient (Beck and Teboulle 2009).
+
+    Args:
+        gram: (B, k, k) symmetric positive. right: (B, k).
+
+    Returns:
+        (B, k).
+    """
+    vector = torch.ones_like(right)[..., None]
+    for _ in range(12):  # power iteration for the largest eigenvalue
+        vector = torch.bmm(gram, vector)
+        vector = vector / vector.norm(dim=1, keepdim=True)
+    step = 1 / (1.1 * torch.bmm(vector.transpose(1, 2), torch.bmm(gram, vector))[..., 0])
+    x = ahead = torch.ones_like(right)
+    pace = 1.0
+    for _ in range(iterations):
+        new = (ahead - step * (torch.bmm(gram, ahead[..., None])[..., 0] - right)).clamp_min(0)
+        quicker = (1 + (1 + 4 * pace * pace) ** 0.5) / 2
+        ahead = new + (pace - 1) / quicker * (new - x)
+        x, pace = new, quicker
     return x
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """x with G x = r for symmetric positive (B, k, k) and (B, k, D)."""
+    if gram.device.type != "cpu":
+        return torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+    # torch's batched factorisation on the CPU nests OpenMP teams inside MKL's own and can stall for minutes
+    factors = [torch.linalg.cholesky(one) for one in gram]
+    return torch.stack([torch.cholesky_solve(one, factor) for one, factor in zip(right, factors, strict=True)])

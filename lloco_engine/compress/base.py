@@ -19,7 +19,8 @@ class Compressor(ABC):
     """Turns a chunk into the slots that stand for it.
 
     A leaf sets ``name`` and ``memory`` and implements `make`. Its constructor takes only keyword settings, which
-    `settings` gives back JSON-ready; two compressors of equal name and settings make equal segments of equal input.
+    `settings` gives back JSON-ready; compressors of equal name and settings make interchangeable segments of equal
+    input, equal to the precision of the machine that made them.
     Compression always uses the decoder's base weights, never an adapter.
     """
 

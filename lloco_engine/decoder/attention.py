@@ -47,22 +47,20 @@ class Cache:
         self.pad_from = pad_from
 
     def begin(self, tokens: int) -> torch.Tensor | None:
-        """The mask of the next ``tokens``: additive (B or 1, 1, T, S) float32, or None when every key may be read."""
+        """The mask of the next ``tokens``: additive (B or 1, 1, T, S), or None when plain causality says it all."""
         past = self.length
         if past + tokens > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, not {past + tokens}")
-        if tokens == 1 and self.pad is None:
+        if self.pad is None and (tokens == 1 or past == 0):
             return None
-        device = self.keys[0].device
-        column = torch.arange(past + tokens, device=device)
-        hidden = column[None, :] > torch.arange(past, past + tokens, device=device)[:, None]
+        device, dtype = self.keys[0].device, self.keys[0].dtype
+        mask = _causal(tokens, past + tokens, device, dtype)
         if self.pad is not None:
-            place = column[None, None, :] - self.pad_from
-            hidden = hidden[None] | ((place >= 0) & (place < self.pad[:, None, None]))
-        else:
-            hidden = hidden[None]
-        mask = torch.zeros(hidden.shape, device=device, dtype=self.keys[0].dtype)
-        return mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)[:, None]
+            place = torch.arange(past + tokens, device=device) - self.pad_from
+            unused = (place >= 0) & (place < self.pad[:, None])
+            # a finite minimum, so that a row of nothing but padding gives no NaN
+            mask = mask.masked_fill(unused[:, None, None], torch.finfo(dtype).min)
+        return mask
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add (B, H, T, D) of one layer; returns all live (B, H, S, D) keys and values."""
@@ -79,6 +77,12 @@ class Cache:
     def end(self, tokens: int) -> None:
         """All layers have appended."""
         self.length += tokens
+
+
+def _causal(tokens: int, live: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask (1, 1, T, S) of the last T of S tokens: each sees what lies before it and itself."""
+    later = torch.arange(live, device=device) > torch.arange(live - tokens, live, device=device)[:, None]
+    return torch.zeros(later.shape, device=device, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)[None, None]
 
 
 def attend(
@@ -102,12 +106,16 @@ def attend(
     rows, query_heads, tokens, dim = q.shape
     heads = keys.shape[1]
     if memory is None and tokens >= _FLASH_FROM:
-        read = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        read = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
         return read.transpose(1, 2).reshape(rows, tokens, -1)
     group = query_heads // heads
     queries = (q * scale).reshape(rows * heads, group * tokens, dim)
     live = keys.shape[2]
     scores = torch.bmm(queries, keys.reshape(rows * heads, live, dim).transpose(1, 2))
+    if mask is None and tokens > 1:
+        mask = _causal(tokens, live, q.device, q.dtype)
     if mask is not None:
         scores = (scores.view(rows, heads * group, tokens, live) + mask).view(rows * heads, group * tokens, live)
     values = values.reshape(rows * heads, live, dim)

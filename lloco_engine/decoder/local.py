@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.generation import Draft, TextStream, choose
 from lloco_engine.decoder.memory import Memory
-from lloco_engine.decoder.runner import Runner
+from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
 from lloco_engine.types import Prefix
@@ -57,7 +58,7 @@ class Generation:
 class LocalDecoder:
     """A Hugging Face causal language model with its tokenizer and template.
 
-    One request runs at a time; others wait (a lock), so an adapter chosen for one never leaks into another.
+    Requests from several threads take turns, pass by pass; an adapter chosen for one never leaks into another.
 
     Args:
         model: causal language model in eval mode, of a family in `lloco_engine.decoder.shape.FAMILIES`.
@@ -106,12 +107,23 @@ class LocalDecoder:
         """
         if name in self._adapters or name == "none":
             raise AdapterError(f"an adapter's name must be new and not 'none', not {name!r}")
-        with self._lock:
+        model = self.runner.model
+        with self._lock, models.quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of every adapter after the first
             try:
-                self.runner.model.load_adapter(str(folder), adapter_name=name, local_files_only=True)
+                model.load_adapter(str(folder), adapter_name=name)
+                if any("lora_" in key for part in self._outer() for key in part.state_dict()):
+                    raise ValueError("it changes the embedding or the output head, which are read unadapted")
             except (OSError, ValueError, RuntimeError, KeyError) as error:
+                if name in getattr(model, "peft_config", {}):
+                    model.delete_adapter(name)
                 raise AdapterError(f"{folder} does not hold a LoRA adapter for {self.name!r}: {error}") from error
             self._adapters[name] = Path(folder)
+
+    def _outer(self) -> list[Any]:
+        """The modules outside the layers, as they are now: PEFT may have wrapped them."""
+        model: Any = self.runner.model
+        return [model.lm_head, model.model.embed_tokens]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -149,7 +161,7 @@ class LocalDecoder:
             cache = self.new_cache(1, len(ids))
             if ids:
                 with torch.inference_mode():
-                    self.runner.forward(self._tensor([ids]), torch.arange(len(ids), device=self.runner.device), cache)
+                    self._step([ids], 0, cache, None, adapter)
             self._prefix_cache[adapter] = cache
         return self._prefix_cache[adapter]
 
@@ -172,7 +184,7 @@ class LocalDecoder:
     def _check(self, start: int, tokens: int, new: int) -> None:
         if start + tokens + new > self.shape.window:
             raise PromptTooLong(
-                f"positions of the prompt and the answer must fit the decoder's window of {self.shape.window}: the text "
+                f"positions of the prompt and the answer must fit the decoder's window of {self.shape.window}: text "
                 f"starts at {start}, the prompt has {tokens} tokens and the answer may have {new}, "
                 f"{start + tokens + new} in all; shorten the question or lower max_new_tokens"
             )
@@ -183,11 +195,16 @@ class LocalDecoder:
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int], room: int = 0) -> Cache:
         """The cache of the template prefix and a chunk, made with the base weights; ``room`` more tokens will fit."""
-        with self._lock:
-            self._use(None)
-            cache = self._start(1, len(token_ids) + room, None)
-            self._step([list(token_ids)], 0, cache, None)
+        # the template prefix is run again with the chunk: from an empty cache on, the causal kernel serves
+        ids = [*self.template.prefix_ids, *token_ids]
+        cache = self.new_cache(1, len(ids) + room)
+        self._step([ids], 0, cache, None, None)
         return cache
+
+    @torch.inference_mode()
+    def follow(self, token_ids: Sequence[int], cache: Cache, attention: Attention) -> None:
+        """Run tokens after a cache with the base weights, their attention computed by ``attention``."""
+        self._step([list(token_ids)], 0, cache, None, None, attention)
 
     # -- generation -------------------------------------------------------------------------------------------
 
@@ -215,33 +232,30 @@ class LocalDecoder:
         began = time.perf_counter()
         text = TextStream(self.tokenizer, config.stop)
         sampler = self._generator(config)
-        with self._lock:
-            self._use(adapter)
-            memory = self._memory([prompt])
-            cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter)
-            position = self._position(prompt) - cache.length
-            hidden = self._step([ids], position, cache, memory)
-            token = int(choose(self.runner.logits(hidden[:, -1]), config, sampler)[0])
-            generation.ttft_s = time.perf_counter() - began
-            drafting = config.temperature == 0
-            draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
-            accepted = [token]
-            while True:
-                for token in accepted:
-                    new = self._take(token, generation, text, config)
-                    generation.decode_s = time.perf_counter() - began - generation.ttft_s
-                    draft.extend([token])
-                    if new:
-                        yield new
-                    if generation.finish:
-                        return
-                guesses = draft.guess(generation.token_ids) if drafting else []
-                hidden = self._step([[generation.token_ids[-1], *guesses]], position, cache, memory)
-                chosen = choose(self.runner.logits(hidden[0]), config, sampler).tolist()
-                kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
-                cache.length -= len(guesses) - kept
-                accepted = chosen[: kept + 1]
-                generation.steps += 1
+        memory = self._memory([prompt])
+        cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter)
+        position = self._position(prompt) - cache.length
+        hidden = self._step([ids], position, cache, memory, adapter)
+        accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
+        generation.ttft_s = time.perf_counter() - began
+        drafting = config.lookup and config.temperature == 0
+        draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
+        while True:
+            for token in accepted:
+                new = self._take(token, generation, text, config)
+                generation.decode_s = time.perf_counter() - began - generation.ttft_s
+                draft.extend([token])
+                if new:
+                    yield new
+                if generation.finish:
+                    return
+            guesses = draft.guess(generation.token_ids) if drafting else []
+            hidden = self._step([[generation.token_ids[-1], *guesses]], position, cache, memory, adapter)
+            chosen = choose(self.runner.logits(hidden[0]), config, sampler).tolist()
+            kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
+            cache.length -= len(guesses) - kept
+            accepted = chosen[: kept + 1]
+            generation.steps += 1
 
     def _take(self, token: int, generation: Generation, text: TextStream, config: GenerateConfig) -> str:
         """Record one token of a generation; returns the text it makes certain."""
@@ -268,6 +282,8 @@ class LocalDecoder:
             PromptTooLong: any of them does not fit; nothing is run.
         """
         config = config or GenerateConfig()
+        if not prompts:
+            return []
         asked = [self.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
         for prompt, ids in zip(prompts, asked, strict=True):
             self._check(self._position(prompt), len(ids), config.max_new_tokens)
@@ -278,35 +294,46 @@ class LocalDecoder:
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
-        with self._lock:
-            self._use(adapter)
-            memory = self._memory(prompts)
-            cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad)
-            # positions follow from where each row's own text starts, not from where it lies in the padded cache
-            offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
-            step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
-            while True:
-                hidden = self._step(step, offset[:, None], cache, memory)
-                tokens = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
-                now = time.perf_counter() - began
-                for token, generation, text in zip(tokens, generations, texts, strict=True):
-                    if not generation.finish:
-                        self._take(token, generation, text, config)
-                        generation.ttft_s = generation.ttft_s or now
-                        generation.decode_s = now - generation.ttft_s
-                if all(generation.finish for generation in generations):
-                    return generations
-                step = [[token] for token in tokens]
+        memory = self._memory(prompts)
+        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad)
+        # positions follow from where each row's own text starts, not from where it lies in the padded cache
+        offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
+        step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
+        while True:
+            hidden = self._step(step, offset[:, None], cache, memory, adapter)
+            tokens = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
+            now = time.perf_counter() - began
+            for token, generation, text in zip(tokens, generations, texts, strict=True):
+                if not generation.finish:
+                    self._take(token, generation, text, config)
+                    generation.ttft_s = generation.ttft_s or now
+                    generation.decode_s = now - generation.ttft_s
+            if all(generation.finish for generation in generations):
+                return generations
+            step = [[token] for token in tokens]
 
     def _memory(self, prompts: Sequence[Prompt]) -> Memory | None:
-        return Memory.of([prompt.prefix for prompt in prompts], self.runner.device, self.runner.dtype, self.runner.rotate)
+        return Memory.of(
+            [prompt.prefix for prompt in prompts], self.runner.device, self.runner.dtype, self.runner.rotate
+        )
 
     def _step(
-        self, ids: list[list[int]], offset: int | torch.Tensor, cache: Cache, memory: Memory | None
+        self,
+        ids: list[list[int]],
+        offset: int | torch.Tensor,
+        cache: Cache,
+        memory: Memory | None,
+        adapter: str | None,
+        attention: Attention | None = None,
     ) -> torch.Tensor:
-        """Run tokens that follow the cache; their positions are ``offset`` beyond their places in it."""
+        """Run tokens that follow the cache; their positions are ``offset`` beyond their places in it.
+
+        The lock is held for one pass only, so streams of several requests take turns and each keeps its adapter.
+        """
         places = torch.arange(cache.length, cache.length + len(ids[0]), device=self.runner.device)
-        return self.runner.forward(self._tensor(ids), (places + offset).clamp_min(0), cache, memory)
+        with self._lock:
+            self._use(adapter)
+            return self.runner.forward(self._tensor(ids), (places + offset).clamp_min(0), cache, memory, attention)
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:
         if config.seed is None:
@@ -329,6 +356,8 @@ class LocalDecoder:
         Raises:
             PromptTooLong: a prompt with its answer does not fit the window.
         """
+        if not prompts:
+            return []
         end = self.tokenizer.eos_token_id
         asked = [self.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
         gold = [[*encode(self.tokenizer, answer), end] for answer in answers]
@@ -336,12 +365,10 @@ class LocalDecoder:
             self._check(self._position(prompt), len(ids), len(answer))
         longest = max(len(ids) + len(answer) for ids, answer in zip(asked, gold, strict=True))
         rows = [ids + answer for ids, answer in zip(asked, gold, strict=True)]
-        with self._lock:
-            self._use(adapter)
-            cache = self._start(len(rows), longest, adapter)
-            offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
-            padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
-            hidden = self._step(padded, offset[:, None], cache, self._memory(prompts))
+        cache = self._start(len(rows), longest, adapter)
+        offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
+        padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
+        hidden = self._step(padded, offset[:, None], cache, self._memory(prompts), adapter)
         losses = []
         for row, ids, answer in zip(hidden, asked, gold, strict=True):
             logits = self.runner.logits(row[len(ids) - 1 : len(ids) + len(answer) - 1])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lloco_engine.types import Prefix
+from lloco_engine.types import Prefix, Segment
 
 __all__ = ["LayerMemory", "Memory"]
 
@@ -69,8 +69,6 @@ class LayerMemory:
         """The same over several blocks per head: partial sums at a common maximum, added up by owner."""
         owner = self.owner
         assert owner is not None
-        if rows > 1:
-            scores = scores  # live tokens stay per row; their partial results are folded like the queries
         logits = torch.baddbmm(self.bias, queries.index_select(0, owner), self.keys)
         top = scores.detach().amax(dim=-1)
         if rows > 1:
@@ -172,12 +170,13 @@ class Memory:
             len(sizes),
         )
 
-    def _keys(self, entry: tuple[object, int, list[int]], start: int, end: int) -> torch.Tensor:
+    def _keys(self, entry: tuple[Segment, int, list[int]], start: int, end: int) -> torch.Tensor:
         segment, offset, _ = entry
-        keys: torch.Tensor = segment.keys[start:end]  # type: ignore[attr-defined]
+        keys = segment.keys[start:end]
         return self._rotate(keys, offset) if offset else keys
 
     def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        parts = [part.to(self._device) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -20,9 +20,10 @@ from lloco_engine.decoder.shape import DecoderShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Runner"]
+__all__ = ["Attention", "Runner"]
 
-Observer = Callable[[int, torch.Tensor], None]
+# (layer, queries (B, query heads, T, D), keys (B, KV heads, S, D), values) -> (B, T, query heads * D)
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Fused:
@@ -80,6 +81,7 @@ class Runner:
         self.embed, self.norm, self.rotary, self.head = body.embed_tokens, body.norm, body.rotary_emb, model.lm_head
         self.layers = [_Layer(layer) for layer in body.layers]
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
+        self.scale = self.layers[0].scale  # of the attention logits
         self.adapted = False  # True: go through the modules, where PEFT has put the adapter
         self._probe = torch.zeros(1, device=self.device, dtype=self.dtype)
 
@@ -89,7 +91,7 @@ class Runner:
         positions: torch.Tensor,
         cache: Cache,
         memory: Memory | None = None,
-        observe: Observer | None = None,
+        attention: Attention | None = None,
     ) -> torch.Tensor:
         """One pass; the new keys and values are appended to ``cache``.
 
@@ -98,7 +100,7 @@ class Runner:
             positions: (T,) or (B, T) int64 rotary positions.
             cache: live keys and values before these tokens, of the same B.
             memory: compressed prefix that every token attends to, or None.
-            observe: called with (layer index, queries (B, query heads, T, D) after the rotary embedding).
+            attention: what reads the live keys and values in place of `attend`; it sees to causality itself.
 
         Returns:
             (B, T, hidden) hidden states after the final norm.
@@ -121,12 +123,11 @@ class Runner:
                 qk = qkv[:, :, : -shape.kv_heads]
             qk = torch.addcmul(qk * cos, torch.roll(qk, shape.head_dim // 2, -1), sin).transpose(1, 2)
             q = qk[:, : shape.query_heads]
-            if observe is not None:
-                observe(index, q)
-            keys, values = cache.append(
-                index, qk[:, shape.query_heads :], qkv[:, :, -shape.kv_heads :].transpose(1, 2)
-            )
-            read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), layer.scale)
+            keys, values = cache.append(index, qk[:, shape.query_heads :], qkv[:, :, -shape.kv_heads :].transpose(1, 2))
+            if attention is not None:
+                read = attention(index, q, keys, values)
+            else:
+                read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), layer.scale)
             hidden = hidden + layer.o(read, adapted)
             x = F.rms_norm(hidden, (shape.hidden,), layer.norm_out.weight, layer.norm_out.variance_epsilon)
             gate, up = layer.gate_up(x, adapted).split(shape.intermediate, dim=-1)
@@ -146,7 +147,7 @@ class Runner:
         return torch.addcmul(keys * cos.float(), torch.roll(keys, self.shape.head_dim // 2, -1), sin.float())
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B, T, 1, D); the sign of the rotation is folded into sin, so that a roll replaces rotate-half."""
+        """cos and sin (B, T, 1, D); the rotation's sign is folded into sin, so that a roll replaces rotate-half."""
         cos, sin = self.rotary(self._probe, positions)
         half = self.shape.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)

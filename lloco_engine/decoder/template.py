@@ -7,6 +7,7 @@ keys and values are computed once and shared by all segments (DESIGN: "kept whol
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,21 @@ from lloco_engine.errors import UnsupportedModel
 
 __all__ = ["Template", "encode"]
 
-_MARK = "\u2402MEMORY\u2403"  # stands for the user turn's content while the chat template is rendered
+_LOCK = threading.Lock()  # split_special_tokens is a state of the tokenizer, which threads share
+_MARK = "\u2402Memory\u2403"  # stands for the user turn's content while the chat template is rendered
+_JOINT = "\n\nAnswer the question from the text above.\nQuestion: "
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of untrusted text: special tokens written in it stay plain text, so it cannot close its turn."""
+    return _encode(tokenizer, text, plain=True)
+
+
+def _encode(tokenizer: Any, text: str, *, plain: bool) -> list[int]:
     if not text:
         return []
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    with _LOCK:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,14 @@ class Template:
             UnsupportedModel: the chat template does not keep the user's text in one piece.
         """
         if not getattr(tokenizer, "chat_template", None):
-            return cls(tokenizer, tokenizer.bos_token or "", "\n\nQuestion: ", "\nAnswer:")
+            return cls(tokenizer, tokenizer.bos_token or "", _JOINT, "\nAnswer:")
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         before, found, after = rendered.partition(_MARK)
         if not found or _MARK in after:
-            raise UnsupportedModel("the chat template must render the user's text once and unchanged; this one does not")
-        return cls(tokenizer, before, "\n\n", after)
+            raise UnsupportedModel("the chat template must render the user's text once, unchanged; this one does not")
+        return cls(tokenizer, before, _JOINT, after)
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +89,7 @@ class Template:
 
     def repeat_ids(self) -> list[int]:
         """Token ids of the request to repeat the text above, which gives the reference queries of a compressor."""
-        return self._fixed(self.joint + "Repeat the text above." + self.after)
+        return self._fixed("\n\nRepeat the text above." + self.after)
 
     def _fixed(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return _encode(self.tokenizer, text, plain=False)
