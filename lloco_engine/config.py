@@ -114,7 +114,7 @@ class PrefixConfig(Config):
 
 @dataclass(frozen=True)
 class GenerateConfig(Config):
-    """How tokens are chosen. ``temperature`` 0 is greedy; there, ``lookup`` guesses ahead without changing the output."""
+    """How tokens are chosen. ``temperature`` 0 is greedy; then ``lookup`` guesses ahead, output unchanged."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0

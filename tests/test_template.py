@@ -103,7 +103,7 @@ def test_without_a_chat_template_there_is_a_plain_form(bos):
     ],
 )
 def test_a_chat_template_that_alters_the_text_is_refused(chat_template):
-    with pytest.raises(UnsupportedModel, match="once and unchanged"):
+    with pytest.raises(UnsupportedModel, match="once, unchanged"):
         Template.of(with_template(chat_template))
 
 

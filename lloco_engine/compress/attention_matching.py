@@ -32,7 +32,7 @@ _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that
 class _Seen:
     """What the reference queries of one layer saw; ``M`` rows are kept for the fits.
 
-    importance : (H, n) largest attention any reference query pays to each position, times the root of its value's length
+    importance : (H, n) largest attention any reference query pays to a position, by the root of its value's length
     queries    : (H, M, D) scaled; lse : (H, M, 1) log partition sum over template prefix and chunk
     output     : (H, M, D) attention output over both; mass : (H, M) share of that attention on the chunk
     """

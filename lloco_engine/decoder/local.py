@@ -113,7 +113,7 @@ class LocalDecoder:
             try:
                 model.load_adapter(str(folder), adapter_name=name)
                 if any("lora_" in key for part in self._outer() for key in part.state_dict()):
-                    raise ValueError("it changes the embedding or the output head, which are read unadapted")
+                    raise ValueError("it changes lm_head or embed_tokens, which are read unadapted")
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 if name in getattr(model, "peft_config", {}):
                     model.delete_adapter(name)
