@@ -94,21 +94,20 @@ class AttentionMatching(Compressor):
             # in float32, whatever the decoder's own precision: the fits square what they are given
             k = torch.stack([cache.keys[layer][0, head, chunk] for layer, head in where]).float()
             v = torch.stack([cache.values[layer][0, head, chunk] for layer, head in where]).float()
-            before = (
-                torch.stack([part[layer][0, head, : chunk.start] for layer, head in where]).float()
-                for part in (cache.keys, cache.values)
-            )
+            fixed_k = torch.stack([cache.keys[layer][0, head, : chunk.start] for layer, head in where]).float()
+            fixed_v = torch.stack([cache.values[layer][0, head, : chunk.start] for layer, head in where]).float()
             # a stable sort of "not kept" brings the kept positions to the front, in their order
             kept = torch.stack([keep[layer, head] for layer, head in where])
             size = kept.sum(dim=-1)
             index = torch.sort((~kept).to(torch.uint8), dim=-1, stable=True).indices[:, : int(size.max())]
             valid = torch.arange(index.shape[1], device=index.device)[None] < size[:, None]
             pick = index[..., None].expand(-1, -1, k.shape[-1])
-            picked = [
+            queries, lse, output, mass = (
                 torch.stack([getattr(seen[layer], name)[head] for layer, head in where]).float()
                 for name in ("queries", "lse", "output", "mass")
-            ]
-            k, v, b = self._fit_heads(k.gather(1, pick), v.gather(1, pick), *before, *picked, valid)
+            )
+            k, v = k.gather(1, pick), v.gather(1, pick)
+            v, b = self._fit_heads(k, v, fixed_k, fixed_v, queries, lse, output, mass, valid)
             for i, number in enumerate(batch):
                 n = int(size[i])
                 keys[number], values[number], bias[number] = k[i, :n], v[i, :n], b[i, :n]
@@ -125,8 +124,8 @@ class AttentionMatching(Compressor):
         output: torch.Tensor,
         mass: torch.Tensor,
         valid: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fit a batch of heads (B, k, D), ``valid`` (B, k), beside the template prefix (B, P, D), which stays whole."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and biases of heads (B, k, D), ``valid`` (B, k), beside the template prefix (B, P, D), which stays whole."""
         weights = torch.exp(torch.bmm(queries, keys.transpose(1, 2)) - lse) * valid[:, None]
         count = valid.sum(dim=-1, keepdim=True)
         # mass: w >= 0 such that the kept slots' weighted attention adds up to the chunk's, query by query
@@ -144,7 +143,7 @@ class AttentionMatching(Compressor):
         gram = torch.bmm(weights.transpose(1, 2), weights)
         pull = (self._ridge * gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) / count).clamp_min(1e-9)
         gram.diagonal(dim1=1, dim2=2).add_(torch.where(valid, pull, 1.0))
-        return keys, values + _solve(gram, torch.bmm(weights.transpose(1, 2), missing)), w.log()
+        return values + _solve(gram, torch.bmm(weights.transpose(1, 2), missing)), w.log()
 
 
 class _Watch:

@@ -116,7 +116,7 @@ class Runner:
             x = F.rms_norm(hidden, (shape.hidden,), layer.norm_in.weight, layer.norm_in.variance_epsilon)
             qkv = layer.qkv(x, adapted).view(rows, tokens, -1, shape.head_dim)
             q, k = qkv[:, :, : shape.query_heads], qkv[:, :, shape.query_heads : -shape.kv_heads]
-            if layer.q_norm is not None:
+            if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = layer.q_norm(q), layer.k_norm(k)
                 qk = torch.cat((q, k), dim=2)
             else:
@@ -130,7 +130,7 @@ class Runner:
                 read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), layer.scale)
             hidden = hidden + layer.o(read, adapted)
             x = F.rms_norm(hidden, (shape.hidden,), layer.norm_out.weight, layer.norm_out.variance_epsilon)
-            gate, up = layer.gate_up(x, adapted).split(shape.intermediate, dim=-1)
+            gate, up = torch.chunk(layer.gate_up(x, adapted), 2, dim=-1)
             hidden = hidden + layer.down(layer.activation(gate) * up, adapted)
         cache.end(tokens)
         return F.rms_norm(hidden, (shape.hidden,), self.norm.weight, self.norm.variance_epsilon)
