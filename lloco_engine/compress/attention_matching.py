@@ -125,7 +125,7 @@ class AttentionMatching(Compressor):
         mass: torch.Tensor,
         valid: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and biases of heads (B, k, D), ``valid`` (B, k), beside the template prefix (B, P, D), which stays whole."""
+        """Values and biases of heads (B, k, D), ``valid`` (B, k), beside the whole template prefix (B, P, D)."""
         weights = torch.exp(torch.bmm(queries, keys.transpose(1, 2)) - lse) * valid[:, None]
         count = valid.sum(dim=-1, keepdim=True)
         # mass: w >= 0 such that the kept slots' weighted attention adds up to the chunk's, query by query
