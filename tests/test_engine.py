@@ -397,7 +397,7 @@ def first_logits(decoder: LocalDecoder, prefix: Prefix) -> torch.Tensor:
     with torch.inference_mode():
         cache = decoder._start(1, len(ids), None)
         memory = decoder._memory([Prompt("Where?", prefix)])
-        hidden = decoder._step([ids], prefix.start - cache.length, cache, memory)
+        hidden = decoder._step([ids], prefix.start - cache.length, cache, memory, None)
         return decoder.runner.logits(hidden[0, -1])
 
 
