@@ -180,7 +180,7 @@ class _Watch:
             out = torch.bmm(weights, values[0, :, :live])
             read[:, :, row:stop] = out.view(heads, group, stop - row, dim)
             notes.append(self._note(block, logits, weights, out, values[0, :, :live], step))
-        # a position matters by what it adds to the output; the root of the value's length did best (docs/log.md)
+        # a position matters by what it adds to the output; why the root: docs/decisions/0003
         importance = importance * values[0, :, self._first : context].norm(dim=-1).sqrt()
         self.seen.append(_Seen(importance, *(torch.cat(part, dim=1) for part in zip(*notes, strict=True))))
         return read.view(1, heads * group, tokens, dim).transpose(1, 2).reshape(1, tokens, -1)

@@ -12,7 +12,7 @@ from lloco_engine.decoder.memory import LayerMemory
 
 __all__ = ["Cache", "attend"]
 
-_FLASH_FROM = 16  # new tokens from which the fused kernel beats two plain matrix products
+_FLASH_FROM = 16  # new tokens from which the fused kernel serves; a guess, not tuned
 
 
 class Cache:

@@ -20,7 +20,7 @@ __all__ = ["LayerMemory", "Memory"]
 Rotate = Callable[[torch.Tensor, int], torch.Tensor]
 
 _WIDTH = 128  # slots of a block where heads are cut
-_WORTH = 1024  # padding slots per layer above which merging blocks is cheaper than reading the padding
+_WORTH = 1024  # padding slots per layer above which heads are cut; reckoned, docs/decisions/0002
 
 
 @dataclass(frozen=True)

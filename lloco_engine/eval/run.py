@@ -180,6 +180,7 @@ def _facts(config: EvalConfig, decoder: LocalDecoder, compressor: Compressor) ->
             "window": decoder.shape.window,
         },
         "compressor": {"name": compressor.name, "settings": compressor.settings},
+        "data": Path(config.data).name,  # a result must not carry a path of the machine that made it
         "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
         "lloco": __version__,
     }
