@@ -37,7 +37,7 @@ class EvalConfig(Config):
     """Settings of one evaluation.
 
     Args:
-        data: JSON Lines file, as `lloco_engine.eval.data` describes it.
+        data: JSON Lines file, as `lloco_engine.readers.records` describes it.
         limit: documents to read, None for all.
         methods: of `METHODS`: no context, the full text in one prompt, compact KV.
         ratios: source tokens per slot, for ``kv``.
