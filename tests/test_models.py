@@ -195,6 +195,7 @@ def test_the_real_wheel_converts_without_network_or_noise(tmp_path, monkeypatch,
     assert out == ""
     assert err.count("\n") == 1
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
+    assert all(torch.equal(weight, weight.half().to(weight.dtype)) for weight in model.state_dict().values())
     ids = models.load_tokenizer()("The capital of France is", return_tensors="pt").input_ids
     assert models.load_tokenizer().decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
     started = time.perf_counter()
