@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lloco_engine.answers import AnswerStream, AsyncAnswerStream
     from lloco_engine.config import (
         ChunkConfig,
         CompressConfig,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         RetrieveConfig,
         StoreConfig,
     )
-    from lloco_engine.engine import Engine
+    from lloco_engine.engine import AskOptions, Engine
     from lloco_engine.errors import (
         AdapterError,
         ConfigError,
@@ -41,13 +42,26 @@ if TYPE_CHECKING:
         StoreNotFound,
         UnsupportedModel,
     )
-    from lloco_engine.types import Answer, Chunk, Document, Failure, Hit, IngestReport, Prefix, Segment, Span, Usage
+    from lloco_engine.types import (
+        Answer,
+        Chunk,
+        Document,
+        Failure,
+        Hit,
+        IngestReport,
+        Prefix,
+        Segment,
+        Span,
+        Turn,
+        Usage,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "answers": ("AnswerStream", "AsyncAnswerStream"),
     "config": ("ChunkConfig", "CompressConfig", "GenerateConfig", "PrefixConfig", "RetrieveConfig", "StoreConfig"),
-    "engine": ("Engine",),
+    "engine": ("AskOptions", "Engine"),
     "errors": (
         "AdapterError",
         "ConfigError",
@@ -75,6 +89,7 @@ _HOMES = {
         "Prefix",
         "Segment",
         "Span",
+        "Turn",
         "Usage",
     ),
 }
@@ -83,6 +98,9 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "AdapterError",
     "Answer",
+    "AnswerStream",
+    "AskOptions",
+    "AsyncAnswerStream",
     "Chunk",
     "ChunkConfig",
     "CompressConfig",
@@ -111,6 +129,7 @@ __all__ = [
     "StoreLocked",
     "StoreMismatch",
     "StoreNotFound",
+    "Turn",
     "UnsupportedModel",
     "Usage",
     "__version__",

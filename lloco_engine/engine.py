@@ -17,7 +17,7 @@ from lloco_engine.ingest import Ingest, Progress, Source, read_sources
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.prefix import assemble
 from lloco_engine.store import DocumentInfo, Filters, Manifest, Problem, Store
-from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Prefix, Segment
+from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Prefix, Segment, Turn
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import Generation, LocalDecoder
@@ -39,6 +39,9 @@ class AskOptions(TypedDict, total=False):
     adapter: name of a loaded LoRA adapter; None (the default) answers with the base weights.
     generate: how tokens are chosen.
     prefix: placement and budget of the segments; None takes the engine's own.
+    context: raw text to read after the segments, "" by default.
+    history: earlier turns of the conversation, oldest first; the segments stand before them.
+    verbatim: the question brings its own instructions, so the engine writes none before it; False by default.
     """
 
     hits: Sequence[Hit] | None
@@ -50,6 +53,9 @@ class AskOptions(TypedDict, total=False):
     adapter: str | None
     generate: GenerateConfig | None
     prefix: PrefixConfig | None
+    context: str
+    history: Sequence[Turn]
+    verbatim: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ class _Ask:
     adapter: str | None = None
     generate: GenerateConfig | None = None
     prefix: PrefixConfig | None = None
+    context: str = ""
+    history: Sequence[Turn] = ()
+    verbatim: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +249,21 @@ class Engine:
         """Counts, bytes on disk by part, and what a source token costs; see `Store.stats`."""
         return self.store.stats()
 
+    def find_text(self, text: str, tenant: str = "") -> list[Hit]:
+        """The segments that stand for exactly this text, if a tenant has any: of a chunk, or of a whole document.
+
+        So a chunk that comes from elsewhere, a vector store of another make for instance, is read from its segment.
+        """
+        return self.store.hits_of_text(text, tenant)
+
+    def find_segment(self, segment_id: str, tenant: str = "") -> list[Hit]:
+        """Every chunk of a tenant that a segment stands for; none where its documents were replaced or deleted."""
+        return self.store.hits_of_segment(segment_id, tenant)
+
+    def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
+        """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
+        return [hit for hit in hits if isinstance(self._try_segment(hit), SegmentUnavailable)]
+
     # -- questions ----------------------------------------------------------------------------------------------
 
     def retrieve(
@@ -291,8 +315,9 @@ class Engine:
         if asked.hits is None and asked.whole_document is None:
             _ = self.embedder.dim  # loads it: no cost of one question
         began = time.perf_counter()
-        memory = self._memory(question, asked, len(decoder.template.question_ids(question)) + generate.max_new_tokens)
-        prompt = Prompt(question, memory.prefix, draft=_draft(memory.hits))
+        text = Prompt(question, context=asked.context or None, history=tuple(asked.history), verbatim=asked.verbatim)
+        memory = self._memory(question, asked, len(decoder.prompt_ids(text)) + generate.max_new_tokens)
+        prompt = replace(text, prefix=memory.prefix, draft=_draft(memory.hits))
         generation, pieces = decoder.stream(prompt, generate, asked.adapter)
         before = time.perf_counter() - began
 
@@ -339,7 +364,8 @@ class Engine:
         retrieved = time.perf_counter()
         hits, segments, warnings = self._load(found)
         if not hits:
-            warnings.append("no segment matched the question: the answer is the decoder's own")
+            if asked.hits is None:  # otherwise none were given
+                warnings.append("no segment matched the question: the answer is the decoder's own")
             return _Memory((), None, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
         decoder, config = self.decoder, asked.prefix or self.prefix
         assembly = assemble(
@@ -387,19 +413,23 @@ class Engine:
         segments: list[Segment] = []
         warnings: list[str] = []
         for hit in hits:
-            try:
-                segments.append(self._segment(hit.segment_id))
+            segment = self._try_segment(hit)
+            if isinstance(segment, SegmentUnavailable):
+                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {segment}")
+            else:
+                segments.append(segment)
                 good.append(hit)
-            except SegmentUnavailable as error:
-                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {error}")
         if hits and not good:
             raise SegmentUnavailable(f"none of the {len(hits)} segments found can be used; {warnings[0]}")
         return good, segments, warnings
 
-    def _segment(self, segment_id: str) -> Segment:
-        """A segment, its checksum compared the first time that this engine reads it."""
-        segment = self.store.load_segment(segment_id, verify=segment_id not in self._checked)
-        self._checked.add(segment_id)
+    def _try_segment(self, hit: Hit) -> Segment | SegmentUnavailable:
+        """A hit's segment, its checksum compared the first time that this engine reads it; or what is wrong with it."""
+        try:
+            segment = self.store.load_segment(hit.segment_id, verify=hit.segment_id not in self._checked)
+        except SegmentUnavailable as error:
+            return error
+        self._checked.add(hit.segment_id)
         return segment
 
     # -- async twins --------------------------------------------------------------------------------------------

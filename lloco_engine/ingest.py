@@ -49,7 +49,7 @@ def read_sources(
     Raises:
         ConfigError: a metadata key is one of the names that every document has.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     read_paths((), metadata=metadata)  # checks the keys, whatever the sources are
     for source in sources:
         if isinstance(source, Document):
@@ -57,12 +57,12 @@ def read_sources(
         else:
             items = read_paths([source], tenant=tenant, metadata=metadata)
         for item in items:
-            if isinstance(item, Document) and item.doc_id in seen:
+            if isinstance(item, Document) and (item.tenant, item.doc_id) in seen:
                 reason = f"a doc_id must come once in a run, and {item.doc_id!r} came before"
                 yield Failure(item.source or item.doc_id, reason)
                 continue
             if isinstance(item, Document):
-                seen.add(item.doc_id)
+                seen.add((item.tenant, item.doc_id))
             yield item
 
 

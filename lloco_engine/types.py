@@ -25,6 +25,7 @@ __all__ = [
     "Prefix",
     "Segment",
     "Span",
+    "Turn",
     "Usage",
 ]
 
@@ -102,11 +103,20 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation before the question, untrusted like the question itself."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Hit:
     """One retrieved segment and why it was retrieved.
 
     ``score`` is the cosine similarity of its best search window (1.0 for whole-document mode);
-    ``windows`` are the matching search windows, best first; ``text`` is the chunk's verbatim text.
+    ``windows`` are the matching search windows, best first; ``text`` is the chunk's verbatim text;
+    ``slots`` is what the segment costs in a prompt (mean over heads, rounded up).
     """
 
     segment_id: str
@@ -122,6 +132,7 @@ class Hit:
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
     tenant: str = ""
     version: int = 1
+    slots: int = 0
 
     def quote(self, window: Span) -> str:
         """The document's verbatim text in ``window``, which lies inside ``span``."""

@@ -33,7 +33,7 @@ from lloco_engine.errors import (
 from lloco_engine.prefix import assemble
 from lloco_engine.store import Store, files
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
-from lloco_engine.types import Prefix
+from lloco_engine.types import Prefix, Turn
 
 SMALL = ChunkConfig(segment_tokens=64, window_tokens=24, window_overlap=4)
 SHORT = GenerateConfig(max_new_tokens=8)
@@ -649,3 +649,60 @@ def test_the_embedded_decoder_answers_from_a_compressed_document(tmp_path, embed
         answer = engine.ask("Who is the keeper of the lighthouse at Pell?", generate=GenerateConfig(max_new_tokens=24))
         assert "Agnes Thorne" in answer.text
         assert answer.usage.prompt_slots < answer.usage.source_tokens
+
+
+# -- what integrations stand on --------------------------------------------------------------------------------------
+
+
+def test_a_text_is_found_as_a_chunk_or_as_a_whole_document(engine):
+    chunks = engine.store.chunks("pumps.md")
+    assert engine.find_text(f" {chunks[1].text}\n") == [chunks[1]]
+    assert engine.find_text(PUMPS.text) == chunks and engine.find_text(PUMPS.text, "other") == []
+    assert engine.find_text("nothing of that kind") == []
+    assert engine.find_segment(chunks[0].segment_id) == [chunks[0]]
+    engine.delete("pumps.md")
+    assert engine.find_text(PUMPS.text) == engine.find_segment(chunks[0].segment_id) == []
+
+
+def test_unusable_segments_are_told_beforehand(engine):
+    chunks = engine.store.chunks("pumps.md")
+    assert engine.unusable(chunks) == []
+    segment_file(engine, chunks[1].segment_id).unlink()
+    assert engine.unusable(chunks) == [chunks[1]]
+
+
+def test_one_run_may_hold_the_same_id_for_two_tenants(empty):
+    report = empty.ingest([Document("a", story("lamp"), tenant=tenant) for tenant in ("red", "blue", "red")])
+    assert report.added == ("a", "a") and len(report.failed) == 1
+
+
+def test_raw_text_and_segments_are_read_together(engine, decoder):
+    hits = engine.store.chunks("pumps.md")[:1]
+    alone = engine.ask("Where?", hits=hits, generate=SHORT)
+    both = engine.ask("Where?", hits=hits, context="The kettle is red.", generate=SHORT)
+    extra = len(decoder.tokenizer("The kettle is red.", add_special_tokens=False)["input_ids"])
+    assert both.usage.prompt_tokens == alone.usage.prompt_tokens + extra
+    assert both.usage.prompt_slots == alone.usage.prompt_slots
+
+
+def test_a_conversation_is_what_the_chat_template_makes_of_it(engine, decoder):
+    """With nothing to read and no instruction of the engine's own, a prompt is the plain chat."""
+    said = [("user", "Hello."), ("assistant", "Good day."), ("user", "Where is it?")]
+    ids = decoder.tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in said], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
+    history = [Turn(role, text) for role, text in said[:-1]]
+    prompt = Prompt("Where is it?", history=tuple(history), verbatim=True)
+    assert decoder.template.prefix_ids + decoder.prompt_ids(prompt) == ids
+    answer = engine.ask("Where is it?", hits=(), history=history, verbatim=True, generate=SHORT)
+    assert answer.usage.prompt_slots == 0 and answer.warnings == ()
+
+
+def test_segments_stand_before_the_whole_conversation(engine, decoder):
+    hits = engine.store.chunks("pumps.md")[:1]
+    history = (Turn("user", "Hi"), Turn("user", "there"), Turn("assistant", "Yes?"))
+    own = decoder.tokenizer.decode(decoder.prompt_ids(Prompt("Where?", context="Note.", history=history)))
+    assert own == "Note.\n\nAnswer the question from the text above.\nQuestion: Hi\n\nthere<|im_end|>\n" + (
+        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert engine.ask("Where?", hits=hits, history=history, generate=SHORT).usage.prompt_slots == hits[0].slots

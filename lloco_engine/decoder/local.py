@@ -20,7 +20,7 @@ from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
-from lloco_engine.types import Prefix
+from lloco_engine.types import Prefix, Turn
 
 __all__ = ["Generation", "LocalDecoder", "Prompt"]
 
@@ -34,12 +34,16 @@ class Prompt:
         prefix: compressed segments to read, or None.
         context: raw text before the question (the in-context baseline), as text or token ids, or None.
         draft: text that the answer may repeat; only speeds up greedy decoding, never changes it.
+        history: earlier turns of the conversation, oldest first.
+        verbatim: the question brings its own instructions: nothing is written between it and what it is about.
     """
 
     question: str
     prefix: Prefix | None = None
     context: str | Sequence[int] | None = None
     draft: str = ""
+    history: tuple[Turn, ...] = ()
+    verbatim: bool = False
 
 
 @dataclass
@@ -206,6 +210,13 @@ class LocalDecoder:
         """Run tokens after a cache with the base weights, their attention computed by ``attention``."""
         self._step([list(token_ids)], 0, cache, None, None, attention)
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt's text: all that follows the template prefix and the segments."""
+        joint = None
+        if prompt.verbatim:
+            joint = "\n\n" if prompt.prefix is not None or prompt.context else ""
+        return self.template.question_ids(prompt.question, prompt.context, history=prompt.history, joint=joint)
+
     # -- generation -------------------------------------------------------------------------------------------
 
     def stream(
@@ -220,7 +231,7 @@ class LocalDecoder:
             PromptTooLong: at once, before anything is read.
         """
         config = config or GenerateConfig()
-        ids = self.template.question_ids(prompt.question, prompt.context)
+        ids = self.prompt_ids(prompt)
         self._check(self._position(prompt), len(ids), config.max_new_tokens)
         generation = Generation(prompt_tokens=len(ids))
         return generation, self._run(prompt, ids, config, adapter, generation)
@@ -284,7 +295,7 @@ class LocalDecoder:
         config = config or GenerateConfig()
         if not prompts:
             return []
-        asked = [self.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
+        asked = [self.prompt_ids(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, asked, strict=True):
             self._check(self._position(prompt), len(ids), config.max_new_tokens)
         began = time.perf_counter()
@@ -359,7 +370,7 @@ class LocalDecoder:
         if not prompts:
             return []
         end = self.tokenizer.eos_token_id
-        asked = [self.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
+        asked = [self.prompt_ids(prompt) for prompt in prompts]
         gold = [[*encode(self.tokenizer, answer), end] for answer in answers]
         for prompt, ids, answer in zip(prompts, asked, gold, strict=True):
             self._check(self._position(prompt), len(ids), len(answer))

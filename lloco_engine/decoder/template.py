@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lloco_engine.errors import UnsupportedModel
+from lloco_engine.types import Turn
 
 __all__ = ["Template", "encode"]
 
@@ -31,6 +32,17 @@ def _encode(tokenizer: Any, text: str, *, plain: bool) -> list[int]:
         return []
     with _LOCK:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
+
+
+def _alternating(turns: Sequence[Turn]) -> list[str]:
+    """Texts of turns, the user's first and then in alternation, as chat templates demand; neighbours are joined."""
+    texts: list[str] = [""]
+    for turn in turns:
+        if (len(texts) % 2 == 1) == (turn.role == "user"):
+            texts[-1] = "\n\n".join(text for text in (texts[-1], turn.text) if text)
+        else:
+            texts.append(turn.text)
+    return texts
 
 
 @dataclass(frozen=True)
@@ -77,15 +89,52 @@ class Template:
         """Token ids of the template prefix."""
         return self._fixed(self.before)
 
-    def question_ids(self, question: str, context: str | Sequence[int] | None = None) -> list[int]:
+    def question_ids(
+        self,
+        question: str,
+        context: str | Sequence[int] | None = None,
+        *,
+        history: Sequence[Turn] = (),
+        joint: str | None = None,
+    ) -> list[int]:
         """Token ids of all that follows the template prefix and the memory.
 
         Args:
             question: the user's question, untrusted.
             context: raw text, or its token ids, to stand before the question (the in-context baseline), or None.
+            history: earlier turns, oldest first, untrusted; the memory and the context stand before the first.
+            joint: trusted text between the context and the first user text, instead of the template's own.
+
+        Raises:
+            UnsupportedModel: the chat template cannot render a conversation in pieces.
         """
         ids = [] if context is None else encode(self.tokenizer, context) if isinstance(context, str) else list(context)
-        return ids + self._fixed(self.joint) + encode(self.tokenizer, question) + self._fixed(self.after)
+        ids += self._fixed(self.joint if joint is None else joint)
+        texts = _alternating([*history, Turn("user", question)])
+        for text, fixed in zip(texts, self._between(len(texts)), strict=True):
+            ids += encode(self.tokenizer, text) + self._fixed(fixed)
+        return ids
+
+    def _between(self, turns: int) -> list[str]:
+        """What the chat template writes after each of ``turns`` turns, of which the first is the user's."""
+        if turns == 1:
+            return [self.after]
+        if not getattr(self.tokenizer, "chat_template", None):
+            return ["\nAnswer: " if turn % 2 == 0 else "\nQuestion: " for turn in range(turns - 1)] + [self.after]
+        marks = [f"{_MARK}{turn}{_MARK}" for turn in range(turns)]
+        messages = [{"role": "assistant" if turn % 2 else "user", "content": mark} for turn, mark in enumerate(marks)]
+        rest = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        pieces = []
+        for mark in marks:
+            piece, found, rest = rest.partition(mark)
+            if not found:
+                break
+            pieces.append(piece)
+        if len(pieces) != turns or pieces[0] != self.before:
+            raise UnsupportedModel("the chat template must render every turn once and in order; this one does not")
+        return [*pieces[1:], rest]
 
     def repeat_ids(self) -> list[int]:
         """Token ids of the request to repeat the text above, which gives the reference queries of a compressor."""

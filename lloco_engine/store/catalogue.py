@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sqlite3
@@ -13,7 +14,7 @@ from typing import Any
 
 from lloco_engine.errors import ConfigError, NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
 from lloco_engine.store.records import DocumentInfo
-from lloco_engine.store.schema import APPLICATION_ID, check_version
+from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
 from lloco_engine.types import Hit, MetadataValue, Span
 
 __all__ = ["Catalogue", "Filters", "encode_value", "filter_options"]
@@ -24,8 +25,8 @@ _RESERVED = ("doc_id", "source", "title")
 _QUICK_CHECK_BYTES = 16 * 2**20  # below this a full structural check costs a few milliseconds
 _HIT = """
     SELECT c.segment_id, d.doc_id, c.ordinal, c.start, c.end, c.text, c.source_tokens, d.title, d.source, d.metadata,
-           d.tenant, d.version
-    FROM chunks c JOIN documents d USING (doc_key)
+           d.tenant, d.version, s.slots
+    FROM chunks c JOIN documents d USING (doc_key) JOIN segments s USING (segment_id)
 """
 _INFO = """
     SELECT d.doc_id, d.tenant, d.title, d.source, d.metadata, d.version, d.content_hash, d.chars, d.source_tokens,
@@ -149,6 +150,26 @@ class Catalogue:
         row = self.connection.execute(f"{_HIT} WHERE c.chunk_key = ?", (chunk_key,)).fetchone()
         return _hit(row, score, windows)
 
+    def hits_of_segment(self, segment_id: str, tenant: str) -> list[Hit]:
+        """Every chunk of a tenant that a segment stands for, oldest first."""
+        rows = self.connection.execute(
+            f"{_HIT} WHERE c.segment_id = ? AND d.tenant = ? ORDER BY c.chunk_key", (segment_id, tenant)
+        )
+        return [_hit(row, 1.0, ()) for row in rows]
+
+    def hits_of_text(self, text: str, tenant: str) -> list[Hit]:
+        """The oldest chunk of a tenant with this text, else all chunks of the oldest document with it, in order."""
+        row = self.connection.execute(
+            f"{_HIT} WHERE c.text_hash = ? AND d.tenant = ? ORDER BY c.chunk_key LIMIT 1", (text_hash(text), tenant)
+        ).fetchone()
+        if row is not None:
+            return [_hit(row, 1.0, ())]
+        document = self.connection.execute(
+            "SELECT doc_key FROM documents WHERE tenant = ? AND content_hash = ? ORDER BY doc_key LIMIT 1",
+            (tenant, hashlib.sha256(text.encode("utf-8")).hexdigest()),
+        ).fetchone()
+        return [] if document is None else self.hits(document[0])
+
     def window_homes(self, window_ids: Sequence[int]) -> dict[int, tuple[int, str, Span]]:
         """Chunk key, segment id and span of each window."""
         rows = self._by_ids(
@@ -232,6 +253,7 @@ def connect(path: Path) -> sqlite3.Connection:
     """A connection in autocommit mode; its owner sees to one thread at a time."""
     connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
     try:
+        connection.create_function("text_hash", 1, text_hash, deterministic=True)
         connection.execute("PRAGMA foreign_keys = ON")
         # Files of replaced segments go after the commit, so the commit must survive a power cut first.
         connection.execute("PRAGMA synchronous = FULL")
@@ -304,6 +326,7 @@ def _hit(row: Sequence[Any], score: float, windows: tuple[Span, ...]) -> Hit:
         metadata=json.loads(row[9]),
         tenant=row[10],
         version=row[11],
+        slots=row[12],
     )
 
 

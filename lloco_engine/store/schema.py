@@ -5,11 +5,12 @@ A migration, once released, is never edited: stores out there have run it. Appen
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 
 from lloco_engine.errors import StoreMismatch
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "check_version", "is_latest", "migrate"]
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "check_version", "is_latest", "migrate", "text_hash"]
 
 APPLICATION_ID = 0x4C4C6F43  # "LLoC", in the header of the file
 
@@ -77,7 +78,22 @@ MIGRATIONS: tuple[str, ...] = (
         checksum   TEXT NOT NULL
     );
     """,
+    # 2: chunks and documents are found by their text
+    """
+    ALTER TABLE chunks ADD COLUMN text_hash TEXT NOT NULL DEFAULT '';  -- as `text_hash` below gives it
+    UPDATE chunks SET text_hash = text_hash(text);
+    CREATE INDEX chunks_by_text ON chunks (text_hash);
+    CREATE INDEX documents_by_content ON documents (tenant, content_hash);
+    """,
 )
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of a text without the white space around it, which splitters and frameworks strip as they like.
+
+    Also a function of SQL on every connection of a catalogue.
+    """
+    return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
 
 
 def migrate(connection: sqlite3.Connection, name: str) -> None:

@@ -199,6 +199,19 @@ class Store:
         with self._reading() as catalogue:
             return catalogue.hits(catalogue.doc_key(doc_id, tenant))
 
+    def hits_of_segment(self, segment_id: str, tenant: str = "") -> list[Hit]:
+        """Every chunk of a tenant that a segment stands for, oldest first, score 1.0."""
+        with self._reading() as catalogue:
+            return catalogue.hits_of_segment(segment_id, tenant)
+
+    def hits_of_text(self, text: str, tenant: str = "") -> list[Hit]:
+        """What a tenant has of exactly this text: the chunk, or all chunks of the document, score 1.0.
+
+        White space around a chunk's text does not count. None where the text is not known.
+        """
+        with self._reading() as catalogue:
+            return catalogue.hits_of_text(text, tenant)
+
     def neighbours(self, hit: Hit, n: int) -> list[Hit]:
         """Up to ``n`` segments before and ``n`` after a hit in its document, in order, without the hit itself.
 

@@ -236,9 +236,17 @@ class _Put:
         )
         for ordinal, (chunk, segment_id, part) in enumerate(zip(self.chunks, self.segment_ids, rows, strict=True)):
             chunk_key = connection.execute(
-                "INSERT INTO chunks (doc_key, ordinal, start, end, source_tokens, segment_id, text)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (doc_key, ordinal, chunk.span.start, chunk.span.end, len(chunk.token_ids), segment_id, chunk.text),
+                "INSERT INTO chunks (doc_key, ordinal, start, end, source_tokens, segment_id, text, text_hash)"
+                " VALUES (:doc, :ordinal, :start, :end, :tokens, :segment, :text, text_hash(:text))",
+                {
+                    "doc": doc_key,
+                    "ordinal": ordinal,
+                    "start": chunk.span.start,
+                    "end": chunk.span.end,
+                    "tokens": len(chunk.token_ids),
+                    "segment": segment_id,
+                    "text": chunk.text,
+                },
             ).lastrowid
             connection.executemany(
                 "INSERT INTO windows (chunk_key, start, end, vector) VALUES (?, ?, ?, ?)",
