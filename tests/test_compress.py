@@ -112,23 +112,24 @@ def reference_heads(decoder: LocalDecoder, model, ids: list[int]) -> list[list[H
                     logits.append(seen[:past])
                     weights = softmax(np.where(visible[t], seen, -np.inf))
                     importance = np.maximum(importance, weights[first:past])
-            importance = importance * np.sqrt(np.linalg.norm(values[head, first:past], axis=-1))
+            mean = softmax(np.stack(logits))[:, first:].mean(0)
+            importance = importance * mean**0.3 * np.sqrt(np.linalg.norm(values[head, first:past], axis=-1))
             row.append(Head(first, keys[head, :past], values[head, :past], np.stack(logits), importance))
         heads.append(row)
     return heads
 
 
 def check_selection(heads: list[list[Head]], keep: list[list[list[int]]], ratio: float) -> None:
-    """The best position of each head is kept, then the best of all heads together until the budget is used."""
+    """A tenth of its even share for each head, then the best of all heads together until the budget is used."""
     layers, kv_heads, length = len(heads), len(heads[0]), len(heads[0][0].importance)
     assert sum(len(kept) for row in keep for kept in row) == max(round(length / ratio * layers * kv_heads), 4)
     inside, outside = [], []
     for row, kept_row in zip(heads, keep, strict=True):
         for head, kept in zip(row, kept_row, strict=True):
             assert kept == sorted(set(kept))
-            best = head.importance.max()
-            assert head.importance[kept].max() >= best * (1 - 1e-5)
-            inside += [one for one in head.importance[kept] if one < best * (1 - 1e-5)]
+            sure = np.sort(head.importance)[-max(1, int(0.1 * length / ratio))] * (1 - 1e-5)
+            assert (head.importance[kept] >= sure).sum() >= max(1, int(0.1 * length / ratio))
+            inside += [one for one in head.importance[kept] if one < sure]
             outside += np.delete(head.importance, kept).tolist()
     # positions of equal importance may take each other's place
     assert min(inside, default=np.inf) >= max(outside, default=0) * (1 - 1e-4)
@@ -237,9 +238,10 @@ def test_rows_left_out_of_the_fits_are_spread_over_the_repetition():
     decoder = tiny()
     ids = tokens(decoder, TEXT)
     full, few = (AttentionMatching(fit_rows=rows).compress(decoder, ids, [4])[0] for rows in (EVERY_ROW, 64))
-    assert torch.equal(few.lengths, full.lengths)  # importance is taken from every row
-    assert torch.equal(few.keys, full.keys)
-    assert not torch.equal(few.values, full.values)
+    assert few.lengths.sum() == full.lengths.sum()
+    # the largest attention is taken from every row, only its mean is not: nearly the same positions stay
+    same = (few.keys[:, None] == full.keys[None]).all(dim=-1).any(dim=1)
+    assert 0.8 < same.float().mean() < 1
     assert len(ids) > 64  # a head has more rows than asked for
     before, full_after, few_after = (logits(decoder, segment) for segment in (whole(decoder), full, few))
     assert (few_after - before).abs().mean() < 2 * (full_after - before).abs().mean() + 1e-2

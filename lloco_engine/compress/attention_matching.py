@@ -24,7 +24,10 @@ __all__ = ["AttentionMatching", "nnls"]
 
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
-_ROWS = 256  # query rows scored at once, which bounds memory at _ROWS * (P + 2 n) floats per KV head
+_ROWS = 1024  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
+_FLOOR = 0.1  # of a head's even share of the slots that it keeps whatever the other heads need
+_SPREAD = 0.3  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
+_LENGTH = 0.5  # power of the value's length in it
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
@@ -32,7 +35,7 @@ _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that
 class _Seen:
     """What the reference queries of one layer saw; ``M`` rows are kept for the fits.
 
-    importance : (H, n) largest attention any reference query pays to a position, by the root of its value's length
+    importance : (H, n) largest attention any reference query pays to a position, and more: docs/decisions/0003
     queries    : (H, M, D) scaled; lse : (H, M, 1) log partition sum over template prefix and chunk
     output     : (H, M, D) attention output over both; mass : (H, M) share of that attention on the chunk
     """
@@ -147,7 +150,7 @@ class AttentionMatching(Compressor):
 
 
 class _Watch:
-    """Attention of the repetition over the chunk and itself, block by block of rows, taking notes layer by layer."""
+    """Attention of the repetition over the context and over itself, taking notes layer by layer."""
 
     def __init__(self, cache: Cache, first: int, scale: float, fit_rows: int) -> None:
         self._context = cache.length  # template prefix and chunk
@@ -160,49 +163,72 @@ class _Watch:
             return self._attend(queries.to(keys.dtype), keys, values)
 
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        heads, context, dim = keys.shape[1], self._context, keys.shape[-1]
-        group, tokens = queries.shape[1] // heads, queries.shape[2]
-        grouped = (queries[0] * self._scale).view(heads, group, tokens, dim)
-        step = -(-group * tokens // self._fit_rows)
-        importance = keys.new_zeros(heads, context - self._first)
-        read = torch.empty_like(grouped)
-        notes: list[tuple[torch.Tensor, ...]] = []
-        size = max(1, _ROWS // group)
-        for row in range(0, tokens, size):
-            stop = min(row + size, tokens)
-            block = grouped[:, :, row:stop].reshape(heads, -1, dim)
-            live = context + stop  # what comes later is not computed at all
-            logits = torch.bmm(block, keys[0, :, :live].transpose(1, 2))
-            later = torch.ones(stop - row, stop - row, dtype=torch.bool, device=keys.device).triu_(1)
-            logits[:, :, context + row :].view(heads, group, stop - row, -1).masked_fill_(later, -torch.inf)
-            weights = torch.softmax(logits, dim=-1)
-            torch.maximum(importance, weights[:, :, self._first : context].amax(dim=1), out=importance)
-            out = torch.bmm(weights, values[0, :, :live])
-            read[:, :, row:stop] = out.view(heads, group, stop - row, dim)
-            notes.append(self._note(block, logits, weights, out, values[0, :, :live], step))
-        # a position matters by what it adds to the output; why the root: docs/decisions/0003
-        importance = importance * values[0, :, self._first : context].norm(dim=-1).sqrt()
-        self.seen.append(_Seen(importance, *(torch.cat(part, dim=1) for part in zip(*notes, strict=True))))
-        return read.view(1, heads * group, tokens, dim).transpose(1, 2).reshape(1, tokens, -1)
+        context, dim = self._context, keys.shape[-1]
+        heads, tokens = queries.shape[1], queries.shape[2]
+        group = heads // keys.shape[1]
+        # apart, and then put together by their partition sums: the fits need the context's own output and sum
+        rows = queries.reshape(1, heads // group, group * tokens, dim)
+        output, lse = attention(rows, keys[:, :, :context], values[:, :, :context], self._scale)
+        own_keys, own_values = (x[:, :, context:].repeat_interleave(group, 1) for x in (keys, values))
+        own, own_lse = attention(queries, own_keys, own_values, self._scale, causal=True)
+        own_lse = own_lse.reshape(lse.shape)
+        share = torch.sigmoid(lse - own_lse).to(keys.dtype).reshape(1, heads, tokens, 1)
+        read = torch.lerp(own, output.reshape(1, heads, tokens, dim), share)
+        self._note(rows[0] * self._scale, output[0], lse[0], torch.logaddexp(lse, own_lse)[0], keys[0], values[0])
+        return read.transpose(1, 2).reshape(1, tokens, -1)
 
     def _note(
         self,
         queries: torch.Tensor,
-        logits: torch.Tensor,
-        weights: torch.Tensor,
-        out: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        whole_lse: torch.Tensor,
+        keys: torch.Tensor,
         values: torch.Tensor,
-        step: int,
-    ) -> tuple[torch.Tensor, ...]:
-        """Every ``step``-th row, with its attention restricted to template prefix and chunk."""
-        context = self._context
-        logits, weights, out = logits[:, ::step], weights[:, ::step], out[:, ::step]
-        lse = torch.logsumexp(logits[:, :, :context], dim=-1, keepdim=True)
-        own = weights[:, :, context:]
-        share = (1 - own.sum(dim=-1, keepdim=True)).clamp_min(1e-6)
-        output = (out - torch.bmm(own, values[:, context:])) / share
-        mass = weights[:, :, self._first : context].sum(dim=-1) / share[..., 0]
-        return queries[:, ::step], lse, output, mass
+    ) -> None:
+        """What the rows (H, R, D) of a layer see: the largest attention of all rows, the rest of every ``step``-th."""
+        fixed, chunk = keys[:, : self._first], keys[:, self._first : self._context]
+        largest = chunk.new_full(chunk.shape[:2], -torch.inf)
+        for row in range(0, queries.shape[1], _ROWS):
+            part = slice(row, row + _ROWS)
+            logits = torch.baddbmm(-whole_lse[:, part, None].to(keys.dtype), queries[:, part], chunk.transpose(1, 2))
+            torch.maximum(largest, logits.amax(dim=1), out=largest)
+        step = -(-queries.shape[1] // self._fit_rows)
+        queries, output, lse = queries[:, ::step], output[:, ::step], lse[:, ::step, None]
+        mean = torch.baddbmm(-lse.to(keys.dtype), queries, chunk.transpose(1, 2)).exp_().mean(dim=1)
+        fixed_mass = torch.baddbmm(-lse.to(keys.dtype), queries, fixed.transpose(1, 2)).exp_().sum(dim=-1)
+        length = values[:, self._first : self._context].norm(dim=-1)
+        importance = largest.exp_() * mean.pow_(_SPREAD) * length.pow_(_LENGTH)
+        self.seen.append(_Seen(importance, queries, lse, output, (1 - fixed_mass).clamp_min_(0)))
+
+
+def attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention, and the logarithm of its partition sums, which torch's public function keeps to itself.
+
+    Args:
+        queries: (1, H, R, D). keys, values: (1, H, S, D).
+        scale: factor of the logits.
+        causal: row i sees the keys up to i; R is S then.
+
+    Returns:
+        output (1, H, R, D) and log partition sums (1, H, R) float32.
+    """
+    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if fused is not None and queries.device.type == "cpu":
+        output, lse = fused(queries, keys, values, 0.0, causal, scale=scale)
+        return output, lse
+    outputs, sums = [], []
+    for row in range(0, queries.shape[2], _ROWS):
+        block = queries[:, :, row : row + _ROWS] * scale
+        logits = (block @ keys.transpose(2, 3)).float()
+        if causal:
+            place = torch.arange(row, row + block.shape[2], device=keys.device)[:, None]
+            logits.masked_fill_(torch.arange(keys.shape[2], device=keys.device) > place, -torch.inf)
+        sums.append(torch.logsumexp(logits, dim=-1))
+        outputs.append(torch.exp(logits - sums[-1][..., None]).to(values.dtype) @ values)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
 def _quicker_in_bf16(decoder: LocalDecoder) -> bool:
@@ -212,7 +238,7 @@ def _quicker_in_bf16(decoder: LocalDecoder) -> bool:
 
 
 def select(importance: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Which positions stay: the most important of all heads together, and the best of each head.
+    """Which positions stay: the best of each head up to a tenth of its even share, then the best of all heads together.
 
     Args:
         importance: (L, H, n). ratio: positions per kept slot.
@@ -222,7 +248,8 @@ def select(importance: torch.Tensor, ratio: float) -> torch.Tensor:
     """
     layers, heads, length = importance.shape
     budget = min(max(round(length / ratio * layers * heads), layers * heads), importance.numel())
-    ranked = importance.scatter(2, importance.argmax(dim=-1, keepdim=True), torch.inf)
+    own = importance.topk(max(1, int(_FLOOR * length / ratio)), dim=-1).indices
+    ranked = importance.scatter(2, own, torch.inf)
     keep = torch.zeros(importance.numel(), dtype=torch.bool, device=importance.device)
     keep[ranked.flatten().topk(budget).indices] = True
     return keep.view_as(importance)
