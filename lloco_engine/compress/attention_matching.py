@@ -27,7 +27,7 @@ _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
 _ROWS = 1024  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
 _FLOOR = 0.1  # of a head's even share of the slots that it keeps whatever the other heads need
 _SPREAD = 0.3  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
-_LENGTH = 0.5  # power of the value's length in it
+_LENGTH = 0.35  # power of the value's length in it
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
