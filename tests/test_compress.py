@@ -388,16 +388,19 @@ def test_an_adapter_does_not_change_a_segment(tmp_path):
 
 def test_the_budget_is_shared_by_all_heads_and_leaves_one_to_each():
     importance = torch.tensor([[[9.0, 8, 7, 6], [1, 2, 0, 0]], [[3.0, 3.5, 0, 0], [0, 0, 0, 0.1]]])
-    keep = select(importance, 2)
+    keep = select(importance, 2, 0.0)
     assert keep.sum() == 8
     assert keep.tolist() == [
         [[True] * 4, [False, True, False, False]],
         [[True, True, False, False], [False, False, False, True]],
     ]
-    assert select(importance, 1).all()
-    assert select(importance, 10**6).sum(-1).tolist() == [[1, 1], [1, 1]]
-    assert select(torch.zeros(2, 2, 4), 2).sum() == 8  # all alike: still the budget, and one in each
-    assert select(torch.zeros(2, 2, 4), 2).any(-1).all()
+    assert select(importance, 1, 0.0).all()
+    assert select(importance, 10**6, 0.0).sum(-1).tolist() == [[1, 1], [1, 1]]
+    assert select(torch.zeros(2, 2, 4), 2, 0.0).sum() == 8  # all alike: still the budget, and one in each
+    assert select(torch.zeros(2, 2, 4), 2, 0.0).any(-1).all()
+    poor = torch.stack([torch.full((1, 40), 1.0), torch.full((1, 40), 1e-6)])
+    assert select(poor, 2, 0.0).sum(-1).flatten().tolist() == [39, 1]
+    assert select(poor, 2, 0.5).sum(-1).flatten().tolist() == [30, 10]
 
 
 @pytest.mark.parametrize("size", [1, 3, 40])
@@ -469,6 +472,7 @@ def test_the_longest_chunk_leaves_room_to_be_repeated():
         ({"ridge": float("nan")}, "ridge must be a number above 0"),
         ({"fit_rows": 15}, "fit_rows must be at least 16"),
         ({"iterations": 0}, "iterations at least 1"),
+        ({"floor": 1.5}, "floor must be a number from 0 to 1, not 1.5"),
         ({"speed": 3}, "'attention_matching'.*speed"),
         ({"ridge": "much"}, "ridge must be a number"),
     ],

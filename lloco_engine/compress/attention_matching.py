@@ -25,7 +25,6 @@ __all__ = ["AttentionMatching", "nnls"]
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
 _ROWS = 1024  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
-_FLOOR = 0.1  # of a head's even share of the slots that it keeps whatever the other heads need
 _SPREAD = 0.3  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
 _LENGTH = 0.35  # power of the value's length in it
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
@@ -54,21 +53,29 @@ class AttentionMatching(Compressor):
         ridge: pull of the values towards the originals, relative to the mean squared attention of the kept slots.
         fit_rows: most reference queries per KV head used in the fits.
         iterations: steps of the non-negative least squares.
+        floor: share of an even split of the slots that every head gets, whatever the other heads need.
     """
 
     name = "attention_matching"
 
-    def __init__(self, *, ridge: float = 1.0, fit_rows: int = 1024, iterations: int = 200) -> None:
+    def __init__(self, *, ridge: float = 1.0, fit_rows: int = 1024, iterations: int = 200, floor: float = 0.1) -> None:
         if not isinstance(ridge, int | float) or not ridge > 0:
             raise ConfigError(f"ridge must be a number above 0, not {ridge!r}")
         if fit_rows < 16 or iterations < 1:
             raise ConfigError(f"fit_rows must be at least 16 and iterations at least 1, not {fit_rows}, {iterations}")
-        self._ridge, self._fit_rows, self._iterations = ridge, fit_rows, iterations
+        if not isinstance(floor, int | float) or not 0 <= floor <= 1:
+            raise ConfigError(f"floor must be a number from 0 to 1, not {floor!r}")
+        self._ridge, self._fit_rows, self._iterations, self._floor = ridge, fit_rows, iterations, floor
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
-        return {"ridge": self._ridge, "fit_rows": self._fit_rows, "iterations": self._iterations}
+        return {
+            "ridge": self._ridge,
+            "fit_rows": self._fit_rows,
+            "iterations": self._iterations,
+            "floor": self._floor,
+        }
 
     def longest_chunk(self, decoder: LocalDecoder) -> int:
         """Half the window: the chunk is read twice, once to be kept and once to be repeated."""
@@ -85,7 +92,7 @@ class AttentionMatching(Compressor):
             decoder.follow(repeat, cache, watch.attend)
         chunk = slice(decoder.template_tokens, decoder.template_tokens + len(token_ids))
         importance = torch.stack([seen.importance for seen in watch.seen])
-        return [self._fit(cache, watch.seen, select(importance, ratio), chunk) for ratio in ratios]
+        return [self._fit(cache, watch.seen, select(importance, ratio, self._floor), chunk) for ratio in ratios]
 
     def _fit(self, cache: Cache, seen: list[_Seen], keep: torch.Tensor, chunk: slice) -> Segment:
         """Bias and values of the kept positions; heads of like size are fitted together, whatever their layer."""
@@ -237,18 +244,18 @@ def _quicker_in_bf16(decoder: LocalDecoder) -> bool:
     return on_cpu and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
-def select(importance: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Which positions stay: the best of each head up to a tenth of its even share, then the best of all heads together.
+def select(importance: torch.Tensor, ratio: float, floor: float) -> torch.Tensor:
+    """Which positions stay: the best of each head up to a share of an even split, then the best of all heads together.
 
     Args:
-        importance: (L, H, n). ratio: positions per kept slot.
+        importance: (L, H, n). ratio: positions per kept slot. floor: that share.
 
     Returns:
         (L, H, n) bool, with about ``L * H * n / ratio`` true, at least one per head.
     """
     layers, heads, length = importance.shape
     budget = min(max(round(length / ratio * layers * heads), layers * heads), importance.numel())
-    own = importance.topk(max(1, int(_FLOOR * length / ratio)), dim=-1).indices
+    own = importance.topk(max(1, int(floor * length / ratio)), dim=-1).indices
     ranked = importance.scatter(2, own, torch.inf)
     keep = torch.zeros(importance.numel(), dtype=torch.bool, device=importance.device)
     keep[ranked.flatten().topk(budget).indices] = True
