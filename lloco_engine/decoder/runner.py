@@ -87,7 +87,7 @@ class Runner:
 
     def forward(
         self,
-        ids: torch.Tensor,
+        inputs: torch.Tensor,
         positions: torch.Tensor,
         cache: Cache,
         memory: Memory | None = None,
@@ -96,7 +96,7 @@ class Runner:
         """One pass; the new keys and values are appended to ``cache``.
 
         Args:
-            ids: (B, T) int64 token ids.
+            inputs: (B, T) int64 token ids, or (B, T, E) input embeddings.
             positions: (T,) or (B, T) int64 rotary positions.
             cache: live keys and values before these tokens, of the same B.
             memory: compressed prefix that every token attends to, or None.
@@ -106,12 +106,12 @@ class Runner:
             (B, T, hidden) hidden states after the final norm.
         """
         shape, adapted = self.shape, self.adapted
-        rows, tokens = ids.shape
+        rows, tokens = inputs.shape[:2]
         if positions.dim() == 1:
             positions = positions[None]
         cos, sin = self._rotary(positions)
         mask = cache.begin(tokens)
-        hidden = self.embed(ids)
+        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
         for index, layer in enumerate(self.layers):
             x = F.rms_norm(hidden, (shape.hidden,), layer.norm_in.weight, layer.norm_in.variance_epsilon)
             qkv = layer.qkv(x, adapted).view(rows, tokens, -1, shape.head_dim)

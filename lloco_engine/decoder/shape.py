@@ -9,12 +9,17 @@ from lloco_engine.errors import UnsupportedModel
 
 __all__ = ["FAMILIES", "DecoderShape"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder. ``window`` is the largest number of positions it can attend over."""
+    """Sizes of a decoder.
+
+    ``window`` is the largest number of positions it can attend over; ``embedding`` the numbers of one input embedding
+    (and of a final hidden state), which is not ``hidden`` where a family projects them; ``rotary`` whether positions
+    turn queries and keys, rather than being learned embeddings added to the input.
+    """
 
     layers: int
     query_heads: int
@@ -24,6 +29,8 @@ class DecoderShape:
     intermediate: int
     window: int
     vocabulary: int
+    embedding: int
+    rotary: bool
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
@@ -49,10 +56,12 @@ class DecoderShape:
         return cls(
             layers=int(config.num_hidden_layers),
             query_heads=int(config.num_attention_heads),
-            kv_heads=int(config.num_key_value_heads),
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
             hidden=int(config.hidden_size),
-            intermediate=int(config.intermediate_size),
+            intermediate=int(config.ffn_dim if config.model_type == "opt" else config.intermediate_size),
             window=window,
             vocabulary=int(config.vocab_size),
+            embedding=int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size),
+            rotary=config.model_type != "opt",
         )

@@ -1,0 +1,121 @@
+"""The forward pass of the OPT family, and which runner a family has.
+
+OPT (Zhang et al. 2022, arXiv 2205.01068) adds learned position embeddings to its input, where the other families turn
+queries and keys. Its published AutoCompressors give summary vectors no position of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from lloco_engine.decoder.attention import Cache, attend
+from lloco_engine.decoder.memory import Memory
+from lloco_engine.decoder.runner import Attention, Runner
+from lloco_engine.decoder.shape import DecoderShape
+from lloco_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["OptRunner", "runner_of"]
+
+
+class _Linear:
+    """A linear layer by its own weights, or through the module that PEFT has put in its place."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+        self.weight, self.bias = getattr(owner, name).weight, getattr(owner, name).bias
+
+    def __call__(self, x: torch.Tensor, adapted: bool) -> torch.Tensor:
+        return getattr(self.owner, self.name)(x) if adapted else F.linear(x, self.weight, self.bias)
+
+
+class _Layer:
+    """What the loop needs of one decoder layer, looked up once."""
+
+    def __init__(self, layer: Any) -> None:
+        self.q, self.k, self.v, self.o = (
+            _Linear(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+        )
+        self.up, self.down = _Linear(layer, "fc1"), _Linear(layer, "fc2")
+        self.activation = layer.activation_fn
+        self.norm_attention, self.norm_mlp = layer.self_attn_layer_norm, layer.final_layer_norm
+        self.norm_first = bool(layer.do_layer_norm_before)
+
+
+class OptRunner(Runner):
+    """Runs an OPT model as `Runner` does the other families. A negative position is none: the embedding of padding.
+
+    Args:
+        model: a causal language model of the OPT family, in eval mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.shape = DecoderShape.of(model.config)
+        body: Any = model.model.decoder
+        self.body = body
+        self.embed, self.head = body.embed_tokens, model.lm_head
+        self.blocks = [_Layer(layer) for layer in body.layers]
+        self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
+        self.scale = self.shape.head_dim**-0.5
+        self.adapted = False
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Cache,
+        memory: Memory | None = None,
+        attention: Attention | None = None,
+    ) -> torch.Tensor:
+        """One pass, as `Runner.forward`; returns (B, T, E) states after the final norm and the output projection."""
+        shape, adapted, body = self.shape, self.adapted, self.body
+        rows, tokens = inputs.shape[:2]
+        mask = cache.begin(tokens)
+        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
+        if body.project_in is not None:
+            hidden = body.project_in(hidden)
+        # The table begins with two rows more than there are positions; the second of them is that of padding.
+        hidden = hidden + F.embedding(positions.clamp_min(-1) + 2, body.embed_positions.weight)
+        for index, layer in enumerate(self.blocks):
+            x = layer.norm_attention(hidden) if layer.norm_first else hidden
+            q, k, v = (
+                part(x, adapted).view(rows, tokens, -1, shape.head_dim).transpose(1, 2)
+                for part in (layer.q, layer.k, layer.v)
+            )
+            keys, values = cache.append(index, k, v)
+            if attention is not None:
+                read = attention(index, q, keys, values)
+            else:
+                read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), self.scale)
+            hidden = hidden + layer.o(read, adapted)
+            hidden = hidden if layer.norm_first else layer.norm_attention(hidden)
+            x = layer.norm_mlp(hidden) if layer.norm_first else hidden
+            hidden = hidden + layer.down(layer.activation(layer.up(x, adapted)), adapted)
+            hidden = hidden if layer.norm_first else layer.norm_mlp(hidden)
+        cache.end(tokens)
+        if body.final_layer_norm is not None:
+            hidden = body.final_layer_norm(hidden)
+        return hidden if body.project_out is None else body.project_out(hidden)
+
+    def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
+        """Not for this family: its keys cannot be moved.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("placement must be 'parallel' with an OPT decoder, whose positions are learned")
+
+
+def runner_of(model: PreTrainedModel) -> Runner:
+    """The runner for a model's family.
+
+    Raises:
+        UnsupportedModel: the family is not one that the engine can run.
+    """
+    return (OptRunner if model.config.model_type == "opt" else Runner)(model)
