@@ -340,7 +340,7 @@ def load_causal_lm(
                 raise UnsupportedModel(
                     f"a decoder must be a causal language model, and {folder} is of type {config.model_type!r}"
                 )
-            model, read = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=kind,
@@ -349,6 +349,7 @@ def load_causal_lm(
                 key_mapping=_WRAPPED,
                 output_loading_info=True,
             )
+            model, read = loaded
             if missing := sorted(read["missing_keys"]):
                 raise ValueError(f"its weights lack {missing[0]}, {len(missing)} tensors in all")
     except UnsupportedModel:
@@ -375,9 +376,12 @@ def read_tensor(folder: str | Path, name: str) -> torch.Tensor:
                 with safe_open(file, "pt") as opened:
                     for key in opened.keys():  # noqa: SIM118 (it is no dict)
                         if f".{key}".endswith(f".{name}"):
-                            return opened.get_tensor(key)
+                            found: torch.Tensor = opened.get_tensor(key)
+                            return found
                 continue
-            weights = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
+            weights: dict[str, torch.Tensor] = torch.load(
+                file, map_location="cpu", mmap=is_zipfile(file), weights_only=True
+            )
         except Exception as error:  # torch and safetensors raise many kinds for a damaged file
             raise ModelNotFound(f"the weights in {file} could not be read: {error}") from error
         for key, value in weights.items():

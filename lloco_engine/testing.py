@@ -178,7 +178,8 @@ def save_tiny_autocompressor(
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     generator = torch.Generator().manual_seed(seed + 1)
-    width = model.get_input_embeddings().weight.shape[1]
+    embedding: Any = model.get_input_embeddings()
+    width = embedding.weight.shape[1]
     weights["embed_summary.weight"] = 0.2 * torch.randn(summary_length, width, generator=generator)
     published = {"llama": "LlamaAutoCompressorModel", "opt": "OPTAutoCompressorModel"}
     config = model.config.to_dict() | {
