@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,16 @@ def embedded_decoder() -> LocalDecoder:
     from lloco_engine.decoder.local import LocalDecoder
 
     return LocalDecoder.load("embedded")
+
+
+@pytest.fixture
+def no_network() -> Iterator[None]:
+    """Any socket but a Unix one, which asyncio needs, is an error."""
+    import pytest_socket
+
+    pytest_socket.disable_socket(allow_unix_socket=True)
+    yield
+    pytest_socket.enable_socket()
 
 
 @pytest.fixture(scope="session")

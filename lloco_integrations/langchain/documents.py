@@ -1,0 +1,78 @@
+"""LangChain documents in and out of a store, and the document whose text is a handle."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_core.documents import Document
+from pydantic import Field
+
+from lloco_engine import Document as EngineDocument
+from lloco_engine import Hit
+
+__all__ = ["LLoCODocument", "from_hit", "from_stored", "to_engine"]
+
+MetadataValue = str | int | float | bool
+
+_REST = "langchain"  # metadata that a store cannot filter by, as JSON
+_FIELDS = ("source", "title")  # what LangChain keeps in metadata and a store has a field for
+
+
+class LLoCODocument(Document):
+    """A retrieved document whose ``page_content`` is a handle, so that a chain's prompt never holds its text.
+
+    ``text`` is the real text, for rerankers, evaluators and citations. It is left out of every print and every
+    serialised form. ``metadata`` says where the text comes from: ``lloco_doc_id``, ``lloco_segment``, ``lloco_score``
+    and ``lloco_span`` (start and end, in characters of the document), beside the document's own.
+    """
+
+    text: str = Field(default="", exclude=True, repr=False)
+
+
+def to_engine(document: Document, doc_id: str, tenant: str) -> EngineDocument:
+    """A LangChain document as the engine's, its metadata kept whole.
+
+    Raises:
+        ValueError: a metadata value is not JSON.
+    """
+    plain: dict[str, MetadataValue] = {}
+    fields: dict[str, str] = {}
+    rest: dict[str, Any] = {}
+    for key, value in document.metadata.items():
+        if key in _FIELDS and isinstance(value, str) and value:
+            fields[key] = value
+        elif key not in (*_FIELDS, "doc_id", _REST) and _is_plain(value):
+            plain[key] = value
+        else:
+            rest[key] = value
+    if rest:
+        try:
+            plain[_REST] = json.dumps(rest, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"metadata must be JSON, and that of document {doc_id!r} is not ({error}): {sorted(rest)}"
+            ) from error
+    return EngineDocument(doc_id, document.page_content, metadata=plain, tenant=tenant, **fields)
+
+
+def from_stored(doc_id: str, text: str, *, title: str, source: str, metadata: Mapping[str, MetadataValue]) -> Document:
+    """A stored document, or a part of it, as the LangChain document that it was."""
+    values: dict[str, Any] = {key: value for key, value in metadata.items() if key != _REST}
+    values |= {key: value for key, value in (("source", source), ("title", title)) if value}
+    if isinstance(rest := metadata.get(_REST), str):
+        values |= json.loads(rest)
+    return Document(page_content=text, metadata=values, id=doc_id)
+
+
+def from_hit(hit: Hit) -> Document:
+    """A hit's real text as a document; its id is the stored document's."""
+    return from_stored(hit.doc_id, hit.text, title=hit.title, source=hit.source, metadata=hit.metadata)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int | bool)

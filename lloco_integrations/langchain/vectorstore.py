@@ -1,0 +1,228 @@
+"""A LangChain vector store over an engine's store: what is added is compressed, what is found can be read as slots."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import VectorStore
+
+from lloco_engine import Engine, Hit, LLoCOError, NotInStore
+from lloco_integrations.langchain.documents import from_hit, from_stored, to_engine
+
+__all__ = ["EngineEmbeddings", "LLoCOVectorStore"]
+
+
+class EngineEmbeddings(Embeddings):
+    """The engine's own embedder, as LangChain calls it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """A vector per text, of length 1."""
+        vectors: list[list[float]] = self._engine.embedder.encode(texts).tolist()
+        return vectors
+
+    def embed_query(self, text: str) -> list[float]:
+        """The vector of one text, of length 1."""
+        return self.embed_documents([text])[0]
+
+
+class LLoCOVectorStore(VectorStore):
+    """The documents of one tenant in an engine's store.
+
+    Searches return real text, as from any vector store; `as_retriever` returns handles, for `ChatLLoCO` and
+    `LLoCOLLM` to read as slots. A document longer than a segment is found by its parts, which all carry its id.
+
+    Args:
+        engine: whose store it is.
+        tenant: whose documents are added, found and deleted; no other's are ever seen.
+    """
+
+    def __init__(self, engine: Engine, *, tenant: str = "") -> None:
+        self.engine = engine
+        self.tenant = tenant
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The engine's own embedder."""
+        return EngineEmbeddings(self.engine)
+
+    # -- documents ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: list[str],
+        embedding: Embeddings | None = None,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        engine: Engine | None = None,
+        tenant: str = "",
+        **kwargs: Any,
+    ) -> Self:
+        """A vector store that holds ``texts``.
+
+        Args:
+            texts: what to add.
+            embedding: None, or a store's own `embeddings`: an engine makes its vectors itself.
+            metadatas: one for each text.
+            ids: one for each text.
+            engine: whose store it is; must be given.
+            tenant: whose the texts are.
+            kwargs: as `add_documents` takes them.
+
+        Raises:
+            ValueError: there is no engine, or ``embedding`` is not the engine's.
+        """
+        if engine is None:
+            raise ValueError("engine must be given: LLoCOVectorStore.from_texts(texts, engine=Engine.open(folder))")
+        if not (embedding is None or isinstance(embedding, EngineEmbeddings)):
+            raise ValueError(
+                f"an engine makes its vectors itself, so embedding must be None, not {type(embedding).__name__}; "
+                "choose the embedder when the store is made: Engine.open(folder, embedder=...)"
+            )
+        made = cls(engine, tenant=tenant)
+        made.add_texts(texts, metadatas, ids=ids, **kwargs)
+        return made
+
+    def add_documents(self, documents: list[Document], *, ids: list[str] | None = None, **kwargs: Any) -> list[str]:
+        """Compress documents into the store; one whose id is there replaces it.
+
+        Args:
+            documents: their text must not be blank.
+            ids: one for each; else each document's own id, or a new one.
+            kwargs: ignored (`index` passes a batch size).
+
+        Returns:
+            the ids.
+
+        Raises:
+            ValueError: as many ids as documents, each once, and JSON metadata are needed; nothing was added.
+            LLoCOError: names the documents that could not be added; the others were.
+        """
+        if ids is not None and len(ids) != len(documents):
+            raise ValueError(f"ids must be as many as documents, {len(documents)}, not {len(ids)}")
+        given: Sequence[str | None] = ids or [document.id for document in documents]
+        names = [str(one) if one else str(uuid.uuid4()) for one in given]
+        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+            raise ValueError(f"an id must come once in a call, and {twice[0]!r} comes {names.count(twice[0])} times")
+        made = [to_engine(document, name, self.tenant) for document, name in zip(documents, names, strict=True)]
+        if blank := next((one.doc_id for one in made if not one.text.strip()), None):
+            raise ValueError(f"a document must hold text, and {blank!r} is blank")
+        report = self.engine.ingest(made, tenant=self.tenant)
+        if report.failed:
+            reasons = "; ".join(f"{one.source}: {one.reason}" for one in report.failed)
+            raise LLoCOError(f"{len(report.failed)} of {len(made)} documents could not be added: {reasons}")
+        return names
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
+        """Remove documents with their segments; all of this tenant's when ``ids`` is None. Unknown ids do no harm."""
+        if ids is None:
+            ids = [info.doc_id for info in self.engine.documents(self.tenant)]
+        for doc_id in ids:
+            try:
+                self.engine.delete(doc_id, self.tenant)
+            except NotInStore:
+                continue
+        return True
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        """Whole documents, in the order of their ids; ids that are not there are passed over."""
+        found = []
+        for doc_id in dict.fromkeys(ids):
+            try:
+                info = self.engine.store.document(doc_id, self.tenant)
+                text = self.engine.store.document_text(doc_id, self.tenant)
+            except NotInStore:
+                continue
+            found.append(from_stored(doc_id, text, title=info.title, source=info.source, metadata=info.metadata))
+        return found
+
+    # -- search -------------------------------------------------------------------------------------------------
+
+    def search_hits(self, query: str, k: int = 4, filter: Mapping[str, Any] | None = None) -> list[Hit]:
+        """The engine's own hits for a query, best first; a blank query finds nothing."""
+        if not query.strip():
+            return []
+        return self.engine.retrieve(query, top_k=k, filters=filter, tenant=self.tenant)
+
+    def similarity_search(
+        self, query: str, k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> list[Document]:
+        """The ``k`` best documents, or parts of documents, best first, with their real text.
+
+        Args:
+            query: text.
+            k: how many.
+            filter: a metadata key, ``source`` or ``title``, to a value, or to a collection of values of which one
+                must hold. ``doc_id`` is the document's id.
+            kwargs: ignored.
+        """
+        return [from_hit(hit) for hit in self.search_hits(query, k, filter)]
+
+    def similarity_search_with_score(
+        self, query: str, k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        """As `similarity_search`, each with its cosine similarity."""
+        return [(from_hit(hit), hit.score) for hit in self.search_hits(query, k, filter)]
+
+    def similarity_search_by_vector(
+        self, embedding: list[float], k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> list[Document]:
+        """As `similarity_search`, for a vector of `embeddings`."""
+        import numpy as np
+
+        vector = np.asarray(embedding, dtype=np.float32)
+        hits = self.engine.store.search(vector, top_k=k, tenant=self.tenant, filters=filter)
+        return [from_hit(hit) for hit in hits]
+
+    def max_marginal_relevance_search(
+        self,
+        query: str,
+        k: int = 4,
+        fetch_k: int = 20,
+        lambda_mult: float = 0.5,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Of the ``fetch_k`` best, ``k`` that are near the query and unlike each other.
+
+        The vector of a part is that of its best search window. Method: maximal marginal relevance (Carbonell and
+        Goldstein 1998), as LangChain computes it.
+        """
+        import numpy as np
+        from langchain_core.vectorstores.utils import maximal_marginal_relevance
+
+        hits = self.search_hits(query, fetch_k, filter)
+        if not hits:
+            return []
+        texts = [hit.quote(hit.windows[0]) if hit.windows else hit.text for hit in hits]
+        vectors = self.engine.embedder.encode([query, *texts])
+        chosen = maximal_marginal_relevance(np.asarray(vectors[0]), list(vectors[1:]), lambda_mult=lambda_mult, k=k)
+        return [from_hit(hits[number]) for number in chosen]
+
+    def _select_relevance_score_fn(self) -> Callable[[float], float]:
+        return lambda cosine: min(1.0, max(0.0, cosine))  # LangChain wants 0 to 1; opposite is as good as unrelated
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As `add_documents`, from texts and their metadata."""
+        wanted = list(texts)
+        if metadatas is not None and len(metadatas) != len(wanted):
+            raise ValueError(f"metadatas must be as many as texts, {len(wanted)}, not {len(metadatas)}")
+        every = metadatas or [{} for _ in wanted]
+        documents = [Document(page_content=text, metadata=more) for text, more in zip(wanted, every, strict=True)]
+        return self.add_documents(documents, ids=ids, **kwargs)
