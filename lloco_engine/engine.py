@@ -264,6 +264,12 @@ class Engine:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
         return [hit for hit in hits if isinstance(self._try_segment(hit), SegmentUnavailable)]
 
+    def token_ids(self, text: str) -> list[int]:
+        """The decoder's token ids of a text, by the store's tokenizer; no weights are loaded."""
+        from lloco_engine.decoder.template import encode
+
+        return encode(self._setup.facts.tokenizer, text)
+
     # -- questions ----------------------------------------------------------------------------------------------
 
     def retrieve(

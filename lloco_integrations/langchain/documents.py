@@ -12,9 +12,12 @@ from pydantic import Field
 
 from lloco_engine import Document as EngineDocument
 from lloco_engine import Hit
+from lloco_integrations.chunks import View
+from lloco_integrations.handles import Handles
 
-__all__ = ["LLoCODocument", "from_hit", "from_stored", "to_engine"]
+__all__ = ["HANDLE", "LLoCODocument", "from_hit", "from_stored", "retrieved", "shown", "to_engine"]
 
+HANDLE = "lloco_handle"  # metadata key of a handle beside real text
 MetadataValue = str | int | float | bool
 
 _REST = "langchain"  # metadata that a store cannot filter by, as JSON
@@ -25,8 +28,9 @@ class LLoCODocument(Document):
     """A retrieved document whose ``page_content`` is a handle, so that a chain's prompt never holds its text.
 
     ``text`` is the real text, for rerankers, evaluators and citations. It is left out of every print and every
-    serialised form. ``metadata`` says where the text comes from: ``lloco_doc_id``, ``lloco_segment``, ``lloco_score``
-    and ``lloco_span`` (start and end, in characters of the document), beside the document's own.
+    serialised form. ``metadata`` says where the text comes from: ``lloco_doc_id``, ``lloco_segments`` and
+    ``lloco_span`` (start and end, in characters of the document), beside the document's own and, from a retriever,
+    ``lloco_score``.
     """
 
     text: str = Field(default="", exclude=True, repr=False)
@@ -70,6 +74,36 @@ def from_stored(doc_id: str, text: str, *, title: str, source: str, metadata: Ma
 def from_hit(hit: Hit) -> Document:
     """A hit's real text as a document; its id is the stored document's."""
     return from_stored(hit.doc_id, hit.text, title=hit.title, source=hit.source, metadata=hit.metadata)
+
+
+def retrieved(hit: Hit, handles: Handles, *, annotate: bool) -> Document:
+    """A hit as a model is shown it, under a new handle."""
+    document = from_hit(hit)
+    document.metadata["lloco_score"] = hit.score
+    return shown(document, View(handles.mint([hit]), (hit,)), annotate=annotate)
+
+
+def shown(document: Document, view: View, *, annotate: bool) -> Document:
+    """A document as a model is shown it.
+
+    Args:
+        document: with its real text.
+        view: the handles that stand for the text, or the text made harmless.
+        annotate: keep the text, and put the handles into the metadata, for ``document_prompt="{lloco_handle}"``.
+    """
+    if annotate:
+        return document.model_copy(update={"metadata": {**document.metadata, HANDLE: view.text}})
+    if not view.hits:
+        return document.model_copy(update={"page_content": view.text})
+    hits = view.hits
+    where = {
+        "lloco_doc_id": hits[0].doc_id,
+        "lloco_segments": [hit.segment_id for hit in hits],
+        "lloco_span": [hits[0].span.start, hits[-1].span.end],
+    }
+    return LLoCODocument(
+        page_content=view.text, metadata={**document.metadata, **where}, id=document.id, text=document.page_content
+    )
 
 
 def _is_plain(value: object) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
+from pydantic import Field
 
 from lloco_engine import Engine, Hit, LLoCOError, NotInStore
-from lloco_integrations.langchain.documents import from_hit, from_stored, to_engine
+from lloco_integrations.handles import Handles
+from lloco_integrations.langchain.documents import from_hit, from_stored, retrieved, to_engine
 
-__all__ = ["EngineEmbeddings", "LLoCOVectorStore"]
+__all__ = ["EngineEmbeddings", "LLoCOStoreRetriever", "LLoCOVectorStore"]
 
 
 class EngineEmbeddings(Embeddings):
@@ -30,6 +34,31 @@ class EngineEmbeddings(Embeddings):
     def embed_query(self, text: str) -> list[float]:
         """The vector of one text, of length 1."""
         return self.embed_documents([text])[0]
+
+
+class LLoCOStoreRetriever(VectorStoreRetriever):
+    """A `LLoCOVectorStore` as a retriever: each kind of search, with handles in place of text."""
+
+    annotate: bool = False
+    handles: Handles | None = Field(default=None, exclude=True, repr=False)
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        return self._find(query, kwargs)
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        return await asyncio.to_thread(self._find, query, kwargs)
+
+    def _find(self, query: str, options: dict[str, Any]) -> list[Document]:
+        store = self.vectorstore
+        if not isinstance(store, LLoCOVectorStore):
+            raise ValueError(f"vectorstore must be a LLoCOVectorStore, not {type(store).__name__}")
+        handles = self.handles or Handles.of(store.engine)
+        hits = store.search_hits(query, search_type=self.search_type, **{**self.search_kwargs, **options})
+        return [retrieved(hit, handles, annotate=self.annotate) for hit in hits]
 
 
 class LLoCOVectorStore(VectorStore):
@@ -121,6 +150,22 @@ class LLoCOVectorStore(VectorStore):
             raise LLoCOError(f"{len(report.failed)} of {len(made)} documents could not be added: {reasons}")
         return names
 
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As `add_documents`, from texts and their metadata."""
+        wanted = list(texts)
+        if metadatas is not None and len(metadatas) != len(wanted):
+            raise ValueError(f"metadatas must be as many as texts, {len(wanted)}, not {len(metadatas)}")
+        every = metadatas or [{} for _ in wanted]
+        documents = [Document(page_content=text, metadata=more) for text, more in zip(wanted, every, strict=True)]
+        return self.add_documents(documents, ids=ids, **kwargs)
+
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
         """Remove documents with their segments; all of this tenant's when ``ids`` is None. Unknown ids do no harm."""
         if ids is None:
@@ -146,11 +191,45 @@ class LLoCOVectorStore(VectorStore):
 
     # -- search -------------------------------------------------------------------------------------------------
 
-    def search_hits(self, query: str, k: int = 4, filter: Mapping[str, Any] | None = None) -> list[Hit]:
-        """The engine's own hits for a query, best first; a blank query finds nothing."""
+    def search_hits(
+        self,
+        query: str,
+        k: int = 4,
+        filter: Mapping[str, Any] | None = None,
+        *,
+        search_type: str = "similarity",
+        score_threshold: float | None = None,
+        fetch_k: int = 20,
+        lambda_mult: float = 0.5,
+    ) -> list[Hit]:
+        """The engine's own hits for a query, best first, by any of LangChain's kinds of search.
+
+        Args:
+            query: text; a blank one finds nothing.
+            k: how many.
+            filter: as in `similarity_search`.
+            search_type: ``similarity``, ``similarity_score_threshold`` or ``mmr``.
+            score_threshold: least relevance (0 to 1) of the second kind.
+            fetch_k, lambda_mult: as in `max_marginal_relevance_search`, for the third.
+        """
         if not query.strip():
             return []
-        return self.engine.retrieve(query, top_k=k, filters=filter, tenant=self.tenant)
+        mmr = search_type == "mmr"
+        hits = self.engine.retrieve(query, top_k=fetch_k if mmr else k, filters=filter, tenant=self.tenant)
+        if mmr:
+            return self._diverse(query, hits, k, lambda_mult)
+        return hits if score_threshold is None else [hit for hit in hits if _relevance(hit.score) >= score_threshold]
+
+    def _diverse(self, query: str, hits: Sequence[Hit], k: int, lambda_mult: float) -> list[Hit]:
+        import numpy as np
+        from langchain_core.vectorstores.utils import maximal_marginal_relevance
+
+        if not hits:
+            return []
+        texts = [hit.quote(hit.windows[0]) if hit.windows else hit.text for hit in hits]
+        vectors = self.engine.embedder.encode([query, *texts])
+        chosen = maximal_marginal_relevance(np.asarray(vectors[0]), list(vectors[1:]), lambda_mult=lambda_mult, k=k)
+        return [hits[number] for number in chosen]
 
     def similarity_search(
         self, query: str, k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
@@ -197,32 +276,22 @@ class LLoCOVectorStore(VectorStore):
         The vector of a part is that of its best search window. Method: maximal marginal relevance (Carbonell and
         Goldstein 1998), as LangChain computes it.
         """
-        import numpy as np
-        from langchain_core.vectorstores.utils import maximal_marginal_relevance
+        hits = self.search_hits(query, k, filter, search_type="mmr", fetch_k=fetch_k, lambda_mult=lambda_mult)
+        return [from_hit(hit) for hit in hits]
 
-        hits = self.search_hits(query, fetch_k, filter)
-        if not hits:
-            return []
-        texts = [hit.quote(hit.windows[0]) if hit.windows else hit.text for hit in hits]
-        vectors = self.engine.embedder.encode([query, *texts])
-        chosen = maximal_marginal_relevance(np.asarray(vectors[0]), list(vectors[1:]), lambda_mult=lambda_mult, k=k)
-        return [from_hit(hits[number]) for number in chosen]
+    def as_retriever(self, **kwargs: Any) -> LLoCOStoreRetriever:
+        """A retriever whose documents `ChatLLoCO` and `LLoCOLLM` read as slots.
+
+        Args:
+            kwargs: ``search_type``, ``search_kwargs`` and ``tags`` as in LangChain; ``annotate`` and ``handles`` as in
+                `LLoCORetriever`.
+        """
+        tags = kwargs.pop("tags", None) or [*self._get_retriever_tags()]
+        return LLoCOStoreRetriever(vectorstore=self, tags=tags, **kwargs)
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
-        return lambda cosine: min(1.0, max(0.0, cosine))  # LangChain wants 0 to 1; opposite is as good as unrelated
+        return _relevance
 
-    def add_texts(
-        self,
-        texts: Iterable[str],
-        metadatas: list[dict[str, Any]] | None = None,
-        *,
-        ids: list[str] | None = None,
-        **kwargs: Any,
-    ) -> list[str]:
-        """As `add_documents`, from texts and their metadata."""
-        wanted = list(texts)
-        if metadatas is not None and len(metadatas) != len(wanted):
-            raise ValueError(f"metadatas must be as many as texts, {len(wanted)}, not {len(metadatas)}")
-        every = metadatas or [{} for _ in wanted]
-        documents = [Document(page_content=text, metadata=more) for text, more in zip(wanted, every, strict=True)]
-        return self.add_documents(documents, ids=ids, **kwargs)
+
+def _relevance(cosine: float) -> float:
+    return min(1.0, max(0.0, cosine))  # LangChain wants 0 to 1; opposite is as good as unrelated

@@ -1,0 +1,93 @@
+"""LangChain's own prompts for retrieved context, as frames that are taken apart, and a user's template as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
+from langchain_core.prompts.chat import BaseStringMessagePromptTemplate, SystemMessagePromptTemplate
+
+from lloco_integrations.asking import Frame
+
+__all__ = ["SYSTEM", "USER", "frames_of"]
+
+_CONTEXT = ("context", "summaries")
+_QUESTION = ("question", "input", "query")
+
+_STUFF = (
+    "Use the following pieces of context to answer the question at the end. If you don't know the answer, just say "
+    "that you don't know, don't try to make up an answer.\n\n{context}\n\nQuestion: {question}\nHelpful Answer:"
+)
+_STUFF_SYSTEM = (
+    "Use the following pieces of context to answer the user's question.\nIf you don't know the answer, just say that "
+    "you don't know, don't try to make up an answer.\n----------------\n{context}"
+)
+_TUTORIAL = (
+    "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer the "
+    "question. If you don't know the answer, {dont_know} that you don't know. Use three sentences maximum and keep the "
+    "answer concise."
+)
+_RAG_PROMPT = _TUTORIAL + "\nQuestion: {question} \nContext: {context} \nAnswer:"  # rlm/rag-prompt on the hub
+
+
+def _user(template: str) -> Frame:
+    return Frame(template, "context", "question")
+
+
+def _system(template: str) -> Frame:
+    return Frame(template, "context", "")
+
+
+USER = (_user(_STUFF), _user(_RAG_PROMPT), _user("{context}\n\nQuestion: {question}\nAnswer:"))
+SYSTEM = (
+    _system(_STUFF_SYSTEM),
+    _system(_TUTORIAL + "\n\n{context}"),
+    _system(_TUTORIAL + " Context: {context}"),
+)
+
+
+def frames_of(prompt: BasePromptTemplate[object] | None) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
+    """Frames of a chain's own prompt: those of the user's messages, and those of the system's.
+
+    Args:
+        prompt: a `PromptTemplate`, or a `ChatPromptTemplate` with a slot for the context (``context``) and one for the
+            question (``question``, ``input`` or ``query``); f-strings. None has no frames.
+
+    Raises:
+        ValueError: it is another kind of prompt, or its texts have neither slot.
+    """
+    if prompt is None:
+        return (), ()
+    if isinstance(prompt, PromptTemplate):
+        parts: Sequence[tuple[bool, str]] = [(False, _fstring(prompt))]
+    elif isinstance(prompt, ChatPromptTemplate):
+        parts = [
+            (isinstance(message, SystemMessagePromptTemplate), _fstring(message.prompt))
+            for message in prompt.messages
+            if isinstance(message, BaseStringMessagePromptTemplate) and isinstance(message.prompt, PromptTemplate)
+        ]
+    else:
+        raise ValueError(f"prompt must be a PromptTemplate or a ChatPromptTemplate, not {type(prompt).__name__}")
+    user, system = [], []
+    for is_system, template in parts:
+        context, question = (_slot(template, names) for names in (_CONTEXT, _QUESTION))
+        if is_system and context:
+            system.append(Frame(template, context, ""))
+        elif not is_system and question and template.strip() != f"{{{question}}}":
+            user.append(Frame(template, context, question))
+    if not user and not system:
+        raise ValueError(
+            f"prompt must have a slot for the context ({', '.join(_CONTEXT)}) or wrap that of the question "
+            f"({', '.join(_QUESTION)}), and it has {', '.join(prompt.input_variables) or 'none'}"
+        )
+    return tuple(user), tuple(system)
+
+
+def _fstring(prompt: PromptTemplate) -> str:
+    if prompt.template_format != "f-string":
+        raise ValueError(f"prompt must be written as an f-string, not in {prompt.template_format}")
+    return prompt.template
+
+
+def _slot(template: str, names: Sequence[str]) -> str:
+    return next((name for name in names if f"{{{name}}}" in template), "")
