@@ -30,3 +30,37 @@ def story(topic: str, sentences: int = 1) -> str:
 def fact(topic: str, tenant: str = "", **metadata) -> Document:
     """A document of one segment."""
     return Document(f"{topic}.md", story(topic), title=topic, source=f"in/{topic}.md", metadata=metadata, tenant=tenant)
+
+
+class Spy:
+    """Records what an engine is asked: (question, options)."""
+
+    def __init__(self, monkeypatch, engine: Engine) -> None:
+        self.asked: list[tuple[str, dict]] = []
+        stream = engine.stream
+
+        def spied(question, **options):
+            self.asked.append((question, options))
+            return stream(question, **options)
+
+        monkeypatch.setattr(engine, "stream", spied)
+
+    @property
+    def last(self) -> tuple[str, dict]:
+        return self.asked[-1]
+
+    @property
+    def segments(self) -> list[str]:
+        """Ids of the segments that the last question read, in order."""
+        return [hit.segment_id for hit in self.last[1]["hits"]]
+
+    @property
+    def text(self) -> str:
+        """All text that the last question put into the prompt."""
+        question, options = self.last
+        history = (turn.text for turn in options.get("history", ()))
+        return "\n".join([question, options.get("context", ""), *history])
+
+
+def format_docs(documents) -> str:
+    return "\n\n".join(document.page_content for document in documents)

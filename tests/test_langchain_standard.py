@@ -1,9 +1,9 @@
 """LangChain's own suites for chat models and retrievers, offline. The vector store's is in test_langchain_vectorstore.
 
-Left out, each because the decoder completes text and does nothing else:
-tool calling, tool choice and structured output (so also agents' loops and few-shot tool calls), JSON mode, image, audio and
-PDF inputs. Model override by call: the decoder is the store's. Recorded HTTP calls: there are none. Serialisation: an
-engine is an open store, which does not go into JSON.
+Left out, each because the decoder completes text and does nothing else: tool calling, tool choice and structured output
+(so also loops of agents and few-shot tool calls), JSON mode, and image, audio and PDF inputs. Model override in a call:
+the decoder is the store's. Recorded HTTP calls: there are none. Serialisation: an engine is an open store, which does
+not go into JSON.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, PromptTemplate
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.prompts.chat import BaseStringMessagePromptTemplate, SystemMessagePromptTemplate
 
 from lloco_integrations.asking import Frame
@@ -46,28 +46,26 @@ SYSTEM = (
 )
 
 
-def frames_of(prompt: BasePromptTemplate[object] | None) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
+def frames_of(prompt: PromptTemplate | ChatPromptTemplate | None) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
     """Frames of a chain's own prompt: those of the user's messages, and those of the system's.
 
     Args:
-        prompt: a `PromptTemplate`, or a `ChatPromptTemplate` with a slot for the context (``context``) and one for the
-            question (``question``, ``input`` or ``query``); f-strings. None has no frames.
+        prompt: its texts are f-strings with a slot for the context (``context`` or ``summaries``) and one for the
+            question (``question``, ``input`` or ``query``). None has no frames.
 
     Raises:
-        ValueError: it is another kind of prompt, or its texts have neither slot.
+        ValueError: it has no text that wraps either, or is no f-string.
     """
     if prompt is None:
         return (), ()
     if isinstance(prompt, PromptTemplate):
         parts: Sequence[tuple[bool, str]] = [(False, _fstring(prompt))]
-    elif isinstance(prompt, ChatPromptTemplate):
+    else:
         parts = [
             (isinstance(message, SystemMessagePromptTemplate), _fstring(message.prompt))
             for message in prompt.messages
             if isinstance(message, BaseStringMessagePromptTemplate) and isinstance(message.prompt, PromptTemplate)
         ]
-    else:
-        raise ValueError(f"prompt must be a PromptTemplate or a ChatPromptTemplate, not {type(prompt).__name__}")
     user, system = [], []
     for is_system, template in parts:
         context, question = (_slot(template, names) for names in (_CONTEXT, _QUESTION))

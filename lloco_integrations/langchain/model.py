@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.prompts import BasePromptTemplate
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from lloco_engine import Answer, Engine, GenerateConfig, PrefixConfig, StoreLocked
@@ -75,7 +75,7 @@ class LLoCOModel(BaseModel):
     tenant: str = ""
     handles: Handles | None = Field(default=None, exclude=True, repr=False)
     on_missing: Literal["raw", "compress", "error"] = "raw"
-    prompt: BasePromptTemplate[Any] | None = Field(default=None, exclude=True, repr=False)
+    prompt: PromptTemplate | ChatPromptTemplate | None = Field(default=None, exclude=True, repr=False)
     prefix: PrefixConfig | None = Field(default=None, exclude=True, repr=False)
     adapter: str | None = None
     temperature: float = 0.0
