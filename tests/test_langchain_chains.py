@@ -331,16 +331,16 @@ def test_trim_messages_counts_slots_and_cannot_cut_a_handle_unseen(engine, spy, 
     chat.invoke(kept)
     assert len(spy.segments) == 1
     # a segment larger than what is allowed is left out whole
-    assert trim_messages(said, max_tokens=slots, **options | {"include_system": False})[0] == said[1]
+    assert said[0] not in trim_messages(said, max_tokens=slots, **options | {"include_system": False})
     # allow_partial cuts text where it likes. What is left of a handle is refused, never read as text.
     cut = trim_messages(
         [HumanMessage(f"{handle} {QUESTION}")],
-        max_tokens=40,
+        max_tokens=30,
         token_counter=lambda messages: sum(len(message.text) for message in messages),
         strategy="first",
         allow_partial=True,
         text_splitter=list,
     )
-    assert cut[0].text == handle[:40]
+    assert cut[0].text == handle[:30]
     with pytest.raises(ValueError, match="a handle must reach the model whole"):
         chat.invoke(cut)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from langchain_core.prompts.chat import BaseStringMessagePromptTemplate, SystemMessagePromptTemplate
+from langchain_core.prompts.chat import SystemMessagePromptTemplate
 
 from lloco_integrations.asking import Frame
 
@@ -62,9 +62,9 @@ def frames_of(prompt: PromptTemplate | ChatPromptTemplate | None) -> tuple[tuple
         parts: Sequence[tuple[bool, str]] = [(False, _fstring(prompt))]
     else:
         parts = [
-            (isinstance(message, SystemMessagePromptTemplate), _fstring(message.prompt))
+            (isinstance(message, SystemMessagePromptTemplate), _fstring(inner))
             for message in prompt.messages
-            if isinstance(message, BaseStringMessagePromptTemplate) and isinstance(message.prompt, PromptTemplate)
+            if isinstance(inner := getattr(message, "prompt", None), PromptTemplate)
         ]
     user, system = [], []
     for is_system, template in parts:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SecretStr, model_validator
 
 from lloco_engine import Answer, Engine, GenerateConfig, PrefixConfig, StoreLocked
 from lloco_integrations.asking import Ask, Asker, AsyncReply, Frame, Message, Reply
@@ -75,7 +75,9 @@ class LLoCOModel(BaseModel):
     tenant: str = ""
     handles: Handles | None = Field(default=None, exclude=True, repr=False)
     on_missing: Literal["raw", "compress", "error"] = "raw"
-    prompt: PromptTemplate | ChatPromptTemplate | None = Field(default=None, exclude=True, repr=False)
+    prompt: InstanceOf[PromptTemplate] | InstanceOf[ChatPromptTemplate] | None = Field(
+        default=None, exclude=True, repr=False
+    )
     prefix: PrefixConfig | None = Field(default=None, exclude=True, repr=False)
     adapter: str | None = None
     temperature: float = 0.0
