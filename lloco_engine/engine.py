@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
@@ -17,7 +18,7 @@ from lloco_engine.ingest import Ingest, Progress, Source, read_sources
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.prefix import assemble
 from lloco_engine.store import DocumentInfo, Filters, Manifest, Problem, Store
-from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Prefix, Segment, Turn
+from lloco_engine.types import Answer, AnySegment, Document, Hit, IngestReport, MetadataValue, Prefix, Turn
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import Generation, LocalDecoder
@@ -87,6 +88,16 @@ class _Memory:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A hit with its segment and, in document order, those that this one is read after; ``wanted`` for itself."""
+
+    hit: Hit
+    segment: AnySegment
+    after: tuple[_Read, ...] = ()
+    wanted: bool = True
+
+
 class Engine:
     """A store with the decoder and embedder it was made with. Made by `open`; a context manager.
 
@@ -118,6 +129,7 @@ class Engine:
         prefix: PrefixConfig | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        template: str | None = None,
     ) -> Self:
         """Open a store, or make one. What is left out is as the store was made, or the default for a new one.
 
@@ -129,6 +141,8 @@ class Engine:
             compress, chunk, store_config: which compressor and how hard; sizes; type on disk.
             prefix: how segments are placed, and their budget, unless a question says otherwise.
             device, dtype: of the models; by default what suits the machine.
+            template: the prompt's fixed text, of `lloco_engine.decoder.template.NAMES`, for a decoder by name; by
+                default what suits the decoder.
 
         Raises:
             StoreNotFound: there is no store, and ``create`` is False.
@@ -149,6 +163,7 @@ class Engine:
             chunk=chunk,
             store=store_config,
             device=device,
+            template=template,
         )
         opened = open_store(path, setup, stored=stored, create=create)
         return cls(opened, setup, prefix=prefix or PrefixConfig(), device=device, dtype=dtype)
@@ -178,7 +193,9 @@ class Engine:
                 from lloco_engine.decoder.local import LocalDecoder
 
                 name = str(self._setup.decoder)
-                self._decoder = LocalDecoder.load(name, device=self._device, dtype=self._dtype)
+                self._decoder = LocalDecoder.load(
+                    name, device=self._device, dtype=self._dtype, template=self._setup.template
+                )
                 self._decoder.template_cache()  # once per process: not a cost of the first question
             return self._decoder
 
@@ -226,6 +243,7 @@ class Engine:
             Chunker(self._setup.facts.tokenizer, self._setup.chunk),
             self._setup.compressor,
             self._setup.compress.ratio,
+            facts=self._setup.facts,
             decoder=lambda: self.decoder,
             embedder=self.embedder,
             progress=progress,
@@ -262,7 +280,7 @@ class Engine:
 
     def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
-        return [hit for hit in hits if isinstance(self._try_segment(hit), SegmentUnavailable)]
+        return [hit for hit in hits if isinstance(self._read(hit), SegmentUnavailable)]
 
     def token_ids(self, text: str) -> list[int]:
         """The decoder's token ids of a text, by the store's tokenizer; no weights are loaded."""
@@ -368,26 +386,33 @@ class Engine:
         began = time.perf_counter()
         found = self._find(question, asked)
         retrieved = time.perf_counter()
-        hits, segments, warnings = self._load(found)
-        if not hits:
+        read, warnings = self._load(found)
+        if not read:
             if asked.hits is None:  # otherwise none were given
                 warnings.append("no segment matched the question: the answer is the decoder's own")
             return _Memory((), None, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
         decoder, config = self.decoder, asked.prefix or self.prefix
+        # Those that were found come first, best first; what they are read after follows.
+        places = {own.hit.segment_id: number for number, own in enumerate(read)}
+        for earlier in [earlier for own in read for earlier in own.after]:
+            if earlier.hit.segment_id not in places:
+                places[earlier.hit.segment_id] = len(read)
+                read.append(earlier)
+        wanted = [own for own in read if own.wanted]
         assembly = assemble(
-            segments,
+            [own.segment for own in read],
             config,
             template_tokens=decoder.template_tokens,
             room=room,
             window=decoder.shape.window,
-            hits=hits,
+            hits=[own.hit for own in read],
+            needs=[[places[earlier.hit.segment_id] for earlier in own.after] for own in wanted],
+            rotary=decoder.shape.rotary,
         )
         if assembly.dropped:
-            warnings.append(
-                f"max_slots is {config.max_slots}: the {len(assembly.dropped)} worst of {len(segments)} segments were "
-                "left out"
-            )
-        used = tuple(hits[number] for number in sorted(assembly.kept))
+            budget = f"max_slots is {config.max_slots}" if config.max_slots else "the decoder's window is full"
+            warnings.append(f"{budget}: the {len(assembly.dropped)} worst of {len(wanted)} segments were left out")
+        used = tuple(read[number].hit for number in sorted(assembly.kept))
         return _Memory(used, assembly.prefix, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
 
     def _find(self, question: str, asked: _Ask) -> list[Hit]:
@@ -413,23 +438,37 @@ class Engine:
             once.setdefault(hit.segment_id, hit)
         return list(once.values())
 
-    def _load(self, hits: Sequence[Hit]) -> tuple[list[Hit], list[Segment], list[str]]:
-        """The hits whose segments can be used, those segments, and a warning for each of the others."""
-        good: list[Hit] = []
-        segments: list[Segment] = []
+    def _load(self, hits: Sequence[Hit]) -> tuple[list[_Read], list[str]]:
+        """The hits whose segments can be used, with these, and a warning for each of the others."""
+        good: list[_Read] = []
         warnings: list[str] = []
         for hit in hits:
-            segment = self._try_segment(hit)
-            if isinstance(segment, SegmentUnavailable):
-                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {segment}")
+            read = self._read(hit)
+            if isinstance(read, SegmentUnavailable):
+                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {read}")
             else:
-                segments.append(segment)
-                good.append(hit)
+                good.append(read)
         if hits and not good:
             raise SegmentUnavailable(f"none of the {len(hits)} segments found can be used; {warnings[0]}")
-        return good, segments, warnings
+        return good, warnings
 
-    def _try_segment(self, hit: Hit) -> Segment | SegmentUnavailable:
+    def _read(self, hit: Hit) -> _Read | SegmentUnavailable:
+        """A hit's segment with all that it is read after; or what is wrong with one of them."""
+        after: list[_Read] = []
+        for earlier in self.store.earlier(hit) if self._reads_chain else []:
+            segment = self._try_segment(earlier)
+            if isinstance(segment, SegmentUnavailable):
+                return SegmentUnavailable(f"it is read after segment {earlier.ordinal}, which is not there: {segment}")
+            after.append(_Read(earlier, segment, wanted=False))
+        segment = self._try_segment(hit)
+        return segment if isinstance(segment, SegmentUnavailable) else _Read(hit, segment, tuple(after))
+
+    @cached_property
+    def _reads_chain(self) -> bool:
+        facts: Any = self._setup.facts  # has what is read of a decoder
+        return self._setup.compressor.reads_chain(facts)
+
+    def _try_segment(self, hit: Hit) -> AnySegment | SegmentUnavailable:
         """A hit's segment, its checksum compared the first time that this engine reads it; or what is wrong with it."""
         try:
             segment = self.store.load_segment(hit.segment_id, verify=hit.segment_id not in self._checked)

@@ -6,19 +6,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lloco_engine.chunking import Chunker
 from lloco_engine.errors import DocumentError, StoreError
 from lloco_engine.readers import read_paths
 from lloco_engine.store import SegmentStats, Store, Writer
 from lloco_engine.store.catalogue import encode_value
-from lloco_engine.types import Chunk, Document, Failure, IngestReport, MetadataValue
+from lloco_engine.types import AnySegment, Chunk, Document, Failure, IngestReport, MetadataValue
 
 if TYPE_CHECKING:
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import LocalDecoder
-    from lloco_engine.opening import Encodes
+    from lloco_engine.opening import DecoderFacts, Encodes
 
 __all__ = ["Ingest", "Progress", "Source", "read_sources"]
 
@@ -116,6 +116,7 @@ class Ingest:
         chunker: of the store's decoder and chunk sizes.
         compressor: makes segments.
         ratio: source tokens per slot.
+        facts: of the decoder.
         decoder: loads the decoder; called only when there is something to compress.
         embedder: turns search windows into vectors.
         progress: called as `Progress` says; what it raises stops the run.
@@ -128,6 +129,7 @@ class Ingest:
         compressor: Compressor,
         ratio: float,
         *,
+        facts: DecoderFacts,
         decoder: Callable[[], LocalDecoder],
         embedder: Encodes,
         progress: Callable[[Progress], None] | None = None,
@@ -136,6 +138,7 @@ class Ingest:
         self._chunker = chunker
         self._compressor = compressor
         self._ratio = ratio
+        self._facts = facts
         self._decoder = decoder
         self._embedder = embedder
         self._progress = progress
@@ -178,9 +181,13 @@ class Ingest:
             if not missing and self._same_labels(document):
                 return "unchanged"
         chunks = self._chunker.split(document)
-        ids = [writer.segment_id(document.tenant, chunk.token_ids) for chunk in chunks]
+        starts = self._chain_starts(chunks)
+        ids: list[str] = []
+        for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
+            previous = ids[-1] if start < number else None
+            ids.append(writer.segment_id(document.tenant, chunk.token_ids, previous))
         before = self._tally.compress_s
-        stats = self._segments(writer, document, chunks, ids)
+        stats = self._segments(writer, document, chunks, ids, starts)
         if missing and set(missing) <= set(ids) and self._same_labels(document):
             return "repaired"  # saving a segment again is all that it takes
         vectors = [
@@ -196,23 +203,34 @@ class Ingest:
         known = self._store.document(document.doc_id, document.tenant)
         return known.title == document.title and dict(known.metadata) == dict(document.metadata)
 
+    def _chain_starts(self, chunks: Sequence[Chunk]) -> list[int]:
+        facts: Any = self._facts  # has what is read of a decoder
+        return self._compressor.chain_starts(facts, [len(chunk.token_ids) for chunk in chunks])
+
     def _segments(
-        self, writer: Writer, document: Document, chunks: Sequence[Chunk], ids: Sequence[str]
+        self, writer: Writer, document: Document, chunks: Sequence[Chunk], ids: Sequence[str], starts: Sequence[int]
     ) -> list[SegmentStats]:
-        """Every chunk's segment, in the store: found there, or compressed now."""
+        """Every chunk's segment, in the store: found there, or compressed now, after those that it builds on.
+
+        These are read back from the store, so that a run that was cut off goes on with the numbers it had.
+        """
         stats: dict[str, SegmentStats] = {}
-        for done, (chunk, segment_id) in enumerate(zip(chunks, ids, strict=True)):
+        for done, (chunk, segment_id, start) in enumerate(zip(chunks, ids, starts, strict=True)):
             self._tell(document, done, len(chunks))
             if segment_id in stats:
                 continue
-            stats[segment_id] = writer.segment_stats(segment_id) or self._compress(writer, chunk, segment_id)
+            kept = writer.segment_stats(segment_id)
+            if kept is None:
+                before = [self._store.load_segment(earlier) for earlier in ids[start:done]]
+                kept = self._compress(writer, chunk, segment_id, before)
+            stats[segment_id] = replace(kept, previous=ids[done - 1] if start < done else None)
         self._tell(document, len(chunks), len(chunks))
         return [stats[segment_id] for segment_id in ids]
 
-    def _compress(self, writer: Writer, chunk: Chunk, segment_id: str) -> SegmentStats:
+    def _compress(self, writer: Writer, chunk: Chunk, segment_id: str, before: Sequence[AnySegment]) -> SegmentStats:
         decoder, tally = self._decoder(), self._tally
         began = time.perf_counter()
-        (segment,) = self._compressor.compress(decoder, chunk.token_ids, [self._ratio])
+        (segment,) = self._compressor.compress(decoder, chunk.token_ids, [self._ratio], before)
         tally.compress_s += time.perf_counter() - began
         saved = writer.save_segment(segment_id, segment)
         tally.segments += 1

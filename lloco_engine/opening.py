@@ -66,8 +66,12 @@ class DecoderFacts:
         return len(self.template.prefix_ids)
 
     @classmethod
-    def of(cls, decoder: str | LocalDecoder) -> DecoderFacts:
+    def of(cls, decoder: str | LocalDecoder, template: str | None = None) -> DecoderFacts:
         """The facts of a decoder by name, read from its folder, or of a loaded one.
+
+        Args:
+            decoder: which.
+            template: as `LocalDecoder` takes it; a loaded decoder has its own.
 
         Raises:
             ModelNotFound: nothing of that name can be read.
@@ -98,7 +102,7 @@ class DecoderFacts:
             fingerprint,
             tokenizer,
             models.tokenizer_fingerprint(tokenizer),
-            Template.of(tokenizer),
+            Template.suited(tokenizer, config, template),
             DecoderShape.of(config),
         )
 
@@ -114,6 +118,7 @@ class Setup:
         chunk: sizes of chunks and search windows.
         store: how segments are kept.
         device: for an embedder by name.
+        template: as `LocalDecoder` takes it.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class Setup:
         chunk: ChunkConfig | None,
         store: StoreConfig | None,
         device: str | None,
+        template: str | None = None,
     ) -> None:
         from lloco_engine.compress import registry
         from lloco_engine.embedder import Embedder
@@ -137,6 +143,7 @@ class Setup:
             chunk = chunk or ChunkConfig.from_json(stored.chunk)
             store = store or StoreConfig(dtype=stored.dtype)
         self.decoder = decoder or models.DEFAULT_DECODER
+        self.template = template
         embedder = embedder or models.DEFAULT_EMBEDDER
         self.embedder: Encodes = Embedder(embedder, device) if isinstance(embedder, str) else embedder
         self.compress = compress or CompressConfig()
@@ -147,25 +154,27 @@ class Setup:
     @cached_property
     def facts(self) -> DecoderFacts:
         """The decoder without its weights."""
-        return DecoderFacts.of(self.decoder)
+        return DecoderFacts.of(self.decoder, self.template)
 
     def expected(self) -> dict[str, Any]:
         """The fields of a manifest that a store must have to be used with this."""
-        facts, shape = self.facts, self.facts.shape
+        facts: Any = self.facts  # has what a compressor reads of a decoder
+        shape, summary = facts.shape, self.compressor.memory == "summary"
         return {
             "decoder_fingerprint": facts.fingerprint,
             "tokenizer_fingerprint": facts.tokenizer_fingerprint,
-            "template_fingerprint": facts.template.fingerprint,
+            "template_fingerprint": "none" if summary else facts.template.fingerprint,
             "layers": shape.layers,
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
             "memory": self.compressor.memory,
             "compressor": self.compressor.name,
             "compressor_settings": self.compressor.settings,
-            "ratio": float(self.compress.ratio),
+            "ratio": float(self.compressor.ratio(facts, self.compress.ratio, self.chunk.segment_tokens)),
             "dtype": self.store.dtype,
             "embedder_fingerprint": self.embedder.fingerprint,
             "chunk": self.chunk.to_json(),
+            "summary_dim": shape.embedding if summary else 0,
         }
 
     def manifest(self) -> Manifest:
@@ -223,4 +232,6 @@ def open_store(path: Path, setup: Setup, *, stored: Manifest | None, create: boo
             if stored_manifest(path) is None:
                 raise
             # another process made it meanwhile
+    else:
+        stored.check({"memory": setup.compressor.memory}, path)  # before what else the other kind would need
     return Store.open(path, expect=setup.expected(), config=setup.store)

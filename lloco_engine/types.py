@@ -1,7 +1,8 @@
 """The values that flow along the spine: Document -> Chunk -> Segment -> Hit -> Prefix -> Answer.
 
 All are frozen. Every tensor's shape, dtype and meaning is stated here and nowhere else.
-Letters used for shapes: ``L`` layers, ``H`` KV heads, ``D`` head dimension, ``N`` slots of all heads together.
+Letters used for shapes: ``L`` layers, ``H`` KV heads, ``D`` head dimension, ``N`` slots of all heads together,
+``K`` summary vectors of one segment, ``E`` numbers of an input embedding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # a type never costs the import of torch
 
 __all__ = [
     "Answer",
+    "AnySegment",
     "Chunk",
     "Document",
     "Failure",
@@ -25,6 +27,7 @@ __all__ = [
     "Prefix",
     "Segment",
     "Span",
+    "SummarySegment",
     "Turn",
     "Usage",
 ]
@@ -78,7 +81,7 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The compressed memory of one chunk: the slots that each KV head of each layer keeps.
+    """The compressed memory of one chunk as compact KV: the slots that each KV head of each layer keeps.
 
     Heads are ragged. Slots lie flat, by layer, then KV head, then position in the chunk.
 
@@ -100,6 +103,26 @@ class Segment:
         """Slots of the segment: the mean over all KV heads, rounded up."""
         heads = self.lengths.numel()
         return -(-int(self.keys.shape[0]) // heads)
+
+
+@dataclass(frozen=True, eq=False)
+class SummarySegment:
+    """The compressed memory of one chunk as summary embeddings: slots that enter the decoder before the text's tokens.
+
+    vectors : (K, E)  final hidden states of the decoder at its summary tokens, read in the place of input embeddings
+    source_tokens : decoder tokens of the chunk that the slots stand for
+    """
+
+    vectors: torch.Tensor
+    source_tokens: int
+
+    @property
+    def slots(self) -> int:
+        """Slots of the segment: one for each vector."""
+        return int(self.vectors.shape[0])
+
+
+AnySegment = Segment | SummarySegment
 
 
 @dataclass(frozen=True)
@@ -141,17 +164,28 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Segments placed for one prompt.
+    """Segments placed for one prompt, all of one kind.
 
     ``segments`` in placement order; ``start`` is the position of the first text token after them; ``placement`` is
-    ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another);
-    ``offsets`` are the positions added to each segment's own (all 0 in parallel).
+    ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another, or summaries,
+    which stand one after another before all text, the template prefix too); ``offsets`` are the positions added to each
+    segment's own (all 0 in parallel and for summaries).
     """
 
-    segments: tuple[Segment, ...]
+    segments: tuple[AnySegment, ...]
     offsets: tuple[int, ...]
     start: int
     placement: Literal["parallel", "sequence"] = "parallel"
+
+    @property
+    def compact(self) -> tuple[Segment, ...]:
+        """The segments that are compact KV: all or none."""
+        return tuple(segment for segment in self.segments if isinstance(segment, Segment))
+
+    @property
+    def summaries(self) -> tuple[SummarySegment, ...]:
+        """The segments that are summary embeddings: all or none."""
+        return tuple(segment for segment in self.segments if isinstance(segment, SummarySegment))
 
     @property
     def slots(self) -> int:

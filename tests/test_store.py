@@ -301,7 +301,7 @@ def test_segment_ids_follow_everything_that_a_segment_is_made_from(tmp_path):
         {"compressor_settings": {}},
         {"ratio": 8.0},
         {"dtype": "int8"},
-        {"memory": "summary"},
+        {"memory": "summary", "summary_dim": 8},
     ]
     ids |= {segment_id(manifest(**change), "", (1, 2)) for change in changes}
     assert len(ids) == 3 + len(changes) and all(len(i) == 32 for i in ids)

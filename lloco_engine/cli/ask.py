@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from lloco_engine.cli import factory
-from lloco_engine.cli.options import Adapter, AsJSON, Decoder, Device, Embedder, StoreDir, Tenant, parse_filters
+from lloco_engine.cli.options import (
+    Adapter,
+    AsJSON,
+    CompressorName,
+    Decoder,
+    Device,
+    Embedder,
+    StoreDir,
+    TemplateName,
+    Tenant,
+    parse_filters,
+)
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
 from lloco_engine.config import GenerateConfig
 from lloco_engine.types import Answer
@@ -59,6 +70,8 @@ def ask(
     adapter: Adapter = None,
     tenant: Tenant = "",
     decoder: Decoder = None,
+    compressor: CompressorName = None,
+    template: TemplateName = None,
     embedder: Embedder = None,
     device: Device = None,
     as_json: AsJSON = False,
@@ -76,7 +89,9 @@ def ask(
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, tenant, adapter)
     wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop)
-    with factory.open_engine(store, decoder=decoder, embedder=embedder, device=device) as engine:
+    with factory.open_engine(
+        store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
+    ) as engine:
         if as_json:
             print_json(answer_json(question, engine.ask(question, **wanted)))
             return
@@ -103,6 +118,8 @@ def compare(
     adapter: Adapter = None,
     tenant: Tenant = "",
     decoder: Decoder = None,
+    compressor: CompressorName = None,
+    template: TemplateName = None,
     embedder: Embedder = None,
     device: Device = None,
     as_json: AsJSON = False,
@@ -120,7 +137,9 @@ def compare(
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, tenant, adapter)
     wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop)
-    with factory.open_engine(store, decoder=decoder, embedder=embedder, device=device) as engine:
+    with factory.open_engine(
+        store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
+    ) as engine:
         answers: dict[str, Answer] = engine.compare(question, **wanted)
     if as_json:
         print_json({name: answer_json(question, answer) for name, answer in answers.items()})

@@ -113,7 +113,12 @@ def info(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> None
     facts: dict[str, Any] = {"lloco": __version__, "libraries": _versions(), "models": _models()}
     try:
         with factory.open_store(store) as opened:
-            facts["store"] = {"path": str(store), "manifest": opened.manifest.to_json(), "stats": opened.stats()}
+            facts["store"] = {
+                "path": str(store),
+                "memory": opened.manifest.memory,
+                "manifest": opened.manifest.to_json(),
+                "stats": opened.stats(),
+            }
     except StoreNotFound:
         facts["store"] = None
     if as_json:

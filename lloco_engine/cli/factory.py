@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ def open_engine(
     segment_tokens: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    compressor: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    template: str | None = None,
 ) -> Engine:
     """An engine on ``store``. What is None is as the store was made, or the default for a new store.
 
@@ -50,13 +54,24 @@ def open_engine(
         decoder=decoder or made.get("decoder") or DEFAULT_DECODER,
         embedder=embedder or made.get("embedder") or DEFAULT_EMBEDDER,
         create=create,
-        compress=CompressConfig(
-            name=made.get("compressor") or CompressConfig.name,
-            ratio=ratio if ratio is not None else made.get("ratio") or CompressConfig.ratio,
-        ),
+        compress=_compress(made, compressor, ratio, settings),
         chunk=ChunkConfig.from_json(chunk),
         store_config=StoreConfig.from_json({"dtype": dtype or made.get("dtype") or StoreConfig.dtype}),
         device=device,
+        template=template,
+    )
+
+
+def _compress(
+    made: dict[str, Any], compressor: str | None, ratio: float | None, settings: Mapping[str, Any] | None
+) -> CompressConfig:
+    """What is asked for; of what is not, what the store was made with, as far as it was made by this compressor."""
+    name = compressor or made.get("compressor") or CompressConfig.name
+    own = made if made.get("compressor") == name else {}
+    return CompressConfig(
+        name=name,
+        ratio=ratio if ratio is not None else own.get("ratio") or CompressConfig.ratio,
+        settings=dict(own.get("compressor_settings") or {}) | dict(settings or {}),
     )
 
 

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lloco_engine.cli import factory
-from lloco_engine.cli.options import AsJSON, Decoder, Device, Embedder, StoreDir, Tenant, parse_metadata
+from lloco_engine.cli.options import (
+    AsJSON,
+    CompressorName,
+    CompressorSettings,
+    Decoder,
+    Device,
+    Embedder,
+    StoreDir,
+    Tenant,
+    parse_metadata,
+    parse_settings,
+)
 from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
 from lloco_engine.types import Failure, IngestReport
 
@@ -40,6 +51,8 @@ def ingest(
     store: StoreDir = Path("lloco-store"),
     decoder: Decoder = None,
     embedder: Embedder = None,
+    compressor: CompressorName = None,
+    settings: CompressorSettings = None,
     ratio: Annotated[
         float | None, typer.Option(min=1, help="Source tokens per slot; 16 for a new store.", show_default=False)
     ] = None,
@@ -66,6 +79,7 @@ def ingest(
       lloco ingest docs/
       lloco ingest a.pdf b.md --store work --meta year=2024 --meta team=pumps
       lloco ingest corpus.jsonl --ratio 8 --json
+      lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
     """
     metadata = parse_metadata(meta or [])
     skipped = _skipped(paths)
@@ -78,6 +92,8 @@ def ingest(
         segment_tokens=segment_tokens,
         dtype=dtype.value if dtype else None,
         device=device,
+        compressor=compressor,
+        settings=parse_settings(settings or []),
     ) as engine:
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:

@@ -15,13 +15,17 @@ from lloco_engine.types import MetadataValue
 __all__ = [
     "Adapter",
     "AsJSON",
+    "CompressorName",
+    "CompressorSettings",
     "Decoder",
     "Device",
     "Embedder",
     "StoreDir",
+    "TemplateName",
     "Tenant",
     "parse_filters",
     "parse_metadata",
+    "parse_settings",
 ]
 
 StoreDir = Annotated[
@@ -44,6 +48,28 @@ Device = Annotated[
 ]
 Tenant = Annotated[
     str, typer.Option("--tenant", metavar="NAME", help="Whose documents; tenants never see each other's.")
+]
+CompressorName = Annotated[
+    str | None,
+    typer.Option(
+        "--compressor",
+        metavar="NAME",
+        help="attention_matching (compact KV), autocompressor (summary embeddings) or uncompressed. Default: the "
+        "store's own, attention_matching for a new one.",
+    ),
+]
+CompressorSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the compressor, for a new store; repeatable."),
+]
+TemplateName = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="NAME",
+        help="Prompt form: chat, lloco, lloco-qasper, lloco-qmsum, lloco-nqa or lloco-quality. Default: what suits "
+        "the decoder.",
+    ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Adapter = Annotated[
@@ -85,6 +111,15 @@ def parse_filters(pairs: Sequence[str]) -> dict[str, MetadataValue | tuple[Metad
         if not isinstance(value, str):
             accepted[key].append(text)
     return {key: values[0] if len(values) == 1 else tuple(values) for key, values in accepted.items()}
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, MetadataValue]:
+    """``key=value`` pairs as settings: true, false and numbers as such, the rest as text.
+
+    Raises:
+        typer.BadParameter: a pair has no ``=`` or no key.
+    """
+    return {key: _value(text) for key, text in map(_halves, pairs)}
 
 
 def _halves(pair: str) -> tuple[str, str]:

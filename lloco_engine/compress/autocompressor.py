@@ -254,7 +254,6 @@ class AutoCompressor:
         if not self.runner.shape.rotary:
             positions = positions - before  # negative ones, of what stands before the text, are none
             positions[:, length - after :] = -1
-        self.runner.adapted = False  # summaries are made, and read here, with the base weights
         return self.runner.forward(inputs, positions, cache)
 
 

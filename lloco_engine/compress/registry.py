@@ -11,6 +11,7 @@ from lloco_engine.errors import ConfigError
 __all__ = ["NAMES", "get"]
 
 _WHERE = {
+    "autocompressor": ("lloco_engine.compress.summary", "SummaryEmbeddings"),
     "attention_matching": ("lloco_engine.compress.attention_matching", "AttentionMatching"),
     "uncompressed": ("lloco_engine.compress.uncompressed", "Uncompressed"),
 }

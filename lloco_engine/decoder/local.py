@@ -6,9 +6,10 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
@@ -18,12 +19,14 @@ from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.generation import Draft, TextStream, choose
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.opt import runner_of
-from lloco_engine.decoder.runner import Attention
+from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
 from lloco_engine.types import Prefix, Turn
 
 __all__ = ["Generation", "LocalDecoder", "Prompt"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,15 @@ class LocalDecoder:
         model: causal language model in eval mode, of a family in `lloco_engine.decoder.shape.FAMILIES`.
         tokenizer: its tokenizer.
         name: what the user called it.
+        template: of `lloco_engine.decoder.template.NAMES`; None is the one that suits the decoder.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | None = None) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.runner = runner_of(model)
         self.shape = self.runner.shape
-        self.template = Template.of(tokenizer)
+        self.template = Template.suited(tokenizer, model.config, template)
         self.tokenizer_fingerprint = models.tokenizer_fingerprint(tokenizer)
         self.fingerprint = ""
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
@@ -86,14 +90,22 @@ class LocalDecoder:
         self.eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
 
     @classmethod
-    def load(cls, name: str = models.DEFAULT_DECODER, *, device: str | None = None, dtype: str | None = None) -> Self:
+    def load(
+        cls,
+        name: str = models.DEFAULT_DECODER,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        template: str | None = None,
+    ) -> Self:
         """Load a decoder by local folder, hub id or ``"embedded"``.
 
         Raises:
             ModelNotFound: nothing is there; the message says which command to run.
             UnsupportedModel: the family cannot be run.
         """
-        decoder = cls(models.load_causal_lm(name, device=device, dtype=dtype), models.load_tokenizer(name), name)
+        model, tokenizer = models.load_causal_lm(name, device=device, dtype=dtype), models.load_tokenizer(name)
+        decoder = cls(model, tokenizer, name, template)
         decoder.fingerprint = models.model_fingerprint(models.decoder_folder(name))
         return decoder
 
@@ -170,18 +182,49 @@ class LocalDecoder:
             self._prefix_cache[adapter] = cache
         return self._prefix_cache[adapter]
 
-    def _start(self, rows: int, room: int, adapter: str | None, pad: list[int] | None = None) -> Cache:
-        """A cache that holds the template prefix in every row and has room for ``room`` tokens more."""
-        template = self.template_cache(adapter)
-        cache = self.new_cache(rows, template.length + room)
+    def _start(self, prompts: Sequence[Prompt], room: int, adapter: str | None, pad: list[int] | None = None) -> Cache:
+        """A cache that holds, for each prompt, what its text follows, and has room for ``room`` tokens more.
+
+        That is the template prefix; or, where the prompts read summaries, which are then the same for all, these.
+        """
+        lead = self._lead_cache(prompts[0].prefix, adapter)
+        cache = self.new_cache(len(prompts), lead.length + room)
         for layer in range(self.shape.layers):
-            cache.keys[layer][:, :, : template.length] = template.keys[layer]
-            cache.values[layer][:, :, : template.length] = template.values[layer]
-        cache.length = template.length
+            cache.keys[layer][:, :, : lead.length] = lead.keys[layer]
+            cache.values[layer][:, :, : lead.length] = lead.values[layer]
+        cache.length = lead.length
         if pad is not None and any(pad):
             cache.pad = self._tensor(pad)
-            cache.pad_from = template.length
+            cache.pad_from = lead.length
         return cache
+
+    def _lead_cache(self, prefix: Prefix | None, adapter: str | None) -> Cache:
+        if prefix is None or not prefix.summaries:
+            return self.template_cache(adapter)
+        cache = self.new_cache(1, prefix.slots)
+        self.read_lead(prefix, cache, adapter)
+        return cache
+
+    def read_lead(self, prefix: Prefix | None, cache: Cache, adapter: str | None) -> int:
+        """Run what the text of a prompt follows into an empty cache; returns how many places that is.
+
+        Summaries stand before all text and take the positions before ``prefix.start``: those from 0 on with rotary
+        positions, and with learned ones negative positions, which are none.
+        """
+        if prefix is None or not prefix.summaries:
+            if ids := self.template.prefix_ids:
+                self._step([ids], 0, cache, None, adapter)
+            return len(ids)
+        vectors = [summary.vectors.to(self.runner.device, self.runner.dtype) for summary in prefix.summaries]
+        self._step(torch.cat(vectors)[None], prefix.start - prefix.slots, cache, None, adapter)
+        return prefix.slots
+
+    @contextmanager
+    def base(self) -> Iterator[Runner]:
+        """The runner with the base weights, for the length of the block: other requests wait."""
+        with self._lock:
+            self._use(None)
+            yield self.runner
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.runner.device)
@@ -212,11 +255,16 @@ class LocalDecoder:
         self._step([list(token_ids)], 0, cache, None, None, attention)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt's text: all that follows the template prefix and the segments."""
+        """Token ids of a prompt's text: all that follows the template prefix and the segments.
+
+        Summaries stand before the template prefix, which then is a part of the text.
+        """
+        before = self.template.prefix_ids if prompt.prefix is not None and prompt.prefix.summaries else []
         joint = None
         if prompt.verbatim:
             joint = "\n\n" if prompt.prefix is not None or prompt.context else ""
-        return self.template.question_ids(prompt.question, prompt.context, history=prompt.history, joint=joint)
+        asked = self.template.question_ids(prompt.question, prompt.context, history=prompt.history, joint=joint)
+        return before + asked
 
     # -- generation -------------------------------------------------------------------------------------------
 
@@ -245,7 +293,7 @@ class LocalDecoder:
         text = TextStream(self.tokenizer, config.stop)
         sampler = self._generator(config)
         memory = self._memory([prompt])
-        cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter)
+        cache = self._start([prompt], len(ids) + config.max_new_tokens + Draft.SIZE, adapter)
         position = self._position(prompt) - cache.length
         hidden = self._step([ids], position, cache, memory, adapter)
         accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
@@ -294,8 +342,11 @@ class LocalDecoder:
             PromptTooLong: any of them does not fit; nothing is run.
         """
         config = config or GenerateConfig()
-        if not prompts:
-            return []
+        groups = _by_summaries(prompts)
+        if len(groups) != 1:
+            for prompt in prompts:
+                self._check(self._position(prompt), len(self.prompt_ids(prompt)), config.max_new_tokens)
+            return _regrouped(groups, [self.generate([prompts[n] for n in g], config, adapter) for g in groups])
         asked = [self.prompt_ids(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, asked, strict=True):
             self._check(self._position(prompt), len(ids), config.max_new_tokens)
@@ -307,7 +358,7 @@ class LocalDecoder:
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
         memory = self._memory(prompts)
-        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad)
+        cache = self._start(prompts, longest + config.max_new_tokens, adapter, pad)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
         offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
         step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
@@ -331,21 +382,24 @@ class LocalDecoder:
 
     def _step(
         self,
-        ids: list[list[int]],
+        inputs: list[list[int]] | torch.Tensor,
         offset: int | torch.Tensor,
         cache: Cache,
         memory: Memory | None,
         adapter: str | None,
         attention: Attention | None = None,
     ) -> torch.Tensor:
-        """Run tokens that follow the cache; their positions are ``offset`` beyond their places in it.
+        """Run token ids or (B, T, E) embeddings that follow the cache.
+
+        Their positions are ``offset`` beyond their places in it.
 
         The lock is held for one pass only, so streams of several requests take turns and each keeps its adapter.
         """
-        places = torch.arange(cache.length, cache.length + len(ids[0]), device=self.runner.device)
+        places = torch.arange(cache.length, cache.length + len(inputs[0]), device=self.runner.device)
+        inputs = inputs if isinstance(inputs, torch.Tensor) else self._tensor(inputs)
         with self._lock:
             self._use(adapter)
-            return self.runner.forward(self._tensor(ids), places + offset, cache, memory, attention)
+            return self.runner.forward(inputs, places + offset, cache, memory, attention)
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:
         if config.seed is None:
@@ -368,8 +422,10 @@ class LocalDecoder:
         Raises:
             PromptTooLong: a prompt with its answer does not fit the window.
         """
-        if not prompts:
-            return []
+        groups = _by_summaries(prompts)
+        if len(groups) != 1:
+            parts = [([prompts[n] for n in group], [answers[n] for n in group]) for group in groups]
+            return _regrouped(groups, [self.answer_losses(*part, adapter) for part in parts])
         end = self.tokenizer.eos_token_id
         asked = [self.prompt_ids(prompt) for prompt in prompts]
         gold = [[*encode(self.tokenizer, answer), end] for answer in answers]
@@ -377,7 +433,7 @@ class LocalDecoder:
             self._check(self._position(prompt), len(ids), len(answer))
         longest = max(len(ids) + len(answer) for ids, answer in zip(asked, gold, strict=True))
         rows = [ids + answer for ids, answer in zip(asked, gold, strict=True)]
-        cache = self._start(len(rows), longest, adapter)
+        cache = self._start(prompts, longest, adapter)
         offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
         padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
         hidden = self._step(padded, offset[:, None], cache, self._memory(prompts), adapter)
@@ -387,3 +443,20 @@ class LocalDecoder:
             loss = torch.nn.functional.cross_entropy(logits, self._tensor(answer), reduction="sum")
             losses.append((float(loss), len(answer)))
         return losses
+
+
+def _by_summaries(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Numbers of the prompts that can be run together: those that read the same summaries, and those that read none."""
+    groups: dict[int | None, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        read = prompt.prefix if prompt.prefix is not None and prompt.prefix.summaries else None
+        groups.setdefault(None if read is None else id(read), []).append(number)
+    return list(groups.values())
+
+
+def _regrouped(groups: Sequence[Sequence[int]], results: Sequence[Sequence[T]]) -> list[T]:
+    """Results by group, in the order of the prompts."""
+    made: dict[int, T] = {}
+    for group, part in zip(groups, results, strict=True):
+        made |= zip(group, part, strict=True)
+    return [made[number] for number in sorted(made)]

@@ -111,7 +111,7 @@ class Memory:
         self, prefixes: Sequence[Prefix | None], device: torch.device, dtype: torch.dtype, rotate: Rotate
     ) -> None:
         self._device, self._dtype, self._rotate = device, dtype, rotate
-        placed = [list(zip(p.segments, p.offsets, strict=True)) if p is not None else [] for p in prefixes]
+        placed = [list(zip(p.compact, p.offsets, strict=True)) if p is not None else [] for p in prefixes]
         self._layers_heads = next(tuple(s.lengths.shape) for row in placed for s, _ in row)
         self._rows = [[(s, offset, _starts(s.lengths)) for s, offset in row] for row in placed]
         self._layers: dict[int, LayerMemory] = {}
@@ -120,8 +120,8 @@ class Memory:
     def of(
         cls, prefixes: Sequence[Prefix | None], device: torch.device, dtype: torch.dtype, rotate: Rotate
     ) -> Memory | None:
-        """The memory of a batch, or None when no row has a segment. Rows with one prefix object share it."""
-        if not any(prefix is not None and prefix.segments for prefix in prefixes):
+        """The memory of a batch, or None when no row has compact KV. Rows with one prefix object share it."""
+        if not any(prefix is not None and prefix.compact for prefix in prefixes):
             return None
         shared = all(prefix is prefixes[0] for prefix in prefixes)
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)

@@ -12,14 +12,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lloco_engine.errors import UnsupportedModel
+from lloco_engine.errors import ConfigError, UnsupportedModel
 from lloco_engine.types import Turn
 
-__all__ = ["Template", "encode"]
+__all__ = ["NAMES", "Template", "encode"]
 
 _LOCK = threading.Lock()  # split_special_tokens is a state of the tokenizer, which threads share
 _MARK = "\u2402Memory\u2403"  # stands for the user turn's content while the chat template is rendered
 _JOINT = "\n\nAnswer the question from the text above.\nQuestion: "
+_SHORT = "Answer the question as concisely as you can, using a single phrase"
+_LETTER = "Choose the best answer by writing its corresponding letter (either A, B, C, or D)."
+# What LLoCO's release (Tan et al. 2024) writes between the summaries and the question, and after it, for each data set
+# that it has an adapter for; the first one, written for HotpotQA, says nothing of the kind of text. Nothing stands
+# before the summaries, and no token is special. A question of lloco-quality ends with its choices, a line each.
+_LLOCO = {
+    "lloco": (
+        f"You were just given an article from above. I will now give you a question. {_SHORT} or sentence if possible."
+        "\nQuestion: ",
+        "\nAnswer:",
+    ),
+    "lloco-qasper": (
+        f"You are just given an scientific article from above. I will now give you a question. {_SHORT} or sentence if "
+        "possible. If the question cannot be answered based on the information in the article, write 'unanswerable'. "
+        "If the question is a yes/no question, answer 'yes', 'no', or 'unanswerable'.\nQuestion: ",
+        "\nAnswer:",
+    ),
+    "lloco-qmsum": (
+        "You are given a meeting transcript from above. I will now give you a query containing a question or "
+        "instruction. Answer the query in one or more sentences. \nQuery: ",
+        "\nAnswer:",
+    ),
+    "lloco-nqa": (
+        "You are given a story from above, which can be either a novel or a movie script, and a question. "
+        f"{_SHORT} if possible.\nQuestion:",
+        "\nAnswer:",
+    ),
+    "lloco-quality": (
+        "You are provided a story from above. We will now give you a multiple-choice question with 4 possible answers "
+        f"(marked by A, B, C, D). {_LETTER}\nExample question:\nWhere is the capital of France?\n\nChoices:\n"
+        f"A. Berlin\nB. Paris\nC. London\nD. Tokyo\n{_LETTER}\n\nAnswer:\nB. Paris\n\nQuestion:\n",
+        f"\n{_LETTER}\n\nAnswer:\n",
+    ),
+}
+NAMES = ("chat", *_LLOCO)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -54,12 +89,32 @@ class Template:
         before: text of the template prefix.
         joint: text between the memory (or the raw context) and the question.
         after: text after the question, up to where the answer begins.
+        whole: the fixed text has no special tokens and is tokenised in one piece with the question.
     """
 
     tokenizer: Any
     before: str
     joint: str
     after: str
+    whole: bool = False
+
+    @classmethod
+    def suited(cls, tokenizer: Any, config: Any, name: str | None = None) -> Template:
+        """A template by name; by default that of LLoCO's release for a published AutoCompressor, else ``"chat"``.
+
+        Args:
+            tokenizer: the decoder's.
+            config: the decoder's configuration.
+            name: of `NAMES`, or None.
+
+        Raises:
+            ConfigError: there is no such template.
+            UnsupportedModel: as `of`.
+        """
+        name = name or ("lloco" if getattr(config, "summary_length", None) else "chat")
+        if name not in NAMES:
+            raise ConfigError(f"template must be one of {', '.join(NAMES)}, not {name!r}")
+        return cls.of(tokenizer) if name == "chat" else cls(tokenizer, "", *_LLOCO[name], whole=True)
 
     @classmethod
     def of(cls, tokenizer: Any) -> Template:
@@ -108,6 +163,8 @@ class Template:
         Raises:
             UnsupportedModel: the chat template cannot render a conversation in pieces.
         """
+        if self.whole and context is None and not history and joint is None:
+            return encode(self.tokenizer, self.joint + question + self.after)
         ids = [] if context is None else encode(self.tokenizer, context) if isinstance(context, str) else list(context)
         ids += self._fixed(self.joint if joint is None else joint)
         texts = _alternating([*history, Turn("user", question)])

@@ -336,5 +336,5 @@ class _Evaluation:
         )
         width = self.decoder.template_tokens + tokens + self.config.max_new_tokens
         if prefix is not None:  # heads are ragged: the longest counts
-            width += sum(int(segment.lengths.max()) for segment in prefix.segments)
+            width += sum(int(segment.lengths.max()) for segment in prefix.compact)
         return max(1, min(_ROWS, _LOGITS // (4 * shape.query_heads * tokens * width)))

@@ -157,6 +157,25 @@ class Catalogue:
         )
         return [_hit(row, 1.0, ()) for row in rows]
 
+    def earlier(self, segment_id: str, doc_id: str, tenant: str) -> list[Hit]:
+        """The chunks that a segment builds on, first to last, score 0.0; those of the document where it has them."""
+        rows = self.connection.execute(
+            "WITH RECURSIVE chain (segment_id, back) AS ("
+            " SELECT previous, 1 FROM segments WHERE segment_id = ? AND previous IS NOT NULL"
+            " UNION ALL SELECT s.previous, back + 1 FROM chain JOIN segments s USING (segment_id)"
+            " WHERE s.previous IS NOT NULL)"
+            " SELECT segment_id FROM chain ORDER BY back DESC",
+            (segment_id,),
+        ).fetchall()
+        found = []
+        for (needed,) in rows:
+            row = self.connection.execute(
+                f"{_HIT} WHERE c.segment_id = ? AND d.tenant = ? ORDER BY d.doc_id = ? DESC, c.chunk_key LIMIT 1",
+                (needed, tenant, doc_id),
+            ).fetchone()
+            found.append(_hit(row, 0.0, ()))
+        return found
+
     def hits_of_text(self, text: str, tenant: str) -> list[Hit]:
         """The oldest chunk of a tenant with this text, else all chunks of the oldest document with it, in order."""
         row = self.connection.execute(

@@ -37,9 +37,13 @@ _SEGMENT_FIELDS = (
 class Manifest(Config):
     """Models, compressor and shapes that everything in a store was made with.
 
+    ``memory`` is the kind of its segments: compact KV or summary embeddings.
+
     Fingerprints identify models; ``decoder`` and ``embedder`` are only their names. ``layers``, ``kv_heads`` and
     ``head_dim`` are the decoder's; ``ratio`` is source tokens per slot; ``dtype`` is that of segment files;
-    ``embedder_dim`` the length of a search vector; ``chunk`` is `ChunkConfig` as JSON; ``created`` an ISO 8601 time.
+    ``embedder_dim`` the length of a search vector; ``chunk`` is `ChunkConfig` as JSON; ``created`` an ISO 8601 time;
+    ``summary_dim`` the numbers of a summary vector (0 in a store of compact KV). Summaries do not depend on the
+    template, so in their stores ``template_fingerprint`` is "none".
     """
 
     format_version: int
@@ -61,6 +65,7 @@ class Manifest(Config):
     chunk: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     engine_version: str = ""
+    summary_dim: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, int):
@@ -72,6 +77,10 @@ class Manifest(Config):
         for name in ("layers", "kv_heads", "head_dim", "embedder_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of a manifest must be at least 1, not {getattr(self, name)!r}")
+        if (self.memory == "summary") != (self.summary_dim > 0):
+            raise ConfigError(
+                f"summary_dim of a manifest must suit memory {self.memory!r}, not be {self.summary_dim!r}"
+            )
         for name, allowed in (("memory", ("compact_kv", "summary")), ("dtype", ("float16", "int8"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} of a manifest must be one of {allowed}, not {getattr(self, name)!r}")
@@ -109,14 +118,15 @@ class Manifest(Config):
         Names of models, ``created`` and ``engine_version`` are not compared.
 
         Raises:
-            StoreMismatch: names the first field that differs, and both values.
+            StoreMismatch: names the first field that differs, the kind of memory before all, and both values.
             ConfigError: ``expect`` has a field that a manifest has not.
         """
         wanted = expect.to_json() if isinstance(expect, Manifest) else dict(expect)
         mine = self.to_json()
         if unknown := sorted(set(wanted) - set(mine)):
             raise ConfigError(f"a manifest has no field {unknown[0]!r}; it has {', '.join(mine)}")
-        for name in (name for name in mine if name in wanted and name not in _DESCRIPTIVE):
+        names = [name for name in mine if name in wanted and name not in _DESCRIPTIVE]
+        for name in sorted(names, key=lambda name: name != "memory"):
             if _as_stored(mine[name]) != _as_stored(wanted[name]):
                 raise StoreMismatch(
                     f"{name} of the store at {path} is {mine[name]!r}{self._named(name)}, not {wanted[name]!r}: "
@@ -136,13 +146,16 @@ def _as_stored(value: Any) -> Any:
     return json.loads(json.dumps(value))  # JSON has no tuples
 
 
-def segment_id(manifest: Manifest, tenant: str, token_ids: Iterable[int]) -> str:
+def segment_id(manifest: Manifest, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
     """Content address of a segment: 32 hex digits of what it is made from.
 
     Same decoder, compressor, settings, tenant and tokens give the same id, so an ingest that was cut off finds its
-    work again. Tenants never share a segment.
+    work again. Tenants never share a segment. ``previous`` is the id of the segment that this one builds on, so the
+    ids of a chain stand for everything before them too.
     """
     made_with = {name: getattr(manifest, name) for name in _SEGMENT_FIELDS} | {"tenant": tenant}
+    if previous is not None:
+        made_with["previous"] = previous
     digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode("utf-8"))
     digest.update(b"\0" + ",".join(map(str, token_ids)).encode("ascii"))
     return digest.hexdigest()[:32]

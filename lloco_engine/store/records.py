@@ -16,7 +16,8 @@ class SegmentStats:
     """What the catalogue keeps of one segment file.
 
     ``slots`` is the mean over all KV heads, rounded up; ``source_tokens`` the decoder tokens it stands for;
-    ``bytes`` the size of the file; ``checksum`` the SHA-256 of its content (see `segments.checksum`).
+    ``bytes`` the size of the file; ``checksum`` the SHA-256 of its content (see `segments.checksum`); ``previous`` the
+    segment that it builds on, None where it stands by itself.
     """
 
     segment_id: str
@@ -24,6 +25,7 @@ class SegmentStats:
     source_tokens: int
     bytes: int
     checksum: str
+    previous: str | None = None
 
 
 @dataclass(frozen=True)

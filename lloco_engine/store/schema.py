@@ -85,6 +85,11 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX chunks_by_text ON chunks (text_hash);
     CREATE INDEX documents_by_content ON documents (tenant, content_hash);
     """,
+    # 3: a segment may build on the one before it in its document
+    """
+    ALTER TABLE segments ADD COLUMN previous TEXT REFERENCES segments DEFERRABLE INITIALLY DEFERRED;
+    CREATE INDEX segments_by_previous ON segments (previous);
+    """,
 )
 
 

@@ -28,7 +28,7 @@ from lloco_engine.store.records import DocumentInfo, Problem
 from lloco_engine.store.schema import is_latest
 from lloco_engine.store.verify import create_catalogue, repair_store, segment_format, verify_store
 from lloco_engine.store.writer import Writer
-from lloco_engine.types import Hit, Segment, Span
+from lloco_engine.types import AnySegment, Hit, Span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,6 +204,11 @@ class Store:
         with self._reading() as catalogue:
             return catalogue.hits_of_segment(segment_id, tenant)
 
+    def earlier(self, hit: Hit) -> list[Hit]:
+        """What a hit's segment builds on, first to last, score 0.0; none where segments stand by themselves."""
+        with self._reading() as catalogue:
+            return catalogue.earlier(hit.segment_id, hit.doc_id, hit.tenant)
+
     def hits_of_text(self, text: str, tenant: str = "") -> list[Hit]:
         """What a tenant has of exactly this text: the chunk, or all chunks of the document, score 1.0.
 
@@ -294,8 +299,10 @@ class Store:
                 width *= 4
             return [catalogue.chunk_hit(*group) for group in groups[:top_k]]
 
-    def load_segment(self, segment_id: str, verify: bool = False) -> Segment:
-        """One segment on the CPU, backed by its file: keys and values float16, bias float32, lengths int64.
+    def load_segment(self, segment_id: str, verify: bool = False) -> AnySegment:
+        """One segment on the CPU, backed by its file, of the store's kind of memory.
+
+        Keys, values and vectors are float16, bias float32, lengths int64.
 
         Args:
             segment_id: from a `Hit`.
@@ -310,9 +317,9 @@ class Store:
             return segments.verify(path, segment_id, self._form)[0]
         return segments.read(path, segment_id, self._form)
 
-    def load_segments(self, segment_ids: Sequence[str]) -> list[Segment | SegmentUnavailable]:
+    def load_segments(self, segment_ids: Sequence[str]) -> list[AnySegment | SegmentUnavailable]:
         """Many segments, in order; one that is missing or damaged is the error itself, and the others can be used."""
-        loaded: list[Segment | SegmentUnavailable] = []
+        loaded: list[AnySegment | SegmentUnavailable] = []
         for segment_id in segment_ids:
             try:
                 loaded.append(self.load_segment(segment_id))

@@ -24,8 +24,10 @@ __all__ = ["create_catalogue", "repair_store", "segment_format", "verify_store"]
 Progress = Callable[[int, int], None]
 
 
-def segment_format(manifest: Manifest) -> segments.SegmentFormat:
+def segment_format(manifest: Manifest) -> segments.AnyFormat:
     """What the segment files of a store have in common."""
+    if manifest.memory == "summary":
+        return segments.SummaryFormat(manifest.summary_dim, manifest.dtype)
     return segments.SegmentFormat(manifest.layers, manifest.kv_heads, manifest.head_dim, manifest.dtype)
 
 
@@ -106,7 +108,7 @@ def _damaged_documents(catalogue: Catalogue) -> Iterator[tuple[str, str, int]]:
 
 
 def _segment_problems(
-    layout: Layout, catalogue: Catalogue, form: segments.SegmentFormat, progress: Progress | None
+    layout: Layout, catalogue: Catalogue, form: segments.AnyFormat, progress: Progress | None
 ) -> Iterator[Problem]:
     known = catalogue.segment_rows()
     for done, (segment_id, (_, checksum)) in enumerate(sorted(known.items()), start=1):

@@ -18,7 +18,7 @@ from lloco_engine.store.catalogue import Catalogue, encode_value
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
-from lloco_engine.types import Chunk, Document, Segment, Span
+from lloco_engine.types import AnySegment, Chunk, Document, Span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,15 +38,18 @@ class Writer:
     `put_document`, the commit point. A process that dies in between leaves segment files that the next try uses.
     """
 
-    def __init__(self, layout: Layout, manifest: Manifest, form: segments.SegmentFormat, catalogue: Catalogue) -> None:
+    def __init__(self, layout: Layout, manifest: Manifest, form: segments.AnyFormat, catalogue: Catalogue) -> None:
         self._layout = layout
         self._manifest = manifest
         self._form = form
         self._catalogue = catalogue
 
-    def segment_id(self, tenant: str, token_ids: Iterable[int]) -> str:
-        """Content address of the segment that a tenant's tokens become in this store: 32 hex digits."""
-        return manifests.segment_id(self._manifest, tenant, token_ids)
+    def segment_id(self, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
+        """Content address of the segment that a tenant's tokens become in this store: 32 hex digits.
+
+        ``previous`` is the segment that it builds on.
+        """
+        return manifests.segment_id(self._manifest, tenant, token_ids, previous)
 
     def has_segment(self, segment_id: str) -> bool:
         """Whether the segment's file is there, readable, and matches its checksum."""
@@ -71,12 +74,12 @@ class Writer:
             return None
         return SegmentStats(segment_id, segment.slots, segment.source_tokens, size, checksum)
 
-    def save_segment(self, segment_id: str, segment: Segment) -> SegmentStats:
+    def save_segment(self, segment_id: str, segment: AnySegment) -> SegmentStats:
         """Write a segment's file, or write a damaged one again.
 
         Raises:
             StoreFull: no room; nothing was changed.
-            StoreError: the segment does not have this store's shape, or has numbers that are not finite.
+            StoreError: the segment is not of this store's kind or shape, or has numbers that are not finite.
         """
         path = self._layout.segment(segment_id)
         data, checksum = segments.encode(segment, segment_id, self._form)
@@ -107,7 +110,8 @@ class Writer:
             segment_ids: one id a chunk; each was saved before.
             vectors: one array (windows of the chunk, embedder_dim) a chunk, float32, rows L2-normalised.
             seconds: what compressing this version took.
-            segment_stats: one a chunk, from `save_segment` or `segment_stats`.
+            segment_stats: one a chunk, from `save_segment` or `segment_stats`; ``previous`` of each is None, or the
+                segment of the chunk before it, which it builds on.
 
         Raises:
             DocumentError: chunks do not tile the document, or a metadata value is of a type that metadata cannot have.
@@ -204,6 +208,12 @@ class _Put:
             path = layout.segment(check_segment_id(segment_id))
             if stats.segment_id != segment_id or not path.is_file() or path.stat().st_size != stats.bytes:
                 raise StoreError(f"segment {segment_id} of {name!r} is not in the store; save it before the document")
+        for stats, before in zip(self.stats, (None, *self.segment_ids[:-1]), strict=True):
+            if stats.previous not in (None, before):
+                raise StoreError(
+                    f"segment {stats.segment_id} of {name!r} must build on that of the chunk before it, {before}, or "
+                    f"on none, not on {stats.previous}"
+                )
 
     def insert(self, connection: sqlite3.Connection, version: int) -> None:
         document = self.document
@@ -231,8 +241,9 @@ class _Put:
             [(doc_key, key, encode_value(key, value)) for key, value in document.metadata.items()],
         )
         connection.executemany(
-            "INSERT INTO segments VALUES (?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO NOTHING",
-            [(s.segment_id, s.slots, s.source_tokens, s.bytes, s.checksum) for s in self.stats],
+            "INSERT INTO segments (segment_id, slots, source_tokens, bytes, checksum, previous)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO NOTHING",
+            [(s.segment_id, s.slots, s.source_tokens, s.bytes, s.checksum, s.previous) for s in self.stats],
         )
         for ordinal, (chunk, segment_id, part) in enumerate(zip(self.chunks, self.segment_ids, rows, strict=True)):
             chunk_key = connection.execute(
