@@ -258,9 +258,13 @@ def test_ask_passes_every_option_on(engine):
     run(
         "ask", "q", "--top-k", "2", "--filter", "year=2024", "--filter", "team=pumps", "--neighbours", "1",
         "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
-        "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu",
+        "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
+        "--template", "lloco-nqa",
     )  # fmt: skip
-    assert engine.opened == {"store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu"}
+    assert engine.opened == {
+        "store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu", "compressor": "c",
+        "template": "lloco-nqa",
+    }  # fmt: skip
     assert engine.calls == [
         ("stream", "q", {
             "top_k": 2, "filters": {"year": (2024, "2024"), "team": "pumps"}, "neighbours": 1, "whole_document": None,
@@ -362,11 +366,11 @@ def test_ingest_passes_every_option_on(engine, corpus):
     run(
         "ingest", corpus, "--store", "s", "--decoder", "d", "--embedder", "e", "--ratio", "8",
         "--segment-tokens", "512", "--dtype", "int8", "--tenant", "acme", "--meta", "year=2024",
-        "--meta", "team=pumps", "--device", "cpu",
+        "--meta", "team=pumps", "--device", "cpu", "--compressor", "c", "--set", "chain=1",
     )  # fmt: skip
     assert engine.opened == {
         "store": Path("s"), "create": True, "decoder": "d", "embedder": "e", "ratio": 8.0, "segment_tokens": 512,
-        "dtype": "int8", "device": "cpu",
+        "dtype": "int8", "device": "cpu", "compressor": "c", "settings": {"chain": 1},
     }  # fmt: skip
     assert engine.calls == [("ingest", [corpus], {"tenant": "acme", "metadata": {"year": 2024, "team": "pumps"}})]
 

@@ -128,7 +128,7 @@ class LocalDecoder:
         with self._lock, models.quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of every adapter after the first
             try:
-                model.load_adapter(str(folder), adapter_name=name)
+                model.load_adapter(adapter_name=name, **_adapter_source(Path(folder)))
                 if any("lora_" in key for part in self._outer() for key in part.state_dict()):
                     raise ValueError("it changes lm_head or embed_tokens, which are read unadapted")
             except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -460,3 +460,17 @@ def _regrouped(groups: Sequence[Sequence[int]], results: Sequence[Sequence[T]]) 
     for group, part in zip(groups, results, strict=True):
         made |= zip(group, part, strict=True)
     return [made[number] for number in sorted(made)]
+
+
+def _adapter_source(folder: Path) -> dict[str, Any]:
+    """An adapter's folder as transformers takes it, which reads weights from safetensors alone."""
+    weights = folder / "adapter_model.bin"
+    if (folder / "adapter_model.safetensors").is_file() or not weights.is_file():
+        return {"peft_model_id": str(folder)}
+    from peft import PeftConfig
+
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is damaged or would run code
+        raise ValueError(f"{weights.name} could not be read: {error}") from error
+    return {"peft_config": PeftConfig.from_pretrained(str(folder)), "adapter_state_dict": state}
