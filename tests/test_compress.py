@@ -15,7 +15,7 @@ from lloco_engine.compress.attention_matching import AttentionMatching, nnls, se
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError
-from lloco_engine.testing import tiny_decoder
+from lloco_engine.testing import save_tiny_autocompressor, tiny_decoder
 from lloco_engine.types import Segment
 
 SHAPES = [
@@ -420,15 +420,29 @@ def test_the_least_squares_are_those_of_scipy(size):
 # -- the contract ---------------------------------------------------------------------------------------------------
 
 
+def suited(name, folder, **changes):
+    """A decoder that a compressor can work with."""
+    if registry.get(name).memory == "compact_kv":
+        return tiny(**changes)
+    return LocalDecoder.load(str(save_tiny_autocompressor(folder, summary_length=3, **changes)), device="cpu")
+
+
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_every_compressor_keeps_the_contract(name):
-    decoder, method = tiny(), registry.get(name)
+def test_every_compressor_keeps_the_contract(name, tmp_path):
+    decoder, method = suited(name, tmp_path), registry.get(name)
     ids = tokens(decoder, TEXT)
     segments = method.compress(decoder, tuple(ids), [2, 16])
     assert len(segments) == 2
     assert method.name == name
-    assert method.memory == "compact_kv"
+    assert method.memory in ("compact_kv", "summary")
+    again = registry.get(name, **method.settings)
+    assert again.settings == method.settings
     for segment in segments:
+        if method.memory == "summary":
+            assert segment.vectors.shape == (3, decoder.shape.embedding) and segment.source_tokens == len(ids)
+            assert not segment.vectors.requires_grad
+            assert torch.equal(again.compress(decoder, ids, [2])[0].vectors, segment.vectors)
+            continue
         count = int(segment.lengths.sum())
         assert segment.lengths.shape == (2, 2)
         assert segment.lengths.dtype == torch.int64
@@ -438,14 +452,16 @@ def test_every_compressor_keeps_the_contract(name):
         assert segment.bias.dtype == torch.float32
         assert segment.source_tokens == len(ids)
         assert not segment.keys.requires_grad
-    again = registry.get(name, **method.settings)
-    assert again.settings == method.settings
-    same(again.compress(decoder, ids, [2])[0], segments[0])
+        assert method.chain_starts(decoder, [5, 5, 5]) == [0, 1, 2] and not method.reads_chain(decoder)
+        with pytest.raises(ConfigError, match="makes each segment by itself"):
+            method.compress(decoder, ids, [2], before=[segment])
+    if method.memory == "compact_kv":
+        same(again.compress(decoder, ids, [2])[0], segments[0])
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_bad_chunks_and_ratios_are_refused(name):
-    decoder, method = tiny(max_position_embeddings=200), registry.get(name)
+def test_bad_chunks_and_ratios_are_refused(name, tmp_path):
+    decoder, method = suited(name, tmp_path, max_position_embeddings=200), registry.get(name)
     longest = method.longest_chunk(decoder)
     with pytest.raises(ConfigError, match="at least one token"):
         method.compress(decoder, [], [2])

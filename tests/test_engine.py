@@ -395,7 +395,7 @@ def test_parallel_segments_have_no_order(engine, decoder):
 def first_logits(decoder: LocalDecoder, prefix: Prefix) -> torch.Tensor:
     ids = decoder.template.question_ids("Where?")
     with torch.inference_mode():
-        cache = decoder._start([Prompt("Where?", prefix)], len(ids), None)
+        cache = decoder._start(1, len(ids), None)
         memory = decoder._memory([Prompt("Where?", prefix)])
         hidden = decoder._step([ids], prefix.start - cache.length, cache, memory, None)
         return decoder.runner.logits(hidden[0, -1])

@@ -182,13 +182,15 @@ class LocalDecoder:
             self._prefix_cache[adapter] = cache
         return self._prefix_cache[adapter]
 
-    def _start(self, prompts: Sequence[Prompt], room: int, adapter: str | None, pad: list[int] | None = None) -> Cache:
-        """A cache that holds, for each prompt, what its text follows, and has room for ``room`` tokens more.
+    def _start(
+        self, rows: int, room: int, adapter: str | None, pad: list[int] | None = None, prefix: Prefix | None = None
+    ) -> Cache:
+        """A cache that holds, in every row, what the text follows, and has room for ``room`` tokens more.
 
-        That is the template prefix; or, where the prompts read summaries, which are then the same for all, these.
+        That is the template prefix; or, where ``prefix`` is of summaries, these.
         """
-        lead = self._lead_cache(prompts[0].prefix, adapter)
-        cache = self.new_cache(len(prompts), lead.length + room)
+        lead = self._lead_cache(prefix, adapter)
+        cache = self.new_cache(rows, lead.length + room)
         for layer in range(self.shape.layers):
             cache.keys[layer][:, :, : lead.length] = lead.keys[layer]
             cache.values[layer][:, :, : lead.length] = lead.values[layer]
@@ -293,7 +295,7 @@ class LocalDecoder:
         text = TextStream(self.tokenizer, config.stop)
         sampler = self._generator(config)
         memory = self._memory([prompt])
-        cache = self._start([prompt], len(ids) + config.max_new_tokens + Draft.SIZE, adapter)
+        cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
         position = self._position(prompt) - cache.length
         hidden = self._step([ids], position, cache, memory, adapter)
         accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
@@ -358,7 +360,7 @@ class LocalDecoder:
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
         memory = self._memory(prompts)
-        cache = self._start(prompts, longest + config.max_new_tokens, adapter, pad)
+        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
         offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
         step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
@@ -433,7 +435,7 @@ class LocalDecoder:
             self._check(self._position(prompt), len(ids), len(answer))
         longest = max(len(ids) + len(answer) for ids, answer in zip(asked, gold, strict=True))
         rows = [ids + answer for ids, answer in zip(asked, gold, strict=True)]
-        cache = self._start(prompts, longest, adapter)
+        cache = self._start(len(rows), longest, adapter, prefix=prompts[0].prefix)
         offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
         padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
         hidden = self._step(padded, offset[:, None], cache, self._memory(prompts), adapter)
