@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Annotated, TypedDict
 
 import langchain_cases as cases
@@ -234,6 +235,19 @@ async def test_a_vector_store_as_a_retriever(engine, spy, chat, expected):
     annotated = store.as_retriever(annotate=True, search_kwargs={"k": 1}).invoke(QUESTION)
     assert annotated[0].page_content == cases.story("pump")
     assert annotated[0].metadata["lloco_handle"].startswith("[[LLC:")
+
+
+async def test_a_retriever_filters_and_adds_neighbours(tmp_path):
+    with cases.open_engine(tmp_path / "store", cases.decoder()) as engine:
+        long = cases.fact("pump", year=1, kind="a")
+        engine.ingest([replace(long, text=cases.story("pump", 6)), cases.fact("crane", year=2, kind="a")])
+        retriever = LLoCORetriever(engine=engine, k=1, filters={"kind": "a"})
+        assert retriever.invoke("pump crane", filters={"year": 2})[0].metadata["year"] == 2
+        assert (await retriever.ainvoke("pump crane", filters={"year": [1]}))[0].metadata["year"] == 1
+        assert retriever.invoke("pump crane", filters={"kind": "b"}) == []
+        around = LLoCORetriever(engine=engine, k=1, neighbours=1, filters={"year": 1}).invoke("pump number 3")
+        assert len(around) == 3
+        assert [document.metadata["lloco_score"] for document in around[1:]] == [0.0, 0.0]
 
 
 # -- memory and agents -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
-from lloco_engine import Document, GenerateConfig, SegmentUnavailable, StoreLocked
+from lloco_engine import AdapterError, Document, GenerateConfig, SegmentUnavailable, StoreLocked
 from lloco_integrations.langchain import ChatLLoCO, HandleFragment, Handles, LLoCOLLM, LLoCORetriever, handle_block
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -202,8 +202,11 @@ def test_options_of_a_call_and_of_the_model(engine, model):
         model.invoke("Hi", model="gpt")
     with pytest.raises(ValueError, match="temperature must not be negative"):
         type(model)(engine=engine, temperature=-1)
-    with pytest.raises(ValueError, match="adapter"):
+    with pytest.raises(ValueError, match="not 'colour'"):
         model.invoke("Hi", colour="red")
+    for asked in (model.bind(adapter="law"), model.model_copy(update={"adapter": "law"})):
+        with pytest.raises(AdapterError, match="'law' is not"):
+            asked.invoke("Hi")
     named = model.with_config({"run_name": "mine", "tags": ["x"]})
     assert text(named.invoke("Hi")) == text(model.invoke("Hi"))
 

@@ -10,7 +10,8 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.errors import StoreError
@@ -226,15 +227,15 @@ class SearchIndex:
             marks[allowed] = True
             selector = faiss.IDSelectorBitmap(np.packbits(marks, bitorder="little"))
         query = vector.reshape(1, -1)
-        if not _is_graph(self._index):
-            found = self._index.search(query, k, params=faiss.SearchParameters(sel=selector))
-        elif self._wants_graph(len(allowed)):
-            width = max(_SEARCH_WIDTH, 2 * k)
-            found = self._index.search(query, k, params=faiss.SearchParametersHNSW(sel=selector, efSearch=width))
-        else:
-            found = None
-        if found is None or (found[1] < 0).any():  # the graph may not reach k allowed windows; a scan does
-            found = self._scan(query, k, selector)
+        found = None
+        with _one_thread():
+            if not _is_graph(self._index):
+                found = self._index.search(query, k, params=faiss.SearchParameters(sel=selector))
+            elif self._wants_graph(len(allowed)):
+                width = max(_SEARCH_WIDTH, 2 * k)
+                found = self._index.search(query, k, params=faiss.SearchParametersHNSW(sel=selector, efSearch=width))
+            if found is None or (found[1] < 0).any():  # the graph may not reach k allowed windows; a scan does
+                found = self._scan(query, k, selector)
         pairs = zip(found[1][0].tolist(), found[0][0].tolist(), strict=True)
         return sorted(((row, score) for row, score in pairs if row >= 0), key=lambda pair: (-pair[1], pair[0]))
 
@@ -249,6 +250,19 @@ class SearchIndex:
         inner = None if selector is None else faiss.IDSelectorTranslated(self._index.id_map, selector)
         scores, rows = flat.search(query, k, params=faiss.SearchParameters(sel=inner))
         return scores, np.where(rows < 0, -1, ids[rows])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One question is one thread's work. FAISS would start a team of threads for each thread that searches, and on a
+    small machine the teams wait for each other and for torch's."""
+    faiss = _faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _faiss() -> Any:
