@@ -186,6 +186,13 @@ class Engine:
         return self.store.manifest
 
     @property
+    def text_room(self) -> int:
+        """Positions for text, slots aside: what the decoder's window leaves beside the template prefix and the longest
+        segment, when segments are placed in parallel. Question and answer must fit it. No weights are loaded."""
+        facts = self._setup.facts
+        return max(0, facts.shape.window - facts.template_tokens - self._setup.chunk.segment_tokens)
+
+    @property
     def decoder(self) -> LocalDecoder:
         """The decoder, loaded on first use."""
         with self._lock:

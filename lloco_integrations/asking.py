@@ -57,12 +57,12 @@ class Message:
 
 
 class Frame:
-    """A prompt template that is taken apart: where the context was written, where the question.
+    """A prompt template that is taken apart: where the context was written, where the question. White space may differ.
 
     Args:
         template: its text, with slots in braces.
         context: name of the slot that chunks are written into, "" where the template has none.
-        question: name of the slot of the question, "" where it has none (a system prompt).
+        question: name of the slot of the question; in a system prompt, of further instructions; "" where it has none.
     """
 
     def __init__(self, template: str, context: str = "context_str", question: str = "query_str") -> None:
@@ -71,7 +71,7 @@ class Frame:
         pattern, seen = "", set()
         for number, part in enumerate(parts):
             if number % 2 == 0:
-                pattern += re.escape(part)
+                pattern += _flexible(part)
             elif part in slots and part not in seen:
                 pattern += f"(?P<{slots[part]}>.*)"
                 seen.add(part)
@@ -170,6 +170,7 @@ class Asker:
                 instructions.append(_above(message.text).strip())
             else:
                 context.append(_without(match[0]))
+                instructions.append(match[1])
         return context, instructions
 
     def _question(self, text: str, hits: Sequence[Hit], context: Sequence[str]) -> tuple[str, bool, str]:
@@ -327,6 +328,11 @@ def usage_dict(answer: Answer) -> dict[str, Any]:
 
 def _clean(answer: Answer) -> Answer:
     return replace(answer, text=neutralise(answer.text))
+
+
+def _flexible(literal: str) -> str:
+    """A pattern for a template's own words, whatever the white space between them and around them."""
+    return r"\s*" + r"\s+".join(map(re.escape, literal.split())) + r"\s*"
 
 
 def _turn(message: Message) -> Turn:

@@ -220,7 +220,7 @@ class Handles:
         now = self._clock()
         bodies = [self._mint.mint(hit, now, now + self.ttl) for hit in hits]
         self._counts["minted"] += len(bodies)
-        return "".join(map(write, bodies))
+        return "\n".join(map(write, bodies))  # so that a splitter can part them
 
     def slots(self, text: str) -> int:
         """Slots that the handles in a text cost, each counted once."""

@@ -51,6 +51,32 @@ def no_network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny seeded decoder's folder, with a window of 4096. Read-only."""
+    from lloco_engine.testing import save_tiny_decoder
+
+    return save_tiny_decoder(tmp_path_factory.mktemp("tiny"), max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_folder: Path) -> LocalDecoder:
+    """The decoder of `tiny_folder`, loaded once. Read-only."""
+    from lloco_engine.decoder.local import LocalDecoder
+
+    return LocalDecoder.load(str(tiny_folder))
+
+
+@pytest.fixture
+def no_network() -> Iterator[None]:
+    """Opening any socket but a local one raises."""
+    from pytest_socket import disable_socket, enable_socket
+
+    disable_socket(allow_unix_socket=True)
+    yield
+    enable_socket()
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of evaluation data beside the checkout (or at $LLOCO_DATA), which the project works without."""
     if not DATA.is_dir():

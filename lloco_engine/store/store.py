@@ -178,6 +178,11 @@ class Store:
             state = catalogue.document_state(doc_id, tenant)
         return None if state is None else state[1:]
 
+    def generation(self) -> int:
+        """How many commits have changed a document: equal numbers of one store mean equal content."""
+        with self._reading() as catalogue:
+            return catalogue.generation()
+
     def documents(self, tenant: str | None = None) -> list[DocumentInfo]:
         """Documents of a tenant, or of all tenants, by tenant and id."""
         with self._reading() as catalogue:

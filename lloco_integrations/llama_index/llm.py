@@ -1,0 +1,296 @@
+"""A language model of LlamaIndex that reads segments in place of the chunks' text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import LLM
+from llama_index.core.prompts import BasePromptTemplate
+
+from lloco_engine import Answer, ConfigError, Engine, GenerateConfig, PrefixConfig
+from lloco_integrations.asking import Ask, Asker, Message, usage_dict
+from lloco_integrations.chunks import check_on_missing
+from lloco_integrations.handles import Handles
+from lloco_integrations.llama_index.frames import frames_of, question_frames, system_frames
+from lloco_integrations.llama_index.prompt_helper import LLoCOPromptHelper, TokenCounter
+
+__all__ = ["LLoCOLLM"]
+
+# what a call may set, by LlamaIndex's names
+_SETTINGS = {
+    "max_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "stop": "stop",
+    "seed": "seed",
+}
+
+
+class LLoCOLLM(LLM):
+    """The engine's decoder as a chat model. Handles in a prompt are resolved before a call returns anything.
+
+    LlamaIndex's default prompts are taken apart and only their question is asked, so an answer is the engine's own for
+    the same hits; `lloco_integrations.asking` says what becomes of other prompts. Weights load on first use. Every
+    response has its cost in ``raw["usage"]``: ``prompt_tokens`` counts text tokens and slots together.
+
+    Args:
+        engine: answers; shared by everything on one store.
+        tenant: whose handles are resolved; see `for_scope`.
+        adapter: name of a loaded LoRA adapter, or None.
+        max_tokens: longest answer.
+        temperature: 0 is greedy.
+        top_p: as in `GenerateConfig`.
+        stop: texts that end an answer.
+        seed: of sampling, or None.
+        context_window: tokens and slots that LlamaIndex packs into one prompt; None takes what the decoder's window
+            leaves beside the template prefix and one segment.
+        on_missing: what becomes of a retrieved segment that is damaged or gone: ``"raw"``, ``"compress"``, ``"error"``.
+        handles: resolves them; by default what all classes on the engine share.
+        prompts: your own question-answering prompts (with ``{context_str}`` and ``{query_str}``) to take apart as well.
+        prefix: placement and budget of the segments; None takes the engine's own.
+        more: fields of `LLM`, ``system_prompt`` and ``callback_manager`` for instance.
+
+    Raises:
+        ConfigError: a setting is outside its rule.
+    """
+
+    tenant: str = Field(default="", description="Whose documents are read.")
+    adapter: str | None = Field(default=None, description="Name of a loaded LoRA adapter.")
+    max_tokens: int = Field(default=128, description="Longest answer.")
+    temperature: float = Field(default=0.0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, description="Nucleus of sampling.")
+    stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer.")
+    seed: int | None = Field(default=None, description="Of sampling.")
+    context_window: int = Field(description="Tokens and slots of one prompt.")
+
+    _engine: Engine = PrivateAttr()
+    _asker: Asker = PrivateAttr()
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        tenant: str = "",
+        adapter: str | None = None,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        context_window: int | None = None,
+        on_missing: str = "raw",
+        handles: Handles | None = None,
+        prompts: Iterable[BasePromptTemplate | str] = (),
+        prefix: PrefixConfig | None = None,
+        **more: Any,
+    ) -> None:
+        room = engine.text_room
+        if context_window is not None and not 0 < context_window <= room:
+            raise ConfigError(f"context_window must be between 1 and {room} with this decoder, not {context_window}")
+        more |= {
+            "tenant": tenant,
+            "adapter": adapter,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop": tuple(stop),
+            "seed": seed,
+            "context_window": context_window or room,
+        }
+        super().__init__(**more)
+        self._engine = engine
+        self._asker = Asker(
+            engine,
+            handles=handles,
+            on_missing=check_on_missing(on_missing),
+            frames=[*frames_of(prompts), *question_frames()],
+            system=system_frames(),
+            prefix=prefix,
+        )
+        self._generate({})  # checks the settings
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "lloco_llm"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex asks a model about; loads no weights."""
+        return LLMMetadata(
+            context_window=self.context_window,
+            num_output=self.max_tokens,
+            is_chat_model=True,
+            model_name=f"lloco/{self._engine.manifest.decoder}",
+        )
+
+    def for_scope(self, tenant: str) -> Self:
+        """The same model for another tenant: it resolves that tenant's handles and no other's."""
+        return self.model_copy(update={"tenant": tenant})
+
+    @property
+    def token_counter(self) -> TokenCounter:
+        """Counts a prompt's tokens and the slots that its handles stand for; serves as LlamaIndex's ``tokenizer``."""
+        return TokenCounter(self._engine, self._asker.handles)
+
+    def prompt_helper(self, chunk_overlap_ratio: float = 0.0, chunk_size_limit: int | None = None) -> LLoCOPromptHelper:
+        """A prompt helper that packs prompts by the segments' true slots, and never drops or cuts one in silence.
+
+        Set it as ``Settings.prompt_helper``, or give it to a response synthesizer.
+        """
+        return LLoCOPromptHelper(
+            context_window=self.context_window,
+            num_output=self.max_tokens,
+            chunk_overlap_ratio=chunk_overlap_ratio,
+            chunk_size_limit=chunk_size_limit,
+            tokenizer=self.token_counter,
+        )
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        ask, config = self._read(messages), self._generate(kwargs)
+        return _chat_response(self._asker.reply(ask, config, self.adapter).whole())
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        ask, config = self._read(prompt), self._generate(kwargs)
+        return _completion_response(self._asker.reply(ask, config, self.adapter).whole())
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        reply = self._asker.reply(self._read(messages), self._generate(kwargs), self.adapter)
+
+        def pieces() -> ChatResponseGen:
+            text = ""
+            with reply:
+                for delta in reply:
+                    text += delta
+                    yield ChatResponse(message=_said(text), delta=delta)
+                yield _chat_response(reply.answer, delta="")
+
+        return pieces()
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        reply = self._asker.reply(self._read(prompt), self._generate(kwargs), self.adapter)
+
+        def pieces() -> CompletionResponseGen:
+            text = ""
+            with reply:
+                for delta in reply:
+                    text += delta
+                    yield CompletionResponse(text=text, delta=delta)
+                yield _completion_response(reply.answer, delta="")
+
+        return pieces()
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        config = self._generate(kwargs)
+        ask = await asyncio.to_thread(self._read, messages)
+        return _chat_response(await self._asker.areply(ask, config, self.adapter).whole())
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        config = self._generate(kwargs)
+        ask = await asyncio.to_thread(self._read, prompt)
+        return _completion_response(await self._asker.areply(ask, config, self.adapter).whole())
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        config = self._generate(kwargs)
+        ask = await asyncio.to_thread(self._read, messages)
+        reply = self._asker.areply(ask, config, self.adapter)
+
+        async def pieces() -> ChatResponseAsyncGen:
+            text = ""
+            async with reply:
+                async for delta in reply:
+                    text += delta
+                    yield ChatResponse(message=_said(text), delta=delta)
+                yield _chat_response(reply.answer, delta="")
+
+        return pieces()
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        config = self._generate(kwargs)
+        ask = await asyncio.to_thread(self._read, prompt)
+        reply = self._asker.areply(ask, config, self.adapter)
+
+        async def pieces() -> CompletionResponseAsyncGen:
+            text = ""
+            async with reply:
+                async for delta in reply:
+                    text += delta
+                    yield CompletionResponse(text=text, delta=delta)
+                yield _completion_response(reply.answer, delta="")
+
+        return pieces()
+
+    def _read(self, prompt: str | Sequence[ChatMessage]) -> Ask:
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else [_message(m) for m in prompt]
+        return self._asker.read(messages, self.tenant)
+
+    def _generate(self, kwargs: dict[str, Any]) -> GenerateConfig:
+        if unknown := sorted(set(kwargs) - set(_SETTINGS)):
+            raise ConfigError(f"a call may set {', '.join(_SETTINGS)}, not {unknown[0]!r}")
+        wanted = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in _SETTINGS}
+        if isinstance(wanted["stop"], str):
+            wanted["stop"] = (wanted["stop"],)
+        return GenerateConfig(**{ours: wanted[theirs] for theirs, ours in _SETTINGS.items()})
+
+
+_ROLES = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+
+
+def _message(message: ChatMessage) -> Message:
+    others = sorted({block.block_type for block in message.blocks} - {"text", "tool_call", "thinking"})
+    if others:
+        raise ConfigError(f"a message must be text, and this one holds {others[0]!r}")
+    return Message(_ROLES.get(message.role, "user"), message.content or "")
+
+
+def _said(text: str) -> ChatMessage:
+    return ChatMessage(role=MessageRole.ASSISTANT, content=text)
+
+
+def _raw(answer: Answer) -> dict[str, Any]:
+    return {
+        "usage": usage_dict(answer),
+        "finish_reason": answer.finish,
+        "segments": [hit.segment_id for hit in answer.hits],
+        "warnings": list(answer.warnings),
+    }
+
+
+def _chat_response(answer: Answer, delta: str | None = None) -> ChatResponse:
+    return ChatResponse(message=_said(answer.text), delta=delta, raw=_raw(answer))
+
+
+def _completion_response(answer: Answer, delta: str | None = None) -> CompletionResponse:
+    return CompletionResponse(text=answer.text, delta=delta, raw=_raw(answer))

@@ -1,0 +1,51 @@
+"""What the tests of the LlamaIndex integration share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from integration_cases import TENANTS, TOPICS, story
+from llama_index.core import VectorStoreIndex
+from llama_index.core.schema import TextNode
+
+from lloco_engine import AnswerStream, Engine
+from lloco_integrations.llama_index import LLoCOEmbedding
+
+QUESTION = "Where is the pump 1 of red?"
+
+
+def nodes(tenant: str = "red", topics: tuple[str, ...] = TOPICS) -> list[TextNode]:
+    """The chunks that a store of `integration_cases` knows, as another index holds them."""
+    return [TextNode(text=story(t, tenant), id_=f"{t}-{tenant}", metadata={"file": f"{t}.txt"}) for t in topics]
+
+
+def plain_index(engine: Engine, tenant: str = "red") -> VectorStoreIndex:
+    """An index of LlamaIndex's own make, which knows nothing of segments."""
+    return VectorStoreIndex(nodes(tenant), embed_model=LLoCOEmbedding(engine))
+
+
+def gated(engine: Engine, monkeypatch: Any, gate: Any) -> list[str]:
+    """Let every answer of the engine stop after its first piece until a gate opens; returns the pieces made so far."""
+    made: list[str] = []
+    real = engine.stream
+
+    def stream(*args: Any, **options: Any) -> AnswerStream:
+        answer = real(*args, **options)
+        pieces = answer._pieces
+
+        def slowly() -> Iterator[str]:
+            for number, piece in enumerate(pieces):
+                if number == 1:
+                    assert gate.wait(20), "nothing opened the gate: the event loop was blocked"
+                made.append(piece)
+                yield piece
+
+        answer._pieces = slowly()
+        return answer
+
+    monkeypatch.setattr(engine, "stream", stream)
+    return made
+
+
+__all__ = ["QUESTION", "TENANTS", "TOPICS", "gated", "nodes", "plain_index", "story"]
