@@ -12,7 +12,7 @@ from llama_index.core.schema import TextNode
 from lloco_engine import AnswerStream, Engine
 from lloco_integrations.llama_index import LLoCOEmbedding
 
-QUESTION = "Where is the pump 1 of red?"
+QUESTION = "List the halls of the pump."  # the tiny decoder says many different things to it
 
 
 def nodes(tenant: str = "red", topics: tuple[str, ...] = TOPICS) -> list[TextNode]:

@@ -8,7 +8,7 @@ import random
 import pytest
 from integration_cases import TENANTS, TOPICS, documents, open_engine
 from llama_cases import QUESTION, nodes, plain_index, story
-from llama_index.core import PromptTemplate, StorageContext, VectorStoreIndex, load_index_from_storage
+from llama_index.core import PromptTemplate, Settings, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.indices.query.schema import QueryBundle
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.llms import ChatMessage
@@ -50,6 +50,12 @@ def engine(tmp_path_factory, tiny_loaded):
     with open_engine(tmp_path_factory.mktemp("store") / "s", tiny_loaded) as engine:
         engine.ingest([document for tenant in TENANTS for document in documents(tenant)])
         yield engine
+
+
+@pytest.fixture(autouse=True)
+def default_model(monkeypatch, engine):
+    """LlamaIndex asks for a default model even where none is used."""
+    monkeypatch.setattr(Settings, "_llm", LLoCOLLM(engine, tenant="red", max_tokens=5))
 
 
 @pytest.fixture

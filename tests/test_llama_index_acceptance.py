@@ -63,6 +63,12 @@ def llm(engine):
     return LLoCOLLM(engine, tenant="red", max_tokens=8)
 
 
+@pytest.fixture(autouse=True)
+def default_model(monkeypatch, llm):
+    """LlamaIndex asks for a default model even where none is used."""
+    monkeypatch.setattr(Settings, "_llm", llm)
+
+
 @pytest.fixture
 def post(engine):
     return LLoCONodePostprocessor(engine, tenant="red", on_missing="error")
@@ -97,7 +103,7 @@ def test_01_expected_segments_in_order_and_no_raw_text_in_the_prompt(engine, ind
 
 
 @pytest.mark.parametrize("multimodal", [False, True], ids=["text", "blocks"])
-@pytest.mark.parametrize("window", [1150, None], ids=["small", "large"])
+@pytest.mark.parametrize("window", [850, None], ids=["small", "large"])
 @pytest.mark.parametrize("mode", list(ResponseMode), ids=lambda mode: mode.value)
 def test_02_every_response_mode_with_small_and_large_windows_loses_nothing(
     engine, index, post, asked, mode, window, multimodal
@@ -110,7 +116,7 @@ def test_02_every_response_mode_with_small_and_large_windows_loses_nothing(
         llm=llm, node_postprocessors=[post], similarity_top_k=5, response_synthesizer=synthesizer
     ).query
     if mode is ResponseMode.SIMPLE_SUMMARIZE and window and not multimodal:  # LlamaIndex would cut the context
-        with pytest.raises(PromptTooLong, match="do not fit a prompt of 1150"):
+        with pytest.raises(PromptTooLong, match="do not fit a prompt of 850"):
             query(QUESTION)
         return
     response = query(QUESTION)
@@ -125,17 +131,17 @@ def test_02_every_response_mode_with_small_and_large_windows_loses_nothing(
 
 
 def test_03_packing_respects_what_segments_cost(engine, index, post, asked):
-    small = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=1150)
+    small = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=850)
     synthesizer = get_response_synthesizer(llm=small, response_mode="compact", prompt_helper=small.prompt_helper())
     index.as_query_engine(
         llm=small, node_postprocessors=[post], similarity_top_k=5, response_synthesizer=synthesizer
     ).query(QUESTION)
     cost = [sum(hit.slots for hit in ask.hits) for _, ask in asked]
-    assert len(cost) > 1 and max(cost) < 1150
+    assert len(cost) > 1 and max(cost) < 850
     slots = [hit.slots for hit in asked[0][1].hits]
     handles = Handles.of(engine).mint(asked[0][1].hits)
     assert len(small.token_counter(f"a {handles} b")) == len(small.token_counter("a  b")) + sum(slots) + len(slots) - 1
-    tiny = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=750)
+    tiny = LLoCOLLM(engine, tenant="red", max_tokens=8, context_window=640)
     synthesizer = get_response_synthesizer(llm=tiny, response_mode="compact", prompt_helper=tiny.prompt_helper())
     with pytest.raises(PromptTooLong, match="tokens and slots"):  # one segment alone is too large: it is not cut
         index.as_query_engine(
@@ -196,7 +202,7 @@ def test_06_forged_expired_foreign_and_fragmented_handles_never_resolve(engine, 
     handles = Handles(engine, ttl=60, clock=lambda: now[0])
     llm = LLoCOLLM(engine, tenant="red", max_tokens=4, handles=handles)
     mine, foreign = (handles.mint(engine.store.chunks("pump.md", tenant)) for tenant in TENANTS)
-    for text in ("[[LLC:" + "0" * 32 + "]]", foreign, foreign.upper(), mine.replace("LLC", "LLD")[:20]):
+    for text in ("[[LLC:" + "0" * 32 + "]]", foreign, foreign.upper(), mine.replace("LLC", "LLD")[:14]):
         response = llm.complete(f"Read {text} now.")
         assert response.raw["segments"] == [] and response.raw["usage"]["prompt_slots"] == 0
     for part in (mine[:-3], mine[9:], mine.upper()):
@@ -232,7 +238,8 @@ async def test_07_fifty_concurrent_questions_over_two_tenants_do_not_cross(engin
         assert str(responses[number]) == own.text
 
 
-async def test_08_streams_yield_before_completion_and_join_to_the_whole(engine, index, llm, post, monkeypatch):
+async def test_08_streams_yield_before_completion_and_join_to_the_whole(engine, index, post, monkeypatch):
+    llm = LLoCOLLM(engine, tenant="red", max_tokens=32)
     options = {"llm": llm, "node_postprocessors": [post], "similarity_top_k": 2}
     whole = str(index.as_query_engine(**options).query(QUESTION))
     gate = threading.Event()
@@ -407,6 +414,7 @@ def test_14_a_wrong_model_or_adapter_is_refused(engine, tmp_path, tiny_folder):
         engine.load_adapter(tmp_path / "nothing", "legal")
 
 
+@pytest.mark.filterwarnings("ignore:A test tried to use socket")
 def test_15_everything_above_runs_without_a_network(engine):
     """LlamaIndex has no standard suite; every test here runs with sockets disabled, and this shows that they are."""
     import socket

@@ -13,7 +13,7 @@ from lloco_integrations.handles import Handles
 
 __all__ = ["NODE", "REF", "delete_documents", "ingest_nodes", "node_of"]
 
-REF = "ref_doc_id"  # metadata of a store document: the id of the document that LlamaIndex cut the node from
+REF = "ref_doc_id"  # metadata of a store document: the id of the document that the node was cut from, or is
 NODE = "_node"  # the node without its text, as JSON
 _RESERVED = ("doc_id", "title", "source")
 
@@ -43,7 +43,7 @@ def _document(node: BaseNode, tenant: str) -> Document:
         node.get_content(MetadataMode.NONE),
         title=str(kept.get("title", "")),
         source=str(kept.get("source", "")),
-        metadata=metadata | {REF: node.ref_doc_id or "", NODE: json.dumps(body, sort_keys=True)},
+        metadata=metadata | {REF: node.ref_doc_id or node.node_id, NODE: json.dumps(body, sort_keys=True)},
         tenant=tenant,
     )
 

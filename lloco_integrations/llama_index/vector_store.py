@@ -17,7 +17,7 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
-from lloco_engine import ConfigError, Engine
+from lloco_engine import ConfigError, Engine, Hit
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.documents import NODE, REF, delete_documents, ingest_nodes, node_of
 
@@ -121,8 +121,9 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         """
         if self._inner is not None:
             return self._inner.query(query, **kwargs)
-        if query.mode not in (VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.TEXT_SEARCH):
-            raise ConfigError(f"query mode must be 'default' or 'text_search', not {query.mode.value!r}")
+        mode = VectorStoreQueryMode(query.mode)
+        if mode not in (VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.TEXT_SEARCH):
+            raise ConfigError(f"query mode must be 'default' or 'text_search', not {mode.value!r}")
         if not query.query_str:
             raise ConfigError("a query must have its text in query_str: the store searches with its own embedder")
         filters: dict[str, Any] | None = None
@@ -132,15 +133,25 @@ class LLoCOVectorStore(BasePydanticVectorStore):
                 refs = set(query.doc_ids)
                 allowed = {doc_id for doc_id, metadata in self._all().items() if metadata[REF] in refs} & allowed
             filters = {"doc_id": sorted(allowed)}
-        nodes: dict[str, BaseNode] = {}
-        scores: dict[str, float] = {}
-        for hit in self._engine.retrieve(
-            query.query_str, top_k=query.similarity_top_k, filters=filters, tenant=self.tenant
-        ):
-            if hit.doc_id not in nodes and NODE in hit.metadata:  # a long node has several segments
-                nodes[hit.doc_id] = self._node(hit.doc_id, hit.metadata)
-                scores[hit.doc_id] = hit.score
-        return VectorStoreQueryResult(nodes=list(nodes.values()), similarities=list(scores.values()), ids=list(nodes))
+        found = self._search(query.query_str, query.similarity_top_k, filters)
+        return VectorStoreQueryResult(
+            nodes=[self._node(doc_id, hit.metadata) for doc_id, hit in found.items()],
+            similarities=[hit.score for hit in found.values()],
+            ids=list(found),
+        )
+
+    def _search(self, question: str, wanted: int, filters: dict[str, Any] | None) -> dict[str, Hit]:
+        """The best hit of each of the best nodes. A long node has several segments, so more of those may be needed."""
+        top_k = wanted
+        while True:
+            hits = self._engine.retrieve(question, top_k=top_k, filters=filters, tenant=self.tenant)
+            best: dict[str, Hit] = {}
+            for hit in hits:
+                if NODE in hit.metadata:
+                    best.setdefault(hit.doc_id, hit)
+            if len(best) >= wanted or len(hits) < top_k:
+                return dict(list(best.items())[:wanted])
+            top_k *= 2
 
     def _node(self, doc_id: str, metadata: Any) -> BaseNode:
         return node_of(self._engine, doc_id, self.tenant, metadata)
