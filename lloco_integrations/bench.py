@@ -54,7 +54,7 @@ def open_engine(folder: Path) -> Engine:
         folder / "store",
         decoder=str(decoder),
         embedder=HashingEmbedder(),
-        compress=CompressConfig("uncompressed", 1),
+        compress=CompressConfig(ratio=16),
         chunk=ChunkConfig(segment_tokens=1536),
     )
     engine.ingest(
@@ -94,7 +94,17 @@ def _llama_index(engine: Engine) -> dict[str, Ask]:
 
 
 def _langchain(engine: Engine) -> dict[str, Ask]:
-    return {}
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.prompts import PromptTemplate
+    from langchain_core.runnables import RunnablePassthrough
+
+    from lloco_integrations.langchain import ChatLLoCO, LLoCORetriever
+
+    prompt = PromptTemplate.from_template("{context}\n\nQuestion: {question}\nAnswer:")
+    context = LLoCORetriever(engine=engine, k=TOP_K) | (lambda docs: "\n\n".join(doc.page_content for doc in docs))
+    llm = ChatLLoCO(engine=engine, max_tokens=GENERATE.max_new_tokens, prompt=prompt)
+    chain = {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
+    return {"langchain, our retriever": chain.invoke}
 
 
 def overhead(engine: Engine, ask: Ask, questions: int) -> dict[str, float]:

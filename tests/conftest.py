@@ -66,16 +66,6 @@ def tiny_loaded(tiny_folder: Path) -> LocalDecoder:
     return LocalDecoder.load(str(tiny_folder))
 
 
-@pytest.fixture
-def no_network() -> Iterator[None]:
-    """Opening any socket but a local one raises."""
-    from pytest_socket import disable_socket, enable_socket
-
-    disable_socket(allow_unix_socket=True)
-    yield
-    enable_socket()
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of evaluation data beside the checkout (or at $LLOCO_DATA), which the project works without."""
