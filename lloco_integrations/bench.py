@@ -4,7 +4,7 @@ The same questions are asked through a framework and of the engine, turn by turn
 the differences of the pairs are taken. What is measured is the way there and back, which does not depend on the
 decoder, so a tiny seeded one answers. The last line on stdout is JSON. A framework that is not installed is left out.
 
-OpenMP is held to one thread unless ``OMP_NUM_THREADS`` says otherwise: with a decoder this small, thread teams that wait
+OpenMP is held to one thread unless ``OMP_NUM_THREADS`` says otherwise: with a decoder this small, thread teams waiting
 for each other would be all that is measured.
 """
 
