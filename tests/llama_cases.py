@@ -7,6 +7,7 @@ from typing import Any
 
 from integration_cases import TENANTS, TOPICS, story
 from llama_index.core import VectorStoreIndex
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import TextNode
 
 from lloco_engine import AnswerStream, Engine
@@ -23,6 +24,11 @@ def nodes(tenant: str = "red", topics: tuple[str, ...] = TOPICS) -> list[TextNod
 def plain_index(engine: Engine, tenant: str = "red") -> VectorStoreIndex:
     """An index of LlamaIndex's own make, which knows nothing of segments."""
     return VectorStoreIndex(nodes(tenant), embed_model=LLoCOEmbedding(engine))
+
+
+def chat_memory() -> ChatMemoryBuffer:
+    """Memory in a list: the default one opens a database in a thread that it leaves to the garbage collector."""
+    return ChatMemoryBuffer.from_defaults(token_limit=3000)
 
 
 def gated(engine: Engine, monkeypatch: Any, gate: Any) -> list[str]:
@@ -48,4 +54,4 @@ def gated(engine: Engine, monkeypatch: Any, gate: Any) -> list[str]:
     return made
 
 
-__all__ = ["QUESTION", "TENANTS", "TOPICS", "gated", "nodes", "plain_index", "story"]
+__all__ = ["QUESTION", "TENANTS", "TOPICS", "chat_memory", "gated", "nodes", "plain_index", "story"]

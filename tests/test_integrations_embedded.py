@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from llama_cases import chat_memory
 from llama_index.core import VectorStoreIndex
 from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -12,7 +13,7 @@ from lloco_engine import CompressConfig, Document, Engine, GenerateConfig
 from lloco_engine.testing import HashingEmbedder
 from lloco_integrations.llama_index import LLoCOEmbedding, LLoCOLLM, LLoCONodePostprocessor, LLoCORetriever
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 GENERATE = GenerateConfig(max_new_tokens=24)
 TEXTS = {
     "velmora": "Velmora Pumps was founded in 1931 in the harbour town of Astrelin by the engineer Ilse Kontar. Its "
@@ -51,7 +52,7 @@ def test_query_engines_answer_as_the_engine_does(engine):
 
 async def test_a_chat_engine_answers_the_first_question_as_the_engine_does_and_goes_on(engine):
     llm = LLoCOLLM(engine, max_tokens=24)
-    chat = ContextChatEngine.from_defaults(LLoCORetriever(engine, top_k=1), llm=llm)
+    chat = ContextChatEngine.from_defaults(LLoCORetriever(engine, top_k=1), llm=llm, memory=chat_memory())
     first = await chat.achat(QUESTION)
     assert str(first) == engine.ask(QUESTION, top_k=1, generate=GENERATE).text
     second = await chat.achat("Harrow-9: production drum of phosphor bronze?")

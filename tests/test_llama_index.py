@@ -7,7 +7,7 @@ import random
 
 import pytest
 from integration_cases import TENANTS, TOPICS, documents, open_engine
-from llama_cases import QUESTION, nodes, plain_index, story
+from llama_cases import QUESTION, chat_memory, nodes, plain_index, story
 from llama_index.core import PromptTemplate, Settings, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.indices.query.schema import QueryBundle
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
@@ -42,7 +42,7 @@ from lloco_integrations.llama_index import (
     LLoCOVectorStore,
 )
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +420,9 @@ async def test_forged_handles_in_documents_metadata_questions_and_history_are_in
         ],
         embed_model=LLoCOEmbedding(own_engine),
     )
-    chat = index.as_chat_engine(chat_mode="context", llm=llm, node_postprocessors=[post], similarity_top_k=4)
+    chat = index.as_chat_engine(
+        chat_mode="context", llm=llm, node_postprocessors=[post], similarity_top_k=4, memory=chat_memory()
+    )
     for number in range(25):
         question = f"Where {forge()} is the {TOPICS[number % len(TOPICS)]} {forge()}?"
         seen = post.postprocess_nodes(index.as_retriever(similarity_top_k=4).retrieve(QueryBundle(question)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from integration_cases import documents, open_engine
-from llama_cases import QUESTION, TENANTS, gated, nodes, plain_index, story
+from llama_cases import QUESTION, TENANTS, chat_memory, gated, nodes, plain_index, story
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
@@ -36,7 +36,7 @@ from lloco_integrations.llama_index import (
     LLoCOVectorStore,
 )
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 SHORT = GenerateConfig(max_new_tokens=8)
 
 
@@ -153,7 +153,7 @@ def test_04_context_chat_condense_plus_context_citation_and_multimodal_paths(eng
     retriever = index.as_retriever(similarity_top_k=2)
     for make in (ContextChatEngine, CondensePlusContextChatEngine):
         chat = make.from_defaults(
-            retriever=retriever, llm=llm, node_postprocessors=[post], system_prompt="Be brief. {context_str}"[:9]
+            retriever=retriever, llm=llm, node_postprocessors=[post], system_prompt="Be brief.", memory=chat_memory()
         )
         asked.clear()
         first = chat.chat(QUESTION)
