@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lloco_engine.compress import registry
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import AdapterError, ConfigError, DocumentError
-from lloco_engine.eval import metrics
+from lloco_engine.eval import metrics, tasks
 from lloco_engine.eval.data import Group, Question, Record, group_records, read_records
 from lloco_engine.eval.partial import Partial
-from lloco_engine.eval.run import EvalConfig, _Evaluation, run
-from lloco_engine.testing import save_tiny_decoder
+from lloco_engine.eval.reading import METHODS, Material, Reading
+from lloco_engine.eval.results import Row
+from lloco_engine.eval.run import EvalConfig, _Evaluation
+from lloco_engine.eval.run import run as run_eval
+from lloco_engine.models import cache_folder
+from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 
 KEYS = {
     "method", "ratio", "adapter", "documents", "questions", "loss", "recovered", "f1", "rouge_l",
@@ -28,6 +31,16 @@ KEYS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return save_tiny_decoder(tmp_path_factory.mktemp("eval") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    """No test finds another's segments."""
+    monkeypatch.setenv("LLOCO_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def run(config: EvalConfig, **more: Any) -> dict[str, Any]:
+    return run_eval(config, embedder=HashingEmbedder(), **more)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +84,10 @@ def test_f1_counts_shared_words_of_the_best_gold_answer():
 
 def test_rouge_l_is_the_longest_common_subsequence():
     # "a c d" of the answer's 4 and the gold's 3 words: precision 3/4, recall 1
-    assert metrics.rouge_l("a b c d", ["x", "a c d"]) == pytest.approx(2 * 0.75 / 1.75)
+    scores = metrics.rouge("a b c d", ["x", "a c d"])
+    assert scores["rouge_l"] == pytest.approx(2 * 0.75 / 1.75)
+    assert scores["rouge_2"] == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+    assert metrics.rouge("the pumps were running", ["the pump was run"])["rouge_1"] == 0.75  # stems, as SCROLLS takes
 
 
 def test_recovered_is_the_share_between_none_and_full():
@@ -148,6 +164,25 @@ def test_documents_are_grouped_in_order():
     assert group_records([silent, silent, records[0]], 1, 1) == [Group(("text 0",), records[0].questions, 1)]
 
 
+def evaluation(settings: EvalConfig, decoder: LocalDecoder) -> _Evaluation:
+    task = tasks.get(settings.task, **settings.task_settings)
+    return _Evaluation(settings, task, decoder, HashingEmbedder(), cache_folder())
+
+
+def material(settings: EvalConfig, decoder: LocalDecoder) -> Material:
+    """The first group of a run."""
+    groups = group_records(read_records(settings.data), settings.passages_per_chunk, settings.segments)
+    return evaluation(settings, decoder).material(groups[0])
+
+
+def readings(settings: EvalConfig, decoder: LocalDecoder, row: Row) -> list[Reading]:
+    """What the first group's questions are read with in a row."""
+    first = material(settings, decoder)
+    tails = [40] * len(first.group.questions)
+    reader = evaluation(settings, decoder)._scorer.reader
+    return list(reader.readings(first, METHODS[row.method], row.ratio, None, tails))
+
+
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +195,13 @@ def test_a_run_gives_every_key_of_every_row(data, decoder):
     result = run(config(data), decoder=decoder)
     rows = result["results"]
     assert [(row["method"], row["ratio"]) for row in rows] == [("none", None), ("full", None), ("kv", 2), ("kv", 4)]
-    assert all(set(row) == KEYS for row in rows)
+    assert all(set(row) >= KEYS for row in rows)
     none, full, kv, _ = rows
     assert {row["documents"] for row in rows} == {5} and {row["questions"] for row in rows} == {10}
     assert none["recovered"] == 0 and full["recovered"] == 1
-    # The compressor here keeps every slot, so what it makes is worth exactly the full text.
-    assert kv["loss"] == pytest.approx(full["loss"], rel=1e-5) and kv["loss"] != pytest.approx(none["loss"], rel=1e-3)
-    assert kv["recovered"] == pytest.approx(1, abs=1e-3)
+    # The compressor here keeps every slot, so what it makes is worth the full text, but for float16 on the disk.
+    assert kv["loss"] == pytest.approx(full["loss"], rel=1e-3) and kv["loss"] != pytest.approx(none["loss"], rel=1e-3)
+    assert kv["recovered"] == pytest.approx(1, abs=0.05)
     assert none["prompt_slots"] == none["source_tokens"] == full["prompt_slots"] == 0
     assert kv["prompt_slots"] == kv["source_tokens"] == full["source_tokens"] > 20
     assert full["prompt_tokens"] == pytest.approx(none["prompt_tokens"] + full["source_tokens"])
@@ -196,7 +231,7 @@ def test_loss_is_per_token_over_the_whole_set(data, decoder):
 
 def test_answers_are_those_of_the_decoder(data, decoder, monkeypatch):
     seen: list[str] = []
-    monkeypatch.setattr(metrics, "f1", lambda answer, gold: float(seen.append(answer) or 0.25))
+    monkeypatch.setitem(metrics.SCORES, "f1", lambda answer, gold: {"f1": float(seen.append(answer) or 0.25)})
     row = run(config(data, methods=("none",), limit=2), decoder=decoder)["results"][0]
     from lloco_engine.config import GenerateConfig
 
@@ -210,41 +245,39 @@ def test_answers_are_those_of_the_decoder(data, decoder, monkeypatch):
 
 def test_segments_are_placed_together_in_parallel(data, decoder):
     settings = config(data, passages_per_chunk=2, segments=2, ratios=(4,))
-    evaluation = _Evaluation(settings, decoder, registry.get("uncompressed"))
+    (reading,) = readings(settings, decoder, Row("kv", 4, "none"))
+    assert reading.numbers == tuple(range(8)) and len(reading.prefix.segments) == 2
+    assert reading.prefix.offsets == (0, 0)
     group = group_records(read_records(data), 2, 2)[0]
-    pieces = [evaluation._pieces(text) for text in group.chunks]
-    prefix = evaluation._compressed([ids for chunk in pieces for ids in chunk])[4]
-    assert [len(chunk) for chunk in pieces] == [1, 1] and len(prefix.segments) == 2
-    assert prefix.offsets == (0, 0)
-    assert prefix.start == decoder.template_tokens + max(len(chunk[0]) for chunk in pieces)
+    lengths = [len(decoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in group.chunks]
+    assert reading.prefix.start == decoder.template_tokens + max(lengths)
     result = run(settings, decoder=decoder)
     kv = result["results"][-1]
-    sizes = [sum(len(evaluation._pieces(text)[0]) for text in g.chunks) * len(g.questions)
-             for g in group_records(read_records(data), 2, 2)]  # fmt: skip
-    assert kv["source_tokens"] == pytest.approx(sum(sizes) / 10)
+    last = [len(decoder.tokenizer(each.text, add_special_tokens=False)["input_ids"]) for each in read_records(data)][4]
+    assert kv["source_tokens"] == pytest.approx((sum(lengths) * 8 + last * 2) / 10)
 
 
 def test_a_long_document_becomes_segments_and_a_joined_chunk_does_not(tmp_path, decoder):
-    text = " ".join(f"Sentence {n} is here." for n in range(30))
+    text = " ".join(f"Sentence {n} is here." for n in range(18))
     data = write(tmp_path / "data.jsonl", record(0, text), record(1, text))
     alone = config(data, segment_tokens=64, limit=1)
-    evaluation = _Evaluation(alone, decoder, registry.get("uncompressed"))
-    pieces = evaluation._pieces(text)
-    assert len(pieces) > 1 and max(map(len, pieces)) <= 64
+    pieces = material(alone, decoder).chunks
+    assert len(pieces) > 1 and max(len(piece.token_ids) for piece in pieces) <= 64
     result = run(alone, decoder=decoder)
     assert any("1 chunks were longer" in note for note in result["config"]["notes"])
-    joined = _Evaluation(config(data, segment_tokens=64, passages_per_chunk=2), decoder, registry.get("uncompressed"))
-    assert len(joined._pieces(text)) == 1
+    assert len(material(config(data, segment_tokens=64, passages_per_chunk=2), decoder).chunks) == 1
 
 
-def test_full_text_beyond_the_window_loses_its_middle_and_says_so(tmp_path, decoder):
+def test_full_text_beyond_the_window_loses_its_middle_and_says_so(tmp_path, decoder, monkeypatch):
     text = "begin " + "x" * 2000 + " end"
     data = write(tmp_path / "data.jsonl", record(0, text))
-    evaluation = _Evaluation(config(data), decoder, registry.get("uncompressed"))
-    context, left_out = evaluation._context(group_records(read_records(data))[0])
-    read = decoder.tokenizer.decode(context)
-    assert read.startswith("begin x") and read.endswith("x end") and left_out > 0
+    read: list[list[int]] = []
+    prefill = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda ids, **more: read.append(list(ids)) or prefill(ids, **more))
     result = run(config(data, methods=("full",)), decoder=decoder)
+    kept = decoder.tokenizer.decode(read[0])
+    assert kept.startswith("begin x") and kept.endswith("x end")
+    left_out = len(decoder.tokenizer(text, add_special_tokens=False)["input_ids"]) - len(read[0])
     assert any("lost the middle" in note and f"{left_out:,} tokens" in note for note in result["config"]["notes"])
 
 
@@ -257,7 +290,7 @@ def test_rows_are_bounded_by_memory(data, decoder, monkeypatch):
     settings = config(data, segments=5, answers=False, ratios=(2,))
     whole = run(settings, decoder=decoder)["results"]
     assert widths == [10, 10, 10]
-    monkeypatch.setattr("lloco_engine.eval.run._LOGITS", 1 << 18)
+    monkeypatch.setattr("lloco_engine.eval.scoring._LOGITS", 1 << 18)
     widths.clear()
     parts = run(settings, decoder=decoder)["results"]
     assert max(widths) < 10 and sum(widths) == 30
@@ -269,11 +302,11 @@ def test_a_run_cut_off_goes_on(data, decoder, tmp_path, monkeypatch):
     whole = run(config(data), decoder=decoder)
     measure, calls = _Evaluation.measure, []
 
-    def dying(self: _Evaluation, group: Group) -> Any:
-        if len(calls) == 3:
+    def dying(self: _Evaluation, *what: Any) -> Any:
+        if len(calls) == 14:
             raise KeyboardInterrupt
-        calls.append(group)
-        return measure(self, group)
+        calls.append(what)
+        return measure(self, *what)
 
     monkeypatch.setattr(_Evaluation, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -281,11 +314,11 @@ def test_a_run_cut_off_goes_on(data, decoder, tmp_path, monkeypatch):
     left = output.with_name("result.json.partial.jsonl")
     assert left.exists() and not output.exists()
     with left.open("a") as lines:
-        lines.write('{"number": 3, "val')  # killed while it wrote
+        lines.write('{"number": 14, "val')  # killed while it wrote
     calls.clear()
-    monkeypatch.setattr(_Evaluation, "measure", lambda self, group: calls.append(group) or measure(self, group))
+    monkeypatch.setattr(_Evaluation, "measure", lambda self, *what: calls.append(what) or measure(self, *what))
     result = run(config(data), output=output, decoder=decoder)
-    assert len(calls) == 2, "only what was not done is measured"
+    assert len(calls) == 6, "five documents of four rows: only what was not done is measured"
     assert result["results"] == whole["results"] == json.loads(output.read_text())["results"]
     assert not left.exists()
 
@@ -301,7 +334,7 @@ def test_other_settings_do_not_use_what_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("none", "magic")}, "methods must be some of none, full, kv, not 'magic'"),
+        ({"methods": ("none", "magic")}, "methods must be some of none, full, .*, not 'magic'"),
         ({"methods": ()}, "not none at all"),
         ({"ratios": (0.5,)}, "ratios must be at least 1"),
         ({"ratios": ()}, "at least one ratio"),
@@ -347,7 +380,7 @@ def test_the_command_prints_a_table_and_writes_json(data, folder, tmp_path):
     done = CliRunner().invoke(app, [*command, "--json", str(output)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     result = json.loads(output.read_text())
-    assert set(result) == {"config", "results"}
+    assert set(result) >= {"config", "results"}
     assert [(row["method"], row["ratio"]) for row in result["results"]] == [("none", None), ("full", None), ("kv", 4)]
     assert all(math.isfinite(row["loss"]) and row["documents"] == 3 for row in result["results"])
     for word in ("method", "recovered", "kv", "6 questions about 3 documents"):

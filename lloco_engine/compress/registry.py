@@ -13,6 +13,8 @@ __all__ = ["NAMES", "get"]
 _WHERE = {
     "autocompressor": ("lloco_engine.compress.summary", "SummaryEmbeddings"),
     "attention_matching": ("lloco_engine.compress.attention_matching", "AttentionMatching"),
+    "kvzip": ("lloco_engine.compress.kvzip", "KVzip"),
+    "snapkv": ("lloco_engine.compress.snapkv", "SnapKV"),
     "uncompressed": ("lloco_engine.compress.uncompressed", "Uncompressed"),
 }
 NAMES = tuple(_WHERE)

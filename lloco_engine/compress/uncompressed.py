@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lloco_engine.compress.base import Compressor
+from lloco_engine.compress.eviction import keep_slots
 from lloco_engine.types import Segment
 
 if TYPE_CHECKING:
@@ -29,16 +30,7 @@ class Uncompressed(Compressor):
     @torch.inference_mode()
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
         """The same full segment for every ratio."""
-        shape, length = decoder.shape, len(token_ids)
-        cache = decoder.prefill(token_ids)
-        start = decoder.template_tokens
-        keys = torch.stack([layer[0, :, start : start + length] for layer in cache.keys])
-        values = torch.stack([layer[0, :, start : start + length] for layer in cache.values])
-        segment = Segment(
-            keys=keys.reshape(-1, shape.head_dim),
-            values=values.reshape(-1, shape.head_dim),
-            bias=torch.zeros(shape.layers * shape.kv_heads * length),
-            lengths=torch.full((shape.layers, shape.kv_heads), length, dtype=torch.int64),
-            source_tokens=length,
-        )
+        shape = decoder.shape
+        everything = torch.ones(shape.layers, shape.kv_heads, len(token_ids), dtype=torch.bool)
+        segment = keep_slots(decoder.prefill(token_ids), decoder.template_tokens, everything)
         return [segment for _ in ratios]

@@ -243,12 +243,15 @@ class LocalDecoder:
         return self.template_tokens if prompt.prefix is None else prompt.prefix.start
 
     @torch.inference_mode()
-    def prefill(self, token_ids: Sequence[int], room: int = 0) -> Cache:
-        """The cache of the template prefix and a chunk, made with the base weights; ``room`` more tokens will fit."""
+    def prefill(self, token_ids: Sequence[int], room: int = 0, adapter: str | None = None) -> Cache:
+        """The cache of the template prefix and a chunk; ``room`` more tokens will fit.
+
+        Compression reads with the base weights; an adapter is for text that is then answered about with it.
+        """
         # the template prefix is run again with the chunk: from an empty cache on, the causal kernel serves
         ids = [*self.template.prefix_ids, *token_ids]
         cache = self.new_cache(1, len(ids) + room)
-        self._step([ids], 0, cache, None, None)
+        self._step([ids], 0, cache, None, adapter)
         return cache
 
     @torch.inference_mode()

@@ -9,9 +9,18 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from lloco_engine.eval.cli_data import data
+from lloco_engine.eval.cli_report import report
+from lloco_engine.eval.tasks import NAMES as TASKS
+
 __all__ = ["register"]
 
 T = TypeVar("T")
+
+_SCORES = (
+    "f1", "em", "rouge_1", "rouge_2", "rouge_l", "rouge_geometric", "accuracy", "accuracy_generated", "success",
+)  # fmt: skip
+_COSTS = ("prompt_slots", "prompt_tokens", "source_tokens")
 
 Decoder = Annotated[
     str,
@@ -26,18 +35,31 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command("eval")(evaluate)
     app.command()(bench)
+    app.command()(data)
+    app.command()(report)
 
 
 def evaluate(
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="JSON Lines, one document with its questions a line.")
-    ],
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="JSON Lines, one document with its questions a line."),
+    ] = None,
+    task: Annotated[
+        str, typer.Option("--task", metavar="NAME", help=f"How to ask and score: {', '.join(TASKS)}.")
+    ] = "plain",
+    data_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-folder",
+            envvar="LLOCO_DATA",
+            metavar="DIR",
+            help="Where --task finds NAME/val.jsonl.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="DOCS", min=1, help="Read only the first documents.")
     ] = None,
-    methods: Annotated[
-        str, typer.Option(metavar="NAMES", help="Of none (no context), full (text in the prompt), kv (compressed).")
-    ] = "none,full,kv",
+    methods: Annotated[str, typer.Option(metavar="NAMES", help="What the decoder reads; see below.")] = "none,full,kv",
     ratios: Annotated[str, typer.Option(metavar="NUMBERS", help="Source tokens per slot, for kv.")] = "8,16,32",
     passages_per_chunk: Annotated[
         int, typer.Option(metavar="K", min=1, help="Join the texts of K consecutive documents into one chunk.")
@@ -45,45 +67,85 @@ def evaluate(
     segments: Annotated[
         int, typer.Option(metavar="K", min=1, help="Compress K consecutive chunks apart and place them together.")
     ] = 1,
-    adapter: Annotated[str, typer.Option(metavar="NAME", help="LoRA adapter to answer with, or 'none'.")] = "none",
+    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Chunks that the _retrieved methods read.")] = 4,
+    adapter: Annotated[
+        str, typer.Option(metavar="NAMES", help="LoRA adapters to answer with, one block of rows each; 'none' is one.")
+    ] = "none",
     answers: Annotated[
-        bool, typer.Option("--answers/--no-answers", help="Also generate answers and score them (F1, ROUGE-L).")
+        bool, typer.Option("--answers/--no-answers", help="Also generate answers and score them.")
     ] = True,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longest answer. Default: the task's own.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Task needle: haystack lengths in tokens, such as 1k,8k,32k.")
+    ] = None,
+    depths: Annotated[int | None, typer.Option(metavar="N", min=1, help="Task needle: how many depths.")] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write the result here; a run cut off goes on.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write every answer with its scores here, as JSON Lines.")
     ] = None,
     decoder: Decoder = "embedded",
     device: Device = None,
 ) -> None:
-    """Measure answers over a file of questions.
+    """Measure answers over questions about documents.
 
-    Prints, for no context, the full text and compressed memories at each
-    ratio: the gold answer's loss per token, the share of the full text's
-    worth that is recovered, and the scores of greedy answers.
+    Prints, for each method, ratio and adapter: the gold answer's loss per
+    token, the share of the full text's worth that is recovered, and the scores
+    of greedy answers. The JSON adds confidence intervals (bootstrap over
+    documents) and paired differences.
+
+    \b
+    Methods:
+      none             no context
+      full             the whole text in the prompt; beyond the window its middle is cut
+      text_slots       the best search windows, as much text as kv has slots
+      kv               every segment of the document, compressed
+      kvzip, snapkv    the same, evicted by another's rule
+      text_retrieved, text_slots_retrieved, kv_retrieved, kvzip_retrieved,
+      snapkv_retrieved  the same, of the --top-k best chunks only
+
+    Segments are kept in the cache folder: another run over the same documents
+    does not compress again.
 
     \b
     Examples:
       lloco eval --data questions.jsonl --limit 40 --json result.json
       lloco eval --data questions.jsonl --passages-per-chunk 6 --segments 4 --ratios 16
-      lloco eval --data questions.jsonl --methods none,full --no-answers
+      lloco eval --task qmsum --data-folder data --methods none,full,kv,kv_retrieved,text_retrieved --ratios 30
+      lloco eval --task quality --data my-stories.jsonl --adapter none,default --ratios 16
+      lloco eval --task needle --data-folder data --lengths 1k,8k,32k --methods kv,kv_retrieved --ratios 16
     """
+    from lloco_engine.eval import tasks
     from lloco_engine.eval.progress import bar
     from lloco_engine.eval.run import EvalConfig, run
 
+    settings: dict[str, Any] = {}
+    if lengths is not None:
+        settings["lengths"] = _parts(lengths, _length, "--lengths")
+    if depths is not None:
+        settings["depths"] = depths
+    source = data or tasks.get(task, **settings).source(data_folder)
     config = EvalConfig(
-        data=str(data),
+        data="" if source is None else str(source),
+        task=task,
+        task_settings=settings,
         limit=limit,
         methods=tuple(_parts(methods, str, "--methods")),
         ratios=tuple(_parts(ratios, float, "--ratios")),
         passages_per_chunk=passages_per_chunk,
         segments=segments,
+        top_k=top_k,
         adapter=adapter,
         answers=answers,
+        max_new_tokens=max_new_tokens,
         decoder=decoder,
         device=device,
     )
     with bar() as progress:
-        result = run(config, output=json_out, progress=progress)
+        result = run(config, output=json_out, predictions=predictions, progress=progress)
     _print_results(result)
     if json_out is not None:
         typer.echo(f"written to {json_out}", err=True)
@@ -144,24 +206,31 @@ def _parts(text: str, kind: Callable[[str], T], option: str) -> list[T]:
         ) from error
 
 
+def _length(text: str) -> int:
+    """A number of tokens, such as 500 or 8k (8192)."""
+    return int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)
+
+
 def _print_results(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     rows = result["results"]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    names = ("method", "ratio", "loss", "recovered", "f1", "rouge_l", "prompt_slots", "prompt_tokens", "source_tokens")
+    scores = [name for name in _SCORES if any(row.get(name) is not None for row in rows)] or ["f1", "rouge_l"]
+    adapter = ["adapter"] if len({row["adapter"] for row in rows}) > 1 else []
+    names = ("method", *adapter, "ratio", "loss", "recovered", *scores, *_COSTS)
     for name in names:
-        table.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
-    digits = dict.fromkeys(("loss", "recovered", "f1", "rouge_l"), 3)
+        table.add_column(name.replace("_", " "), justify="left" if name in ("method", "adapter") else "right")
     for row in rows:
-        table.add_row(*(_shown(row[name], digits.get(name, 0)) for name in names))
+        table.add_row(*(_shown(row.get(name), 3 if name in ("loss", "recovered", *scores) else 0) for name in names))
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=250)
     console.print(table)
+    adapters = ", ".join(dict.fromkeys(row["adapter"] for row in rows))
     typer.echo(
-        f"{rows[0]['questions']:,} questions about {rows[0]['documents']:,} documents, adapter {rows[0]['adapter']}, "
+        f"{rows[0]['questions']:,} questions about {rows[0]['documents']:,} documents, adapter {adapters}, "
         f"{result['config']['seconds']:,.0f} s"
     )
     for note in result["config"]["notes"]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lloco_engine.readers.records import Question, Record, read_records
 
@@ -14,11 +14,15 @@ JOINT = "\n\n"  # between the texts of documents that are read as one
 
 @dataclass(frozen=True)
 class Group:
-    """What one prompt reads: the texts of its chunks, each compressed apart, and every question about any of them."""
+    """What one prompt reads: the texts of its chunks, each compressed apart, and every question about any of them.
+
+    ``tags`` name the cell of a grid that the group is of, such as a length and a depth.
+    """
 
     chunks: tuple[str, ...]
     questions: tuple[Question, ...]
     documents: int
+    tags: Mapping[str, float] = field(default_factory=dict)
 
 
 def group_records(records: Sequence[Record], passages_per_chunk: int = 1, segments: int = 1) -> list[Group]:

@@ -1,35 +1,33 @@
-"""Score answers over a file of questions: without context, with the full text, and with compressed memories of it."""
+"""Score answers over questions: without context, with text, and with compressed memories, in one run on one decoder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from lloco_engine import __version__
-from lloco_engine.chunking import Chunker
 from lloco_engine.compress import registry
-from lloco_engine.compress.base import Compressor
-from lloco_engine.config import ChunkConfig, Config, GenerateConfig
-from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.template import encode
-from lloco_engine.errors import AdapterError, ConfigError
-from lloco_engine.eval import metrics
-from lloco_engine.eval.data import JOINT, Group, group_records, read_records
+from lloco_engine.config import ChunkConfig, Config
+from lloco_engine.decoder.local import LocalDecoder
+from lloco_engine.embedder import Embedder
+from lloco_engine.errors import AdapterError, ConfigError, DocumentError
+from lloco_engine.eval import results, tasks
+from lloco_engine.eval.data import Group
 from lloco_engine.eval.machine import check_writable, circumstances, write_json
 from lloco_engine.eval.partial import Partial
-from lloco_engine.models import DEFAULT_DECODER
-from lloco_engine.types import Document, Prefix
+from lloco_engine.eval.reading import METHODS, Encoder, Material, Reader, Remembered
+from lloco_engine.eval.results import Row
+from lloco_engine.eval.scoring import Scorer
+from lloco_engine.eval.segments import SegmentCache
+from lloco_engine.eval.tasks.base import Task
+from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER, cache_folder
 
-__all__ = ["METHODS", "EvalConfig", "Sums", "run"]
-
-METHODS = ("none", "full", "kv")
-_ROWS = 16  # questions run together at most
-_LOGITS = 1 << 28  # bytes that one layer's attention logits may take
+__all__ = ["EvalConfig", "run"]
 
 
 @dataclass(frozen=True)
@@ -37,33 +35,43 @@ class EvalConfig(Config):
     """Settings of one evaluation.
 
     Args:
-        data: JSON Lines file, as `lloco_engine.readers.records` describes it.
+        data: file of records, or what else the task reads; empty for a task that has documents of its own.
+        task: of `lloco_engine.eval.tasks.NAMES`.
+        task_settings: the task's own.
         limit: documents to read, None for all.
-        methods: of `METHODS`: no context, the full text in one prompt, compact KV.
-        ratios: source tokens per slot, for ``kv``.
+        methods: of `lloco_engine.eval.reading.METHODS`.
+        ratios: source tokens per slot, for the methods that have one.
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
-        adapter: name of a loaded adapter, or ``"none"``.
+        top_k: chunks that the ``_retrieved`` methods read.
+        adapter: names of adapters with commas between them, of which ``"none"`` is the base weights.
         answers: also generate answers and score them.
-        max_new_tokens: longest answer that is generated.
+        max_new_tokens: longest answer that is generated; None is the task's own.
         decoder, device: as `LocalDecoder.load` takes them.
-        compressor: of `lloco_engine.compress.registry.NAMES`.
-        segment_tokens: a single document longer than this becomes several segments that are all placed.
+        embedder: as `lloco_engine.embedder.Embedder` takes it.
+        compressor: of `lloco_engine.compress.registry.NAMES`, for ``kv``.
+        segment_tokens: a single document longer than this becomes several segments.
+        seed: of the bootstrap.
     """
 
     data: str
+    task: str = "plain"
+    task_settings: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("none", "full", "kv")
     ratios: tuple[float, ...] = (8, 16, 32)
     passages_per_chunk: int = 1
     segments: int = 1
+    top_k: int = 4
     adapter: str = "none"
     answers: bool = True
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
     decoder: str = DEFAULT_DECODER
     device: str | None = None
+    embedder: str = DEFAULT_EMBEDDER
     compressor: str = "attention_matching"
     segment_tokens: int = ChunkConfig.segment_tokens
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
@@ -71,50 +79,44 @@ class EvalConfig(Config):
         if not self.methods or (unknown := [name for name in self.methods if name not in METHODS]):
             received = repr(unknown[0]) if self.methods else "none at all"
             raise ConfigError(f"methods must be some of {', '.join(METHODS)}, not {received}")
-        if "kv" in self.methods and not self.ratios:
-            raise ConfigError("ratios must name at least one ratio for the method 'kv'")
+        if any(METHODS[name].by_ratio for name in self.methods) and not self.ratios:
+            raise ConfigError(f"ratios must name at least one ratio for the methods {', '.join(self.methods)}")
         if bad := [ratio for ratio in self.ratios if ratio < 1]:
             raise ConfigError(f"ratios must be at least 1 (source tokens per slot), not {bad[0]}")
-        for name in ("passages_per_chunk", "segments", "max_new_tokens"):
+        for name in ("passages_per_chunk", "segments", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit must be at least 1 document, not {self.limit}")
+        for name in ("limit", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                unit = "document" if name == "limit" else "token"
+                raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
+        if not self.adapters:
+            raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
 
     @property
-    def rows(self) -> list[tuple[str, float | None]]:
-        """Method and ratio of each row of the result."""
-        made: list[tuple[str, float | None]] = []
-        for method in self.methods:
-            made += [(method, ratio) for ratio in self.ratios] if method == "kv" else [(method, None)]
-        return made
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that there is a block of rows for."""
+        return tuple(dict.fromkeys(name.strip() for name in self.adapter.split(",") if name.strip()))
 
-
-@dataclass
-class Sums:
-    """One row's sums over questions; ``loss`` over the ``tokens`` of gold answers, in nats."""
-
-    questions: int = 0
-    loss: float = 0.0
-    tokens: int = 0
-    f1: float = 0.0
-    rouge_l: float = 0.0
-    prompt_slots: int = 0
-    prompt_tokens: int = 0
-    source_tokens: int = 0
-
-    @classmethod
-    def total(cls, parts: Iterable[Mapping[str, Any]]) -> Self:
-        """The sum of sums given as JSON values."""
-        values = list(parts)
-        return cls(**{field.name: sum(value[field.name] for value in values) for field in fields(cls)})
+    @property
+    def rows(self) -> list[Row]:
+        """What each row of the result is about."""
+        return [
+            Row(method, ratio, adapter)
+            for adapter in self.adapters
+            for method in self.methods
+            for ratio in (self.ratios if METHODS[method].by_ratio else (None,))
+        ]
 
 
 def run(
     config: EvalConfig,
     *,
     output: Path | None = None,
+    predictions: Path | None = None,
     decoder: LocalDecoder | None = None,
+    embedder: Encoder | None = None,
+    cache: Path | None = None,
     progress: Callable[[str, float, float], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate; a run with an output file that was cut off goes on where it stopped.
@@ -122,219 +124,170 @@ def run(
     Args:
         config: the settings.
         output: JSON file to write.
-        decoder: one that is loaded already; else ``config.decoder`` is loaded.
-        progress: called with what is done, how many questions are, and how many there are.
+        predictions: JSON Lines file to write: every answer with its scores.
+        decoder, embedder: ones that are there already; else those of ``config``.
+        cache: folder that keeps segments between runs; None is ``eval`` in the cache folder.
+        progress: called with what is done, how many questions are, and how many there are, each row counted.
 
     Returns:
-        ``{"config": ..., "results": [...]}``, JSON-ready.
+        ``{"config": ..., "results": [...], "differences": [...]}``, JSON-ready, and ``"cells"`` for a grid.
 
     Raises:
-        DocumentError: the data file is not as it must be.
-        AdapterError: the adapter is not loaded.
+        DocumentError: the data are not as they must be.
+        AdapterError: an adapter is not loaded.
         ConfigError, ModelNotFound, PromptTooLong: as their messages say.
     """
-    records = read_records(config.data, config.limit)
-    groups = group_records(records, config.passages_per_chunk, config.segments)
-    if output is not None:
-        check_writable(output)
+    task = tasks.get(config.task, **config.task_settings)
+    if config.data and not Path(config.data).exists():
+        raise DocumentError(f"the data file {config.data} cannot be read: No such file or directory")
+    for path in (output, predictions):
+        if path is not None:
+            check_writable(path)
     decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
-    if config.adapter != "none" and config.adapter not in decoder.adapters:
-        raise AdapterError(
-            f"adapter {config.adapter!r} is not loaded; there is {', '.join(decoder.adapters) or 'none'}: "
-            "use --adapter none"
-        )
-    compressor = registry.get(config.compressor)
-    facts = _facts(config, decoder, compressor)
+    groups = task.groups(
+        Path(config.data) if config.data else None,
+        decoder,
+        limit=config.limit,
+        passages_per_chunk=config.passages_per_chunk,
+        segments=config.segments,
+    )
+    _check_adapters(config, decoder)
+    evaluation = _Evaluation(config, task, decoder, embedder, cache or cache_folder() / "eval")
+    facts = evaluation.facts()
     partial = Partial(output, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
-    evaluation = _Evaluation(config, decoder, compressor)
-    total, done = sum(len(group.questions) for group in groups), 0
+    rows = config.rows
+    total, done = len(rows) * sum(len(group.questions) for group in groups), 0
     for number, group in enumerate(groups):
-        if progress is not None:
-            progress("questions", done, total)
-        if number not in partial.done:
-            partial.add(number, evaluation.measure(group))
-        done += len(group.questions)
-    measured = [partial.done[number] for number in range(len(groups))]
+        material = evaluation.material(group)
+        for at, row in enumerate(rows):
+            if progress is not None:
+                progress("questions", done, total)
+            if number * len(rows) + at not in partial.done:
+                partial.add(number * len(rows) + at, evaluation.measure(material, row))
+            done += len(group.questions)
+    values = [[partial.done[number * len(rows) + at] for at in range(len(rows))] for number in range(len(groups))]
     result = {
         "config": facts
         | circumstances(decoder.runner.device, decoder.runner.dtype)
-        | {"seconds": round(sum(value["seconds"] for value in measured), 1), "notes": _notes(measured)},
-        "results": _results(config, len(records), measured),
+        | {
+            "seconds": round(sum(value["seconds"] for of_rows in values for value in of_rows), 1),
+            "notes": _notes(rows, values),
+        },
+        "results": results.rows(rows, groups, values, config.seed),
+        "differences": results.differences(rows, groups, values, config.seed),
     }
+    if cells := results.cells(rows, groups, values):
+        result["cells"] = cells
+    if predictions is not None:
+        _write_predictions(predictions, rows, groups, values)
     if output is not None:
         write_json(output, result)
     partial.finish()
     return result
 
 
-def _facts(config: EvalConfig, decoder: LocalDecoder, compressor: Compressor) -> dict[str, Any]:
-    """Everything that the numbers depend on, JSON-ready."""
-    return config.to_json() | {
-        "methods": list(config.methods),
-        "ratios": [_number(ratio) for ratio in config.ratios],
-        "decoder": {
-            "name": config.decoder,
-            "fingerprint": decoder.fingerprint,
-            "tokenizer_fingerprint": decoder.tokenizer_fingerprint,
-            "template_fingerprint": decoder.template.fingerprint,
-            "window": decoder.shape.window,
-        },
-        "compressor": {"name": compressor.name, "settings": compressor.settings},
-        "data": Path(config.data).name,  # a result must not carry a path of the machine that made it
-        "data_sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest(),
-        "lloco": __version__,
-    }
-
-
-def _number(ratio: float) -> float:
-    return int(ratio) if ratio == int(ratio) else ratio
-
-
-def _results(config: EvalConfig, documents: int, measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    sums = [Sums.total(value["rows"][row] for value in measured) for row in range(len(config.rows))]
-    losses = {method: total.loss / total.tokens for (method, _), total in zip(config.rows, sums, strict=True)}
-    none, full = losses.get("none"), losses.get("full")
-    return [
-        {
-            "method": method,
-            "ratio": None if ratio is None else _number(ratio),
-            "adapter": config.adapter,
-            "documents": documents,
-            "questions": total.questions,
-            "loss": total.loss / total.tokens,
-            "recovered": metrics.recovered(total.loss / total.tokens, none, full),
-            "f1": total.f1 / total.questions if config.answers else None,
-            "rouge_l": total.rouge_l / total.questions if config.answers else None,
-            "prompt_slots": total.prompt_slots / total.questions,
-            "prompt_tokens": total.prompt_tokens / total.questions,
-            "source_tokens": total.source_tokens / total.questions,
-        }
-        for (method, ratio), total in zip(config.rows, sums, strict=True)
-    ]
-
-
-def _notes(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = []
-    if split := sum(value["split"] for value in measured):
-        notes.append(f"{split} chunks were longer than a segment may be and became several, all placed")
-    if cut := [value["truncated"] for value in measured if value["truncated"]]:
-        notes.append(
-            f"method full: {len(cut)} of {len(measured)} prompts did not fit the decoder's window and lost the middle "
-            f"of their text, {sum(cut):,} tokens in all"
-        )
-    return notes
+def _check_adapters(config: EvalConfig, decoder: LocalDecoder) -> None:
+    for name in config.adapters:
+        if name != "none" and name not in decoder.adapters:
+            raise AdapterError(
+                f"adapter {name!r} is not loaded; there is {', '.join(decoder.adapters) or 'none'}: use --adapter none"
+            )
 
 
 class _Evaluation:
-    """Measures one group at a time."""
+    """Measures one row of one group at a time."""
 
-    def __init__(self, config: EvalConfig, decoder: LocalDecoder, compressor: Compressor) -> None:
-        self.config, self.decoder, self.compressor = config, decoder, compressor
-        self.longest = compressor.longest_chunk(decoder)
+    def __init__(
+        self, config: EvalConfig, task: Task, decoder: LocalDecoder, embedder: Encoder | None, cache: Path
+    ) -> None:
+        self.config, self.task, self.decoder, self._given = config, task, decoder, embedder
+        kinds = {METHODS[name].memory for name in config.methods if METHODS[name].compresses}
+        self.compressors = {
+            kind: registry.get(config.compressor if kind == "kv" else kind) for kind in sorted(kinds | {"kv"})
+        }
+        segments = {kind: SegmentCache(cache / "segments", decoder, each) for kind, each in self.compressors.items()}
+        self.segments = segments
+        new = config.max_new_tokens or task.max_new_tokens
+        self._scorer = Scorer(
+            task, Reader(decoder, segments, config.ratios), answers=config.answers, max_new_tokens=new
+        )
+        self._longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
         if config.passages_per_chunk == 1:  # else the caller has said what a chunk is
-            self.longest = min(self.longest, config.segment_tokens)
+            self._longest = min(self._longest, config.segment_tokens)
 
-    def measure(self, group: Group) -> dict[str, Any]:
-        """The sums of each row over a group's questions, JSON-ready, with what had to be split or cut."""
-        began = time.perf_counter()
-        config = self.config
-        pieces = [self._pieces(text) for text in group.chunks] if "kv" in config.methods else []
-        made: dict[float, Prefix] = self._compressed([ids for chunk in pieces for ids in chunk]) if pieces else {}
-        context: list[int] = []
-        truncated = 0
-        if "full" in config.methods:
-            context, truncated = self._context(group)
-        rows = []
-        for method, ratio in config.rows:
-            if method == "none":
-                sums = self._score(group, None)
-            elif method == "full":
-                sums = self._full(group, context)
-            else:
-                assert ratio is not None
-                sums = self._score(group, made[ratio])
-            rows.append(asdict(sums))
-        split = sum(len(chunk) > 1 for chunk in pieces)
-        return {"rows": rows, "split": split, "truncated": truncated, "seconds": time.perf_counter() - began}
+    @cached_property
+    def _embedder(self) -> Encoder:
+        return Remembered(self._given or Embedder(self.config.embedder, self.config.device))
 
-    def _encode(self, text: str) -> list[int]:
-        return encode(self.decoder.tokenizer, text)
+    def material(self, group: Group) -> Material:
+        """A group's chunks, not compressed yet."""
+        return Material(group, self.decoder, self._longest, self._embedder, self.config.top_k)
 
-    def _pieces(self, text: str) -> list[list[int]]:
-        """Token ids of the segments that a chunk's text becomes; nearly always one."""
-        ids = self._encode(text)
-        if len(ids) <= self.longest:
-            return [ids]
-        window = min(ChunkConfig.window_tokens, self.longest)
-        sizes = ChunkConfig(self.longest, window, min(ChunkConfig.window_overlap, window - 1))
-        chunks = Chunker(self.decoder.tokenizer, sizes).split(Document("", text))
-        return [list(chunk.token_ids) for chunk in chunks]
+    def measure(self, material: Material, row: Row) -> dict[str, Any]:
+        """What `Scorer.measure` gives, and how many chunks of the group had to be split where that mattered."""
+        method = METHODS[row.method]
+        value = self._scorer.measure(material, method, row.ratio, None if row.adapter == "none" else row.adapter)
+        return value | {"split": material.split if method.compresses else 0}
 
-    def _compressed(self, pieces: Sequence[Sequence[int]]) -> dict[float, Prefix]:
-        """All pieces at each ratio, placed in parallel."""
-        made = [self.compressor.compress(self.decoder, ids, self.config.ratios) for ids in pieces]
-        start = self.decoder.template_tokens + max(map(len, pieces))
-        return {
-            ratio: Prefix(tuple(segments), (0,) * len(segments), start)
-            for ratio, segments in zip(self.config.ratios, zip(*made, strict=True), strict=True)
+    def facts(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, JSON-ready."""
+        config, decoder = self.config, self.decoder
+        return config.to_json() | {
+            "methods": list(config.methods),
+            "ratios": [int(ratio) if ratio == int(ratio) else ratio for ratio in config.ratios],
+            "task_settings": self.task.settings,
+            "max_new_tokens": config.max_new_tokens or self.task.max_new_tokens,
+            "decoder": {
+                "name": config.decoder,
+                "fingerprint": decoder.fingerprint,
+                "tokenizer_fingerprint": decoder.tokenizer_fingerprint,
+                "template_fingerprint": decoder.template.fingerprint,
+                "window": decoder.shape.window,
+            },
+            "compressor": {
+                "name": config.compressor,
+                "settings": self.compressors["kv"].settings,
+                "source": {kind: each.source for kind, each in self.segments.items()},
+            },
+            "data": Path(config.data).name,  # a result must not carry a path of the machine that made it
+            "data_sha256": _hash_of(config.data),
+            "lloco": __version__,
         }
 
-    def _context(self, group: Group) -> tuple[list[int], int]:
-        """Token ids of the group's text as far as it fits beside any of its questions, and how many were left out."""
-        ids = self._encode(JOINT.join(group.chunks))
-        decoder = self.decoder
-        asked = max(len(decoder.template.question_ids(question.question)) for question in group.questions)
-        gold = max(len(self._encode(question.answers[0])) + 1 for question in group.questions)
-        room = decoder.shape.window - decoder.template_tokens - asked - max(gold, self.config.max_new_tokens)
-        if len(ids) <= room:
-            return ids, 0
-        room = max(room, 2)
-        return [*ids[: room - room // 2], *ids[len(ids) - room // 2 :]], len(ids) - room
 
-    def _full(self, group: Group, context: list[int]) -> Sums:
-        """Text in the prompt: its cache is made once and read by every question, as an uncompressed segment."""
-        if self.config.adapter == "none":
-            segment = registry.get("uncompressed").compress(self.decoder, context, [1])[0]
-            prefix = Prefix((segment,), (0,), self.decoder.template_tokens + len(context))
-            sums = self._score(group, prefix)
-            sums.prompt_tokens += sums.prompt_slots
-            sums.prompt_slots = 0
-            return sums
-        sums = self._score(group, None, context)  # an adapter reads the text too, so its cache is not the base's
-        sums.source_tokens = len(context) * sums.questions
-        return sums
+def _hash_of(data: str) -> str:
+    """SHA-256 of a file, or of the texts of a folder; of nothing where the task has documents of its own."""
+    path, digest = Path(data), hashlib.sha256()
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    for file in files if data else ():
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
-    def _score(self, group: Group, prefix: Prefix | None, context: list[int] | None = None) -> Sums:
-        config, decoder, sums = self.config, self.decoder, Sums()
-        adapter = None if config.adapter == "none" else config.adapter
-        prompts = [Prompt(question.question, prefix, context) for question in group.questions]
-        rows = self._rows(prompts, group, prefix)
-        for at in range(0, len(prompts), rows):
-            asked, questions = prompts[at : at + rows], group.questions[at : at + rows]
-            for loss, tokens in decoder.answer_losses(asked, [q.answers[0] for q in questions], adapter):
-                sums.loss += loss
-                sums.tokens += tokens
-            if config.answers:
-                generations = decoder.generate(asked, GenerateConfig(config.max_new_tokens), adapter)
-                for question, generation in zip(questions, generations, strict=True):
-                    sums.f1 += metrics.f1(generation.text, question.answers)
-                    sums.rouge_l += metrics.rouge_l(generation.text, question.answers)
-        sums.questions = len(prompts)
-        sums.prompt_tokens = sum(len(decoder.template.question_ids(p.question, p.context)) for p in prompts)
-        if prefix is not None:
-            sums.prompt_slots = prefix.slots * len(prompts)
-            sums.source_tokens = prefix.source_tokens * len(prompts)
-        return sums
 
-    def _rows(self, prompts: Sequence[Prompt], group: Group, prefix: Prefix | None) -> int:
-        """Questions to run together: few enough that the attention logits of a layer stay small."""
-        shape = self.decoder.shape
-        tokens = max(
-            len(self.decoder.template.question_ids(prompt.question, prompt.context))
-            + len(self._encode(question.answers[0]))
-            for prompt, question in zip(prompts, group.questions, strict=True)
-        )
-        width = self.decoder.template_tokens + tokens + self.config.max_new_tokens
-        if prefix is not None:  # heads are ragged: the longest counts
-            width += sum(int(segment.lengths.max()) for segment in prefix.compact)
-        return max(1, min(_ROWS, _LOGITS // (4 * shape.query_heads * tokens * width)))
+def _notes(rows: Sequence[Row], values: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    notes = []
+    if split := sum(max(value["split"] for value in of_rows) for of_rows in values):
+        notes.append(f"{split} chunks were longer than a segment may be and became several, all placed")
+    for at, row in enumerate(rows):
+        left_out = [tokens for of_rows in values for tokens in of_rows[at]["left_out"]]
+        if cut := [tokens for tokens in left_out if tokens]:
+            part = "the middle" if row.method == "full" else "the end"
+            notes.append(
+                f"method {row.method}, adapter {row.adapter}: {len(cut)} of {len(left_out)} prompts did not fit the "
+                f"decoder's window and lost {part} of their text, {sum(cut):,} tokens in all"
+            )
+    return notes
+
+
+def _write_predictions(
+    path: Path, rows: Sequence[Row], groups: Sequence[Group], values: Sequence[Sequence[Mapping[str, Any]]]
+) -> None:
+    """Every question of every row, one JSON object a line."""
+    work = path.with_name(path.name + ".tmp")
+    with work.open("w", encoding="utf-8") as lines:
+        for group, of_rows in zip(groups, values, strict=True):
+            for row, value in zip(rows, of_rows, strict=True):
+                for question, scored in zip(group.questions, value["questions"], strict=True):
+                    asked = {"id": question.id, "question": question.question, "answers": list(question.answers)}
+                    lines.write(json.dumps(row.to_json() | asked | dict(scored), ensure_ascii=False) + "\n")
+    work.replace(path)

@@ -1,0 +1,45 @@
+"""What methods of eviction share: some positions of the KV cache are kept as they are, with bias 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lloco_engine.types import Segment
+
+if TYPE_CHECKING:
+    from lloco_engine.decoder.attention import Cache
+
+__all__ = ["keep_slots", "most_important_per_head"]
+
+
+def most_important_per_head(importance: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Positions to keep, the same number in every head.
+
+    Args:
+        importance: (L, H, n).
+        ratio: source tokens per slot.
+
+    Returns:
+        (L, H, n) bool; ``n / ratio`` positions of each head, at least one.
+    """
+    count = min(importance.shape[-1], max(1, round(importance.shape[-1] / ratio)))
+    keep = torch.zeros_like(importance, dtype=torch.bool)
+    return keep.scatter(2, importance.topk(count, dim=-1).indices, True)
+
+
+def keep_slots(cache: Cache, first: int, keep: torch.Tensor) -> Segment:
+    """A segment of the kept positions of a chunk.
+
+    Args:
+        cache: of template prefix and chunk.
+        first: the chunk's first place in it.
+        keep: (L, H, n) bool.
+    """
+    chunk = slice(first, first + keep.shape[-1])
+    keep = keep.to(cache.keys[0].device)
+    keys = torch.cat([layer[0, :, chunk][kept] for layer, kept in zip(cache.keys, keep, strict=True)])
+    values = torch.cat([layer[0, :, chunk][kept] for layer, kept in zip(cache.values, keep, strict=True)])
+    bias = torch.zeros(len(keys), device=keys.device)
+    return Segment(keys, values, bias, keep.sum(dim=-1), keep.shape[-1])

@@ -1,0 +1,17 @@
+"""Query-focused summaries of meetings (QMSum, Zhong et al. 2021; SCROLLS scores it by ROUGE)."""
+
+from __future__ import annotations
+
+from lloco_engine.eval.tasks.base import Task
+
+__all__ = ["QMSum"]
+
+
+class QMSum(Task):
+    """Meetings of about 14k tokens; an answer is a summary of a few sentences."""
+
+    name = "qmsum"
+    about = "meetings of ~14k tokens, query-focused summaries"
+    where = "qmsum"
+    scores = ("f1", "rouge")
+    max_new_tokens = 96
