@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lloco_engine.compress.base import Compressor
 from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.store.segments import SegmentFormat, encode, verify
-from lloco_engine.types import Segment
+from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -55,7 +55,7 @@ class SegmentCache:
         self._folder = folder / hashlib.sha256(self._key.encode()).hexdigest()[:16]
         self.made = 0  # chunks compressed by this object
 
-    def get(self, token_ids: Sequence[int], ratio: float, together: Sequence[float] = ()) -> Segment:
+    def get(self, token_ids: Sequence[int], ratio: float, together: Sequence[float] = ()) -> AnySegment:
         """A chunk's segment at a ratio; where it is not kept yet, those of the other ratios are made along with it.
 
         Raises:
@@ -71,7 +71,7 @@ class SegmentCache:
         assert made is not None
         return made
 
-    def _kept(self, token_ids: Sequence[int], ratio: float) -> Segment | None:
+    def _kept(self, token_ids: Sequence[int], ratio: float) -> AnySegment | None:
         """The segment, if it is there with every byte as it was written."""
         identity = self._identity(token_ids, ratio)
         try:
@@ -86,7 +86,7 @@ class SegmentCache:
     def _path(self, identity: str) -> Path:
         return self._folder / identity[:2] / f"{identity}.safetensors"
 
-    def _write(self, identity: str, segment: Segment) -> None:
+    def _write(self, identity: str, segment: AnySegment) -> None:
         path = self._path(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         work = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may make the same segment
