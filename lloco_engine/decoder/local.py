@@ -149,12 +149,14 @@ class LocalDecoder:
 
     def _use(self, adapter: str | None) -> None:
         if adapter in (None, "none"):
-            self.runner.adapted = False
+            self.runner.adapter = None
             return
         if adapter not in self._adapters:
             raise AdapterError(f"adapter {adapter!r} is not loaded; there is {', '.join(self._adapters) or 'none'}")
-        self.runner.model.set_adapter(adapter)
-        self.runner.adapted = True
+        model: Any = self.runner.model
+        if model.active_adapters() != [adapter]:
+            model.set_adapter(adapter)
+        self.runner.adapter = adapter
 
     # -- passes -----------------------------------------------------------------------------------------------
 

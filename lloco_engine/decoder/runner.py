@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from lloco_engine.decoder.attention import Cache, attend
+from lloco_engine.decoder.linear import FusedLinear
+from lloco_engine.decoder.lora import LowRank, Product, adapted, read_adapter
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.shape import DecoderShape
 
@@ -25,31 +27,7 @@ __all__ = ["Attention", "Runner"]
 # (layer, queries (B, query heads, T, D), keys (B, KV heads, S, D), values) -> (B, T, query heads * D)
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-class _Fused:
-    """Linear layers that read the same input, as one matrix product.
-
-    The parts' own weights become views of the joined one, so nothing is stored twice and the modules go on working.
-    """
-
-    def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
-        self.owner, self.names = owner, names
-        parts = [getattr(owner, name) for name in names]
-        with torch.no_grad():
-            self.weight = torch.cat([part.weight for part in parts])
-            self.bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
-            start = 0
-            for part in parts:
-                end = start + part.weight.shape[0]
-                part.weight.data = self.weight[start:end]
-                if self.bias is not None:
-                    part.bias.data = self.bias[start:end]
-                start = end
-
-    def __call__(self, x: torch.Tensor, adapted: bool) -> torch.Tensor:
-        if adapted:  # PEFT has put its own modules under the owner's names
-            return torch.cat([getattr(self.owner, name)(x) for name in self.names], dim=-1)
-        return F.linear(x, self.weight, self.bias)
+_FEW = 64  # rows of a product up to which the packed weights are quicker than the plain ones
 
 
 class _Layer:
@@ -57,14 +35,19 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = _Fused(attention, ("q_proj", "k_proj", "v_proj"))
-        self.o = _Fused(attention, ("o_proj",))
-        self.gate_up = _Fused(mlp, ("gate_proj", "up_proj"))
-        self.down = _Fused(mlp, ("down_proj",))
+        self.qkv = FusedLinear(attention, ("q_proj", "k_proj", "v_proj"))
+        self.o = FusedLinear(attention, ("o_proj",))
+        self.gate_up = FusedLinear(mlp, ("gate_proj", "up_proj"))
+        self.down = FusedLinear(mlp, ("down_proj",))
         self.activation = mlp.act_fn
         self.norm_in, self.norm_out = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.scale = float(attention.scaling)
+
+    @property
+    def fused(self) -> tuple[FusedLinear, FusedLinear, FusedLinear, FusedLinear]:
+        """The products in the order in which they are taken."""
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 class Runner:
@@ -82,7 +65,11 @@ class Runner:
         self.layers = [_Layer(layer) for layer in body.layers]
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.scale = self.layers[0].scale  # of the attention logits
-        self.adapted = False  # True: go through the modules, where PEFT has put the adapter
+        self.adapter: str | None = None  # PEFT's name of the adapter to run with
+        self._head = FusedLinear(model, ("lm_head",))
+        self._fused = [product for layer in self.layers for product in layer.fused]
+        self._low_rank: dict[str, LowRank | None] = {}
+        self._made: dict[tuple[str | None, bool], list[Product]] = {}
         self._probe = torch.zeros(1, device=self.device, dtype=self.dtype)
 
     def forward(
@@ -105,8 +92,9 @@ class Runner:
         Returns:
             (B, T, hidden) hidden states after the final norm.
         """
-        shape, adapted = self.shape, self.adapted
+        shape = self.shape
         rows, tokens = inputs.shape[:2]
+        products = iter(self._products(few=rows * tokens <= _FEW))
         if positions.dim() == 1:
             positions = positions[None]
         cos, sin = self._rotary(positions)
@@ -114,7 +102,7 @@ class Runner:
         hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
         for index, layer in enumerate(self.layers):
             x = F.rms_norm(hidden, (shape.hidden,), layer.norm_in.weight, layer.norm_in.variance_epsilon)
-            qkv = layer.qkv(x, adapted).view(rows, tokens, -1, shape.head_dim)
+            qkv = next(products)(x).view(rows, tokens, -1, shape.head_dim)
             q, k = qkv[:, :, : shape.query_heads], qkv[:, :, shape.query_heads : -shape.kv_heads]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = layer.q_norm(q), layer.k_norm(k)
@@ -128,16 +116,40 @@ class Runner:
                 read = attention(index, q, keys, values)
             else:
                 read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), layer.scale)
-            hidden = hidden + layer.o(read, adapted)
+            hidden = hidden + next(products)(read)
             x = F.rms_norm(hidden, (shape.hidden,), layer.norm_out.weight, layer.norm_out.variance_epsilon)
-            gate, up = torch.chunk(layer.gate_up(x, adapted), 2, dim=-1)
-            hidden = hidden + layer.down(layer.activation(gate) * up, adapted)
+            gate, up = torch.chunk(next(products)(x), 2, dim=-1)
+            hidden = hidden + next(products)(layer.activation(gate) * up)
         cache.end(tokens)
         return F.rms_norm(hidden, (shape.hidden,), self.norm.weight, self.norm.variance_epsilon)
 
+    def _products(self, few: bool) -> list[Product]:
+        """What multiplies by the fused layers' weights in this pass, in the order in which it is called."""
+        name = self.adapter
+        if torch.is_grad_enabled():
+            return [layer.plain if name is None else layer.modules for layer in self._fused]
+        if name is not None and not self._is_read(name):
+            return [layer.modules for layer in self._fused]
+        if (name, few) not in self._made:
+            products: list[Product] = [layer.quick if few else layer.plain for layer in self._fused]
+            if name is not None and (low_rank := self._low_rank[name]) is not None:
+                products = list(map(adapted, products, low_rank.pairs))
+            self._made[name, few] = products
+        return self._made[name, few]
+
+    def _is_read(self, name: str) -> bool:
+        """Have an adapter's weights as they are now in ``_low_rank``; False where only PEFT's modules can run it."""
+        low_rank = self._low_rank.get(name)
+        if low_rank is None or not low_rank.current:
+            low_rank = self._low_rank[name] = read_adapter(self._fused, name)
+            for few in (True, False):
+                self._made.pop((name, few), None)
+        return low_rank is not None
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., vocabulary) in float32 from hidden states (..., hidden)."""
-        return self.head(hidden).float()  # type: ignore[no-any-return]
+        few = hidden.numel() <= _FEW * self.shape.hidden and not torch.is_grad_enabled()
+        return (self._head.quick(hidden) if few else self.head(hidden)).float()  # type: ignore[no-any-return]
 
     def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
         """Keys (N, D) moved ``offset`` positions on, as if the rotary embedding had been applied there."""

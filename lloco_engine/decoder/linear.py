@@ -1,0 +1,75 @@
+"""Linear layers that read the same input, as one matrix product, with weights in full or in half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["FusedLinear"]
+
+
+class FusedLinear:
+    """Joined linear layers.
+
+    The parts' own weights become views of the joined one, so nothing is stored twice and the modules go on working.
+
+    Where the processor has a kernel for it and float16 holds the weights exactly, a second copy is packed in float16.
+    The product with it multiplies and adds in float32, so it differs from the plain one in the order of the sums
+    alone, but it reads half the bytes: that is what a step of few tokens waits for (docs/decisions/0001).
+
+    Args:
+        owner: the module that holds the parts.
+        names: the parts' names, in the order in which their outputs lie side by side.
+    """
+
+    def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
+        self.owner, self.names = owner, names
+        parts = [getattr(owner, name) for name in names]
+        self.sizes = [part.weight.shape[0] for part in parts]
+        self.weight, self.bias = parts[0].weight.data, parts[0].bias
+        if len(parts) > 1:
+            self._join(parts)
+        self._packed = _packed(self.weight, self.bias)
+
+    @torch.no_grad()
+    def _join(self, parts: list[Any]) -> None:
+        self.weight = torch.cat([part.weight for part in parts])
+        self.bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
+        for part, weight in zip(parts, self.weight.split(self.sizes), strict=True):
+            part.weight.data = weight
+        if self.bias is not None:
+            for part, bias in zip(parts, self.bias.split(self.sizes), strict=True):
+                part.bias.data = bias
+
+    @property
+    def parts(self) -> list[Any]:
+        """The modules that are there now under the parts' names: PEFT puts its own around the decoder's."""
+        return [getattr(self.owner, name) for name in self.names]
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., sum of the parts' outputs), differentiable."""
+        return F.linear(x, self.weight, self.bias)
+
+    def quick(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for few rows and without gradients, from the packed copy where there is one."""
+        if self._packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)  # type: ignore[no-any-return]
+
+    def modules(self, x: torch.Tensor) -> torch.Tensor:
+        """The same through the modules that are there now, adapters, dropout and gradients included."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The weights as the half-precision kernel reads them; None where it is missing or would not be exact."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    if torch.backends.quantized.engine not in ("fbgemm", "x86") or not torch.equal(weight, weight.half().float()):
+        return None
+    try:
+        return torch.ops.quantized.linear_prepack_fp16(weight.detach(), None if bias is None else bias.detach())
+    except (RuntimeError, AttributeError):  # a build or a processor without it
+        return None
