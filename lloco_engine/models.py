@@ -229,7 +229,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         if hasattr(read.config, "quantization_config"):
             del read.config.quantization_config
-        model = type(read)(read.config)  # one read from GGUF refuses to be saved; a fresh one does not
+        model: Any = type(read)(read.config)  # one read from GGUF refuses to be saved; a fresh one does not
         model.load_state_dict(read.state_dict())
         untyped: Any = model
         untyped.half()

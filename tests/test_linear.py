@@ -1,4 +1,4 @@
-"""Fused products: the packed half-precision copy gives what the full weights give, and is left out where it would not."""
+"""Fused products: the packed half-precision copy gives what the full weights give, or is left out."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ class FusedLinear:
         if len(parts) > 1:
             self._join(parts)
         self._packed = _packed(self.weight, self.bias)
+        if self._packed is not None:
+            self._packed_product = torch.ops.quantized.linear_dynamic_fp16.default
 
     @torch.no_grad()
     def _join(self, parts: list[Any]) -> None:
@@ -56,7 +58,7 @@ class FusedLinear:
         """The same for few rows and without gradients, from the packed copy where there is one."""
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)  # type: ignore[no-any-return]
+        return self._packed_product(x, self._packed)  # type: ignore[no-any-return]
 
     def modules(self, x: torch.Tensor) -> torch.Tensor:
         """The same through the modules that are there now, adapters, dropout and gradients included."""

@@ -27,7 +27,7 @@ __all__ = ["Attention", "Runner"]
 # (layer, queries (B, query heads, T, D), keys (B, KV heads, S, D), values) -> (B, T, query heads * D)
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_FEW = 64  # rows of a product up to which the packed weights are quicker than the plain ones
+_FEW = 256  # rows of a product up to which the packed weights are quicker than the plain ones (docs/decisions/0001)
 
 
 class _Layer:
@@ -149,7 +149,7 @@ class Runner:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., vocabulary) in float32 from hidden states (..., hidden)."""
         few = hidden.numel() <= _FEW * self.shape.hidden and not torch.is_grad_enabled()
-        return (self._head.quick(hidden) if few else self.head(hidden)).float()  # type: ignore[no-any-return]
+        return (self._head.quick(hidden) if few else self.head(hidden)).float()
 
     def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
         """Keys (N, D) moved ``offset`` positions on, as if the rotary embedding had been applied there."""
