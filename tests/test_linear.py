@@ -71,7 +71,7 @@ def test_without_a_kernel_the_plain_product_serves(monkeypatch):
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
 def test_a_packed_decoder_says_what_transformers_say(family, changes):
     decoder, model = rounded(family, **changes), spiced(tiny_decoder(family, **changes)).half().float()
-    assert all(layer._packed is not None for layer in decoder.runner._fused)
+    assert all(layer._packed is not None for layer in [decoder.runner._head, *getattr(decoder.runner, "_fused", [])])
     ids = torch.tensor([tokens(decoder, TEXT)[:40]])
     with torch.inference_mode():
         hidden = decoder.runner.forward(ids, torch.arange(ids.shape[1]), decoder.new_cache(1, 40))

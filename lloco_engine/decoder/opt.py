@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lloco_engine.decoder.attention import Cache, attend
+from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.shape import DecoderShape
@@ -63,7 +64,8 @@ class OptRunner(Runner):
         self.blocks = [_Layer(layer) for layer in body.layers]
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.scale = self.shape.head_dim**-0.5
-        self.adapted = False
+        self.adapter = None
+        self._head = FusedLinear(model, ("lm_head",))
 
     def forward(
         self,
@@ -74,7 +76,7 @@ class OptRunner(Runner):
         attention: Attention | None = None,
     ) -> torch.Tensor:
         """One pass, as `Runner.forward`; returns (B, T, E) states after the final norm and the output projection."""
-        shape, adapted, body = self.shape, self.adapted, self.body
+        shape, adapted, body = self.shape, self.adapter is not None, self.body
         rows, tokens = inputs.shape[:2]
         mask = cache.begin(tokens)
         hidden = inputs if inputs.is_floating_point() else self.embed(inputs)

@@ -148,7 +148,7 @@ class Runner:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., vocabulary) in float32 from hidden states (..., hidden)."""
-        few = hidden.numel() <= _FEW * self.shape.hidden and not torch.is_grad_enabled()
+        few = hidden.shape[:-1].numel() <= _FEW and not torch.is_grad_enabled()
         return (self._head.quick(hidden) if few else self.head(hidden)).float()
 
     def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
