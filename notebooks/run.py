@@ -43,7 +43,12 @@ def run(path: Path, most: int) -> bool:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            notebook, timeout=most, kernel_name="python3", resources={"metadata": {"path": folder}}, record_timing=False
+            notebook,
+            timeout=most,
+            startup_timeout=most,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
         )
         try:
             client.execute(env=os.environ | {"PYTHONPATH": str(HERE.parent)})
