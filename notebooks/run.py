@@ -49,6 +49,7 @@ def run(path: Path, most: int) -> bool:
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             record_timing=False,
+            coalesce_streams=True,
         )
         try:
             client.execute(env=os.environ | {"PYTHONPATH": str(HERE.parent)})
