@@ -95,6 +95,23 @@ def test_a_migration_that_fails_leaves_the_catalogue_as_it_was(tmp_path, monkeyp
         assert store.document("a")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_store_of_summaries_opens_and_keeps_its_chains(tmp_path, dtype):
+    expect = {"memory": "summary", "summary_dim": 6, "dtype": dtype}
+    with Store.open(golden(f"store_v1_summary_{dtype}", tmp_path / "s"), expect=expect) as store:
+        assert store.verify() == []
+        first, second, third = store.chunks("alpha")
+        assert [hit.segment_id for hit in store.earlier(third)] == [first.segment_id, second.segment_id]
+        got = store.load_segment(third.segment_id, verify=True)
+        assert got.slots == 3 and got.source_tokens == 20
+        assert got.vectors[0, :3].tolist() == pytest.approx([1.527344, 0.053040, 0.493408], abs=0.01)
+        with store.writer() as writer:
+            ids = list(map(ord, third.text))  # the same content after the same past has the same address
+            assert writer.segment_id("", ids, second.segment_id) == third.segment_id != writer.segment_id("", ids)
+            writer.delete_document("alpha")
+        assert store.verify() == [] and len(store.chunks("beta", "red")) == 2
+
+
 def test_a_newer_catalogue_is_refused(tmp_path):
     make_store(tmp_path / "s").close()
     connection = sqlite3.connect(tmp_path / "s" / "catalogue.sqlite")
