@@ -525,3 +525,30 @@ def test_a_store_from_before_chains_opens(tmp_path):
         with store.writer() as writer:
             writer.delete_document("old")
         assert store.verify() == []
+
+
+@pytest.mark.parametrize("key", [("llama", True), ("llama", False), ("opt", True)], ids=str)
+def test_eval_reads_summaries_like_a_store(folders, tmp_path, key):
+    from lloco_engine.eval.run import EvalConfig, run
+
+    question = {"id": "q", "question": "Who keeps the mill?", "answers": ["Ada Brandt"]}
+    record = {"doc_id": "mill", "title": "", "text": TEXT, "source": "", "questions": [question]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    methods = ("none", "full", "kv", "kv_retrieved")
+    config = EvalConfig(
+        str(tmp_path / "data.jsonl"), methods=methods, top_k=1, decoder=folders[key], device="cpu", answers=False,
+        compressor="autocompressor", segment_tokens=64,
+    )  # fmt: skip
+    decoder = LocalDecoder.load(folders[key], device="cpu")
+    result = run(config, decoder=decoder, embedder=HashingEmbedder(), cache=tmp_path / "cache")
+    rows = {row["method"]: row for row in result["results"]}
+    assert set(rows) == set(methods) and rows["kv"]["ratio"] == 64 / K
+    with open_engine(tmp_path / "store", folders[key]) as engine:
+        engine.ingest([Document("mill", TEXT)])
+        hits = engine.store.chunks("mill")
+        stored = [engine.store.load_segment(hit.segment_id) for hit in hits]
+    prefix = assemble(stored, template_tokens=0, room=0, window=900, rotary=decoder.shape.rotary).prefix
+    (loss,) = decoder.answer_losses([Prompt(question["question"], prefix)], ["Ada Brandt"])
+    assert rows["kv"]["loss"] == pytest.approx(loss[0] / loss[1], abs=1e-3)
+    assert rows["kv"]["prompt_slots"] == K * len(hits)
+    assert 0 < rows["kv_retrieved"]["prompt_slots"] <= K * len(hits)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from lloco_engine.eval.cli_data import data
+from lloco_engine.eval.cli_memories import memories
 from lloco_engine.eval.cli_report import report
 from lloco_engine.eval.tasks import NAMES as TASKS
 
@@ -88,6 +89,9 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Write every answer with its scores here, as JSON Lines.")
     ] = None,
+    compressor: Annotated[
+        str, typer.Option(metavar="NAME", help="What makes kv: attention_matching, or autocompressor (summaries).")
+    ] = "attention_matching",
     decoder: Decoder = "embedded",
     device: Device = None,
 ) -> None:
@@ -118,6 +122,7 @@ def evaluate(
       lloco eval --task qmsum --data-folder data --methods none,full,kv,kv_retrieved,text_retrieved --ratios 30
       lloco eval --task quality --data my-stories.jsonl --adapter none,default --ratios 16
       lloco eval --task needle --data-folder data --lengths 1k,8k,32k --methods kv,kv_retrieved --ratios 16
+      lloco eval --data questions.jsonl --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
     """
     from lloco_engine.eval import tasks
     from lloco_engine.eval.progress import bar
@@ -142,6 +147,7 @@ def evaluate(
         adapter=adapter,
         answers=answers,
         max_new_tokens=max_new_tokens,
+        compressor=compressor,
         decoder=decoder,
         device=device,
     )
@@ -196,57 +202,6 @@ def bench(
         draw(result, plot)
     _print_bench(result)
     typer.echo(json.dumps(result, ensure_ascii=False))
-
-
-def memories(
-    json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the result here too.")] = None,
-    segments: Annotated[int, typer.Option(metavar="N", min=1, help="Segments that are read together.")] = 4,
-    segment_tokens: Annotated[int, typer.Option(metavar="N", min=64, help="Tokens of each.")] = 1536,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each time.")] = 5,
-    decoder: Decoder = "embedded",
-    device: Device = None,
-) -> None:
-    """Compare what compact KV and summaries cost.
-
-    Bytes on disk, time to first token with the files read, and seconds of
-    compressing, on one decoder. Its summary tokens are random numbers: size
-    and speed do not depend on them, and quality is not measured.
-
-    \b
-    Examples:
-      lloco memories
-      lloco memories --segments 2 --json memories.json
-    """
-    from lloco_engine.cli.output import human_bytes, print_table
-    from lloco_engine.eval.machine import check_writable, write_json
-    from lloco_engine.eval.memories import MemoriesConfig, run
-    from lloco_engine.eval.progress import bar
-
-    if json_out is not None:
-        check_writable(json_out)
-    config = MemoriesConfig(decoder, device, segments, segment_tokens, repeats=repeats)
-    with bar() as progress:
-        result = run(config, progress=progress)
-    columns = ["memory", "slots>", "float16>", "int8>", "bytes/token>", "first token>", "of no context>", "compress>"]
-    rows = [
-        (
-            row["memory"],
-            row["slots_per_segment"],
-            *(human_bytes(row["bytes_per_segment"][dtype]) for dtype in ("float16", "int8")),
-            f"{row['bytes_per_source_token']['float16']:.4g}",
-            f"{row['ttft_s']:.3f} s",
-            f"{row['ttft_over_no_context']:.2f}x",
-            f"{row['compress_s_per_segment']:.2f} s",
-        )
-        for row in result["rows"]
-    ]
-    print_table(columns, rows)
-    large = result["llama_2_7b"]
-    sizes = ", ".join(f"{name.replace('_', ' ')} {human_bytes(large[name])}" for name in large if name != "note")
-    typer.echo(f"a segment of Llama-2-7B, computed: {sizes}")
-    typer.echo(f"{segments} segments of {segment_tokens:,} tokens; summary tokens: random numbers")
-    if json_out is not None:
-        write_json(json_out, result)
 
 
 def _parts(text: str, kind: Callable[[str], T], option: str) -> list[T]:

@@ -6,6 +6,7 @@ compressor fits the decoder; the result says so. Quality cannot be measured with
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +113,9 @@ def run(
             for done, chunk in enumerate(chunks):
                 if progress is not None:
                     progress("compressing", number * len(chunks) + done, len(kinds) * len(chunks))
-                spent.append(seconds(lambda chunk=chunk, kind=kind, made=made: made.append(kind.make(chunk, made))))
+                began = time.perf_counter()
+                made.append(kind.make(chunk, made))
+                spent.append(time.perf_counter() - began)
             paths = [_write(Path(folder), f"{number:02d}{at:030d}", one, kind) for at, one in enumerate(made)]
             prepared.append((kind, made, spent, paths))
         times = _first_tokens(decoder, config, prepared)
@@ -213,8 +216,14 @@ def _first_tokens(
 
     def remember(kind: _Kind, paths: Sequence[tuple[Path, str]]) -> None:
         read = [files.read(path, identity, kind.form("float16")) for path, identity in paths]
-        sizes = {"template_tokens": decoder.template_tokens, "room": 64, "window": decoder.shape.window}
-        ask(assemble(read, **sizes, rotary=decoder.shape.rotary).prefix)
+        assembly = assemble(
+            read,
+            template_tokens=decoder.template_tokens,
+            room=64,
+            window=decoder.shape.window,
+            rotary=decoder.shape.rotary,
+        )
+        ask(assembly.prefix)
 
     works = [partial(ask, None), *(partial(remember, kind, paths) for kind, _, _, paths in prepared)]
     for work in works:

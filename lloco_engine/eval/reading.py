@@ -4,7 +4,7 @@
 none                            nothing
 full                            the text of all chunks, as far as it fits the window: both ends are kept
 text_slots                      the best search windows, as many tokens of text as ``kv`` has slots
-kv                              the segments of all chunks
+kv                              the segments of all chunks, of whichever kind the compressor makes
 kvzip, snapkv                   the same, the KV cache evicted by another's rule at the same ratio, nothing fitted
 kv_retrieved, kvzip_retrieved,  the segments of the ``top_k`` chunks whose search windows are nearest to the question
 snapkv_retrieved
@@ -30,12 +30,14 @@ from lloco_engine.compress.eviction import keep_slots
 from lloco_engine.config import ChunkConfig
 from lloco_engine.decoder.template import encode
 from lloco_engine.eval.data import JOINT, Group
-from lloco_engine.types import Chunk, Document, Prefix
+from lloco_engine.prefix import assemble
+from lloco_engine.types import AnySegment, Chunk, Document, Prefix
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.eval.segments import SegmentCache
 
@@ -148,6 +150,7 @@ class Material:
         made = [chunker.split(Document("", text)) for text in group.chunks]
         self.chunks: list[Chunk] = [chunk for pieces in made for chunk in pieces]
         self.split = sum(len(pieces) > 1 for pieces in made)
+        self._pieces = [len(pieces) for pieces in made]
 
     @cached_property
     def ranked(self) -> list[list[tuple[int, str]]]:
@@ -162,6 +165,15 @@ class Material:
         asked = self._embedder.encode([question.question for question in self.group.questions])
         scores = asked @ self._embedder.encode([text for _, text in windows]).T
         return [[windows[at] for at in order] for order in np.argsort(-scores, axis=1, kind="stable")]
+
+    def chain_starts(self, compressor: Compressor, decoder: LocalDecoder) -> list[int]:
+        """For each chunk, the first of those that its segment builds on: chains end where a text ends."""
+        starts: list[int] = []
+        for count in self._pieces:
+            first = len(starts)
+            lengths = [len(chunk.token_ids) for chunk in self.chunks[first : first + count]]
+            starts += [first + start for start in compressor.chain_starts(decoder, lengths)]
+        return starts
 
     def hits(self, number: int) -> tuple[int, ...]:
         """The chunks that a question retrieves, best first: a chunk is as near as its nearest window."""
@@ -201,7 +213,8 @@ class Reader:
                 yield Reading(tuple(numbers))
             elif method.compresses:
                 assert ratio is not None
-                yield Reading(tuple(numbers), self._compressed(material, method.memory, ratio, chosen))
+                prefix = self._compressed(material, method.memory, ratio, chosen, max(tails[n] for n in numbers))
+                yield Reading(tuple(numbers), prefix)
             elif method.memory == "text":
                 yield self._text(material, method, chosen, numbers, adapter, max(tails[n] for n in numbers))
             else:
@@ -211,11 +224,32 @@ class Reader:
                     ids = self._best_windows(material, number, min(budget, self._room(tails[number])))
                     yield Reading((number,), self._read(ids, adapter), len(ids))
 
-    def _compressed(self, material: Material, kind: str, ratio: float, chosen: Sequence[int]) -> Prefix:
-        """The chosen chunks' segments, placed in parallel."""
+    def _compressed(self, material: Material, kind: str, ratio: float, chosen: Sequence[int], tail: int) -> Prefix:
+        """The chosen chunks' segments, placed in parallel; or summaries, in order, with those they are read after."""
+        if self.segments[kind].compressor.memory == "summary":
+            return self._summaries(material, self.segments[kind], ratio, chosen, tail)
         made = [self.segments[kind].get(material.chunks[n].token_ids, ratio, self.ratios) for n in chosen]
         start = self.decoder.template_tokens + max(len(material.chunks[number].token_ids) for number in chosen)
         return Prefix(tuple(made), (0,) * len(made), start)
+
+    def _summaries(
+        self, material: Material, cache: SegmentCache, ratio: float, chosen: Sequence[int], tail: int
+    ) -> Prefix:
+        """The chosen chunks' summaries, each after those that it is read after; the last do not stay if it is full."""
+        decoder, compressor = self.decoder, cache.compressor
+        starts = material.chain_starts(compressor, decoder)
+        read: dict[int, AnySegment] = {}
+        for number in chosen:
+            chain = range(starts[number], number + 1)
+            made = dict(zip(chain, cache.chain([material.chunks[n].token_ids for n in chain], ratio), strict=True))
+            read |= made if compressor.reads_chain(decoder) else {number: made[number]}
+        return assemble(
+            [read[n] for n in sorted(read)],
+            template_tokens=decoder.template_tokens,
+            room=tail,
+            window=decoder.shape.window,
+            rotary=decoder.shape.rotary,
+        ).prefix
 
     def _text(
         self,

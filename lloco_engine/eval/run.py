@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lloco_engine import __version__
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, Config
+from lloco_engine.config import ChunkConfig, CompressConfig, Config
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.errors import AdapterError, ConfigError, DocumentError
@@ -40,7 +40,7 @@ class EvalConfig(Config):
         task_settings: the task's own.
         limit: documents to read, None for all.
         methods: of `lloco_engine.eval.reading.METHODS`.
-        ratios: source tokens per slot, for the methods that have one.
+        ratios: source tokens per slot, for the methods that have one; summary embeddings have their own.
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
         top_k: chunks that the ``_retrieved`` methods read.
@@ -144,6 +144,9 @@ def run(
         if path is not None:
             check_writable(path)
     decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
+    compressor = registry.get(config.compressor)
+    if compressor.memory == "summary":  # its number of slots cannot be chosen
+        config = replace(config, ratios=(compressor.ratio(decoder, CompressConfig.ratio, config.segment_tokens),))
     groups = task.groups(
         Path(config.data) if config.data else None,
         decoder,

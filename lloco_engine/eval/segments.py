@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lloco_engine.compress.base import Compressor
 from lloco_engine.errors import SegmentUnavailable
-from lloco_engine.store.segments import SegmentFormat, encode, verify
+from lloco_engine.store.segments import AnyFormat, SegmentFormat, SummaryFormat, encode, verify
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class SegmentCache:
         self.decoder, self.compressor = decoder, compressor
         self.source = _source_hash(compressor)
         shape = decoder.shape
-        self._form = SegmentFormat(shape.layers, shape.kv_heads, shape.head_dim, "float16")
+        self._form: AnyFormat = SegmentFormat(shape.layers, shape.kv_heads, shape.head_dim, "float16")
+        if compressor.memory == "summary":
+            self._form = SummaryFormat(shape.embedding, "float16")
         self._key = json.dumps(
             {
                 "decoder": decoder.fingerprint,
@@ -69,6 +71,22 @@ class SegmentCache:
             self._write(self._identity(token_ids, each), segment)
         made = self._kept(token_ids, ratio)
         assert made is not None
+        return made
+
+    def chain(self, chunks: Sequence[Sequence[int]], ratio: float) -> list[AnySegment]:
+        """The segments of chunks that follow each other, each made after those before it."""
+        made: list[AnySegment] = []
+        past: list[int] = []
+        for chunk in chunks:
+            past = [*past, *([-1] if past else []), *chunk]  # the first one is found as a chunk by itself
+            kept = self._kept(past, ratio)
+            if kept is None:
+                self.made += 1
+                (segment,) = self.compressor.compress(self.decoder, chunk, [ratio], made)
+                self._write(self._identity(past, ratio), segment)
+                kept = self._kept(past, ratio)
+                assert kept is not None
+            made.append(kept)
         return made
 
     def _kept(self, token_ids: Sequence[int], ratio: float) -> AnySegment | None:
