@@ -25,6 +25,7 @@ STAGES = (
     ("prefix",),
     ("decoder",),
     ("compress",),
+    ("adapters",),
     ("ledger", "baselines"),
     ("opening", "ingest", "answers", "engine"),
     ("finetune", "testing"),

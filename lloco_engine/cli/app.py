@@ -68,6 +68,7 @@ ingest.register(app)
 ask.register(app)
 documents.register(app)
 care.register(app)
+import_module("lloco_engine.finetune.cli").register(app)
 try:
     import_module("lloco_engine.eval.cli").register(app)
 except ModuleNotFoundError as error:  # the measuring commands can be left out of an installation

@@ -137,6 +137,43 @@ class LocalDecoder:
                 raise AdapterError(f"{folder} does not hold a LoRA adapter for {self.name!r}: {error}") from error
             self._adapters[name] = Path(folder)
 
+    def add_adapter(self, config: Any, name: str) -> dict[str, torch.nn.Parameter]:
+        """Add a new adapter, to be trained; untrained it changes nothing.
+
+        Args:
+            config: a ``peft.LoraConfig`` whose targets lie inside the layers.
+            name: as in `load_adapter`.
+
+        Returns:
+            its parameters by name, float32, which alone take gradients.
+
+        Raises:
+            AdapterError: the name is taken, or the decoder has no such targets.
+        """
+        if name in self._adapters or name == "none":
+            raise AdapterError(f"an adapter's name must be new and not 'none', not {name!r}")
+        model = self.runner.model
+        with self._lock, models.quiet():
+            try:
+                model.add_adapter(config, adapter_name=name)
+            except ValueError as error:
+                raise AdapterError(
+                    f"{self.name!r} cannot be adapted at {sorted(config.target_modules)}: {error}"
+                ) from error
+        parameters = {key: value for key, value in model.named_parameters() if f".{name}." in key and "lora_" in key}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self._adapters[name] = Path()
+        return parameters
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter and free its weights; one that is not there is no error."""
+        if self._adapters.pop(name, None) is not None:
+            with self._lock, models.quiet():
+                self.runner.model.delete_adapter(name)
+                self._prefix_cache.pop(name, None)
+
     def _outer(self) -> list[Any]:
         """The modules outside the layers, as they are now: PEFT may have wrapped them."""
         model: Any = self.runner.model

@@ -1,0 +1,142 @@
+"""What is trained on, in which order: documents grouped into prompts, each with all that is asked about them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lloco_engine.chunking import Chunker
+from lloco_engine.decoder.template import encode
+from lloco_engine.finetune.config import FinetuneConfig
+from lloco_engine.readers.records import Question, Record
+from lloco_engine.types import Document
+
+__all__ = ["Example", "Planner", "split_records", "steps"]
+
+_JOINT = "\n\n"  # between passages that are read as one
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt's memory and the questions asked of it in one pass.
+
+    ``chunks`` are token ids, each compressed apart at ``ratio`` (``kind`` "memory") or read as text (``"text"``);
+    there are none where ``kind`` is ``"none"``.
+    """
+
+    kind: Literal["memory", "text", "none"]
+    chunks: tuple[Ids, ...]
+    ratio: float
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One document, cut into chunks."""
+
+    record: Record
+    chunks: tuple[Ids, ...]
+
+
+class Planner:
+    """Makes examples of documents; equal settings and seeds make equal examples in equal order.
+
+    Args:
+        chunker: cuts documents that are longer than one segment.
+        tokenizer: the decoder's.
+        config: of the run.
+    """
+
+    def __init__(self, chunker: Chunker, tokenizer: object, config: FinetuneConfig) -> None:
+        self._chunker, self._tokenizer, self._config = chunker, tokenizer, config
+        self._most = chunker.config.segment_tokens
+
+    def plan(self, records: Iterable[Record], seed: int) -> list[Example]:
+        """Examples over every question of ``records`` once, in random order."""
+        draw = random.Random(seed)
+        sources = [self._source(record) for record in records if record.questions]
+        draw.shuffle(sources)
+        made = list(self._passages([source for source in sources if len(source.chunks) == 1], draw))
+        made += [self._example(source.chunks, [source.record], draw) for source in sources if len(source.chunks) > 1]
+        draw.shuffle(made)
+        return [part for example in made for part in self._parts(example)]
+
+    def _source(self, record: Record) -> _Source:
+        chunks = self._chunker.split(Document(record.doc_id, record.text))
+        return _Source(record, tuple(chunk.token_ids for chunk in chunks))
+
+    def _passages(self, sources: Sequence[_Source], draw: random.Random) -> Iterator[Example]:
+        layouts = self._config.layouts
+        weights = [share / (segments * passages) for segments, passages, share in layouts]  # shares are of documents
+        at = 0
+        while at < len(sources):
+            segments, passages, _ = draw.choices(layouts, weights)[0]
+            chunks: list[Ids] = []
+            records: list[Record] = []
+            for _ in range(segments):
+                joined = self._join(sources[at : at + passages])
+                if joined:
+                    at += len(joined)
+                    records += [source.record for source in joined]
+                    chunks.append(self._tokens(joined))
+            yield self._example(chunks, records, draw)
+
+    def _join(self, sources: Sequence[_Source]) -> list[_Source]:
+        """As many as fit one segment."""
+        kept: list[_Source] = []
+        total = 0
+        for source in sources:
+            total += len(source.chunks[0]) + (3 if kept else 0)
+            if kept and total > self._most:
+                break
+            kept.append(source)
+        return kept
+
+    def _tokens(self, sources: Sequence[_Source]) -> Ids:
+        if len(sources) == 1:
+            return sources[0].chunks[0]
+        return tuple(encode(self._tokenizer, _JOINT.join(source.record.text for source in sources)))
+
+    def _example(self, chunks: Sequence[Ids], records: Sequence[Record], draw: random.Random) -> Example:
+        config = self._config
+        kept = list(chunks)
+        draw.shuffle(kept)
+        kept = kept[: config.max_segments]
+        questions = [question for record in records for question in record.questions]
+        draw.shuffle(questions)
+        ratio, kind = draw.choice(config.ratios), draw.random()
+        if kind < config.none_share:
+            return Example("none", (), ratio, tuple(questions))
+        if kind < config.none_share + config.text_share and sum(map(len, kept)) <= self._most:
+            return Example("text", tuple(kept), ratio, tuple(questions))
+        return Example("memory", tuple(kept), ratio, tuple(questions))
+
+    def _parts(self, example: Example) -> Iterator[Example]:
+        """The example in passes of at most ``rows`` questions, those of like length together: little is padding."""
+        ordered = sorted(example.questions, key=lambda q: len(q.question) + len(q.answers[0]))
+        for at in range(0, len(ordered), self._config.rows):
+            yield replace(example, questions=tuple(ordered[at : at + self._config.rows]))
+
+
+def split_records(records: Sequence[Record], config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
+    """Documents to train on, and those held out, drawn by the seed; none are held out of fewer than four."""
+    order = [record for record in records if record.questions]
+    count = min(round(len(order) * config.holdout), config.holdout_documents)
+    if config.holdout and config.holdout_documents and len(order) >= 4:
+        count = max(count, 1)
+    random.Random(config.seed).shuffle(order)
+    return order[count:], order[:count]
+
+
+def steps(examples: Sequence[Example], batch_questions: int) -> list[list[Example]]:
+    """Examples by update: as many in a row as hold at least ``batch_questions`` questions."""
+    made: list[list[Example]] = [[]]
+    for example in examples:
+        if sum(len(e.questions) for e in made[-1]) >= batch_questions:
+            made.append([])
+        made[-1].append(example)
+    return made
