@@ -89,7 +89,7 @@ class AdapterManifest(Config):
         for name in _MUST_AGREE:
             if getattr(self, name) != facts[name]:
                 raise AdapterError(
-                    f"adapter {self.group!r} was trained with {name} {getattr(self, name)!r}, decoder {self.decoder!r}, "
+                    f"adapter {self.group!r} was made with {name} {getattr(self, name)!r} (decoder {self.decoder!r}), "
                     f"not {facts[name]!r}: train another, or use --adapter none"
                 )
 

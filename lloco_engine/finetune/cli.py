@@ -38,6 +38,9 @@ def finetune(
     max_document_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Leave longer documents out.")
     ] = None,
+    begin_with: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="An adapter to go on from, of the same rank.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,
@@ -76,6 +79,7 @@ def finetune(
         config,
         group=group,
         longest=max_document_tokens,
+        start=begin_with,
     )
     typer.echo(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in run.summary.items()), err=True)
     with _shown() as progress:

@@ -84,10 +84,10 @@ def _require(holds: bool, rule: str, received: object) -> None:
 _SMALL: dict[str, Any] = {
     "rank": 16,
     "alpha": 32.0,
-    "learning_rate": 5e-4,
+    "learning_rate": 8e-4,
     "warmup": 0.05,
     "epochs": 1,
-    "batch_questions": 24,
+    "batch_questions": 16,
     "ratios": (8, 12, 16, 24, 30),
     "layouts": (
         (1, 1, 0.34),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -123,13 +124,17 @@ class Planner:
 
 
 def split_records(records: Sequence[Record], config: FinetuneConfig) -> tuple[list[Record], list[Record]]:
-    """Documents to train on, and those held out, drawn by the seed; none are held out of fewer than four."""
-    order = [record for record in records if record.questions]
-    count = min(round(len(order) * config.holdout), config.holdout_documents)
-    if config.holdout and config.holdout_documents and len(order) >= 4:
+    """Documents to train on, and those held out; none are held out of fewer than four.
+
+    Hashes choose, so that a run which goes on from another's adapter holds out the documents that it held out.
+    """
+    asked = [record for record in records if record.questions]
+    count = min(round(len(asked) * config.holdout), config.holdout_documents)
+    if config.holdout and config.holdout_documents and len(asked) >= 4:
         count = max(count, 1)
-    random.Random(config.seed).shuffle(order)
-    return order[count:], order[:count]
+    chosen = sorted(asked, key=lambda record: hashlib.sha256(record.text.encode()).hexdigest())[:count]
+    held = {id(record) for record in chosen}
+    return [record for record in asked if id(record) not in held], chosen
 
 
 def steps(examples: Sequence[Example], batch_questions: int) -> list[list[Example]]:

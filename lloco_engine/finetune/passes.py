@@ -1,19 +1,19 @@
-"""One pass over the questions of a prompt, with gradients: what they share is run once, the memory is frozen."""
+"""One pass over the questions of a prompt, with gradients: all of them packed into one row, the memory frozen.
+
+Packed, no token is padding, and what the questions share is run once: a mask keeps each from seeing the others, and
+each has the positions that it would have alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
 
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-
-if TYPE_CHECKING:
-    from lloco_engine.decoder.memory import Memory
 
 __all__ = ["AnswerLogits", "answer_logits"]
 
@@ -22,35 +22,38 @@ __all__ = ["AnswerLogits", "answer_logits"]
 class AnswerLogits:
     """What the decoder expects where gold answers stand, all of them end to end.
 
-    logits  : (A, vocabulary) float32. targets : (A,) int64 token ids. sizes : tokens of each answer; their sum is A.
-    tokens  : tokens run, padding included.
+    logits  : (A, vocabulary) float32. targets : (A,) int64 token ids. tokens : tokens run.
     """
 
     logits: torch.Tensor
     targets: torch.Tensor
-    sizes: list[int]
     tokens: int
 
 
 class _Trail(Cache):
-    """Live keys and values that keep their graph: appending makes new tensors, and one row can become many."""
+    """Live keys and values of one row that keep their graph: appending makes new tensors.
+
+    Args:
+        decoder: whose.
+    """
 
     def __init__(self, decoder: LocalDecoder) -> None:
         shape, runner = decoder.shape, decoder.runner
         super().__init__(shape.layers, 1, shape.kv_heads, shape.head_dim, 0, device=runner.device, dtype=runner.dtype)
-        self.capacity = shape.window
+        self.hidden: torch.Tensor | None = None  # (T, S) bool, what the next tokens must not see; None: causality
+
+    def begin(self, tokens: int) -> torch.Tensor | None:
+        """As `Cache.begin`."""
+        if self.hidden is None:
+            return None  # only the first tokens are run so
+        mask = torch.zeros(self.hidden.shape, device=self.hidden.device, dtype=self.keys[0].dtype)
+        return mask.masked_fill_(self.hidden, torch.finfo(mask.dtype).min)[None, None]
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Cache.append`."""
-        self.keys[layer] = _longer(self.keys[layer], keys)
-        self.values[layer] = _longer(self.values[layer], values)
+        self.keys[layer] = torch.cat((self.keys[layer], keys), dim=2)
+        self.values[layer] = torch.cat((self.values[layer], values), dim=2)
         return self.keys[layer], self.values[layer]
-
-
-def _longer(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    if past.shape[0] != new.shape[0]:
-        past = past.expand(new.shape[0], -1, -1, -1)
-    return torch.cat((past, new), dim=2)
 
 
 def answer_logits(
@@ -58,38 +61,45 @@ def answer_logits(
 ) -> AnswerLogits:
     """Run questions over one prefix or one context, with gradients where they are enabled.
 
-    The template prefix, the context and the words with which all questions begin are run as one row.
-
     Args:
         decoder: with the adapter among its own.
         prompts: at least one, all with the same prefix object (or none) and the same context.
         answers: token ids of each answer, its end token included.
         adapter: what is trained, or None.
+
+    Raises:
+        PromptTooLong: a prompt with its answer does not fit the window.
     """
     asked = [decoder.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
-    shared = 0
-    if len(asked) > 1:
-        alike = takewhile(lambda column: len(set(column)) == 1, zip(*asked, strict=False))
-        shared = min(sum(1 for _ in alike), min(map(len, asked)) - 1)
-    trail = _Trail(decoder)
-    template = decoder.template.prefix_ids
+    start = decoder._position(prompts[0])
+    for ids, answer in zip(asked, answers, strict=True):
+        decoder._check(start, len(ids), len(answer))
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*asked, strict=False))
+    shared = min(sum(1 for _ in alike), min(map(len, asked)) - 1)
+    # an answer's last token is only foretold
+    rows = [[*ids[shared:], *answer[:-1]] for ids, answer in zip(asked, answers, strict=True)]
+    trail, template = _Trail(decoder), decoder.template.prefix_ids
     if template:
         decoder._step([template], 0, trail, None, adapter)
-    offset = decoder._position(prompts[0]) - trail.length
-    memory: Memory | None = decoder._memory(prompts)
-    if shared:
-        decoder._step([asked[0][:shared]], offset, trail, memory, adapter)
-    rows = [ids[shared:] + list(answer) for ids, answer in zip(asked, answers, strict=True)]
-    longest = max(map(len, rows))
-    filler = decoder.tokenizer.eos_token_id
-    padded = [row + [filler] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
-    hidden = decoder._step(padded, offset, trail, memory, adapter)
-    place = [
-        number * longest + len(ids) - shared - 1 + step
-        for number, (ids, answer) in enumerate(zip(asked, answers, strict=True))
-        for step in range(len(answer))
-    ]
-    wanted = hidden.flatten(0, 1).index_select(0, decoder._tensor(place))  # the head serves no other token
+    trail.hidden = _hidden(len(template), shared, [len(row) for row in rows]).to(decoder.runner.device)
+    places = [*range(shared), *(shared + place for row in rows for place in range(len(row)))]
+    packed = asked[0][:shared] + [token for row in rows for token in row]
+    # `_step` adds the place in the cache, which packing has moved
+    offset = start + decoder._tensor(places) - torch.arange(len(places), device=decoder.runner.device) - len(template)
+    hidden = decoder._step([packed], offset, trail, decoder._memory(prompts), adapter)[0]
+    wanted, at = [], shared
+    for row, answer in zip(rows, answers, strict=True):
+        at += len(row)
+        wanted += range(at - len(answer), at)
     targets = decoder._tensor([token for answer in answers for token in answer])
-    tokens = len(template) + shared + len(rows) * longest
-    return AnswerLogits(decoder.runner.logits(wanted), targets, [len(answer) for answer in answers], tokens)
+    logits = decoder.runner.logits(hidden.index_select(0, decoder._tensor(wanted)))  # the head serves no other token
+    return AnswerLogits(logits, targets, len(template) + len(packed))
+
+
+def _hidden(template: int, shared: int, rows: Sequence[int]) -> torch.Tensor:
+    """(T, S) bool: true where one of the packed tokens must not see one of the template's and the packed ones."""
+    owner = torch.tensor([-1] * shared + [number for number, size in enumerate(rows) for _ in range(size)])
+    size = len(owner)
+    later = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    foreign = (owner[None] >= 0) & (owner[None] != owner[:, None])
+    return torch.cat((torch.zeros(size, template, dtype=torch.bool), later | foreign), dim=1)

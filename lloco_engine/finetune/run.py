@@ -55,8 +55,10 @@ class Finetune:
         store: whose segments are used where they match, or None.
         tenant: whose segments of the store.
         longest: documents of more tokens are left out; None for no limit.
+        start: folder of an adapter to begin with; None for a fresh one.
 
     Raises:
+        AdapterError: ``start`` is for another decoder.
         DocumentError: a file is not as it must be; names line and field.
     """
 
@@ -72,10 +74,12 @@ class Finetune:
         store: Store | None = None,
         tenant: str = "",
         longest: int | None = None,
+        start: Path | None = None,
     ) -> None:
         self._decoder, self._compressor, self._chunker, self._config = decoder, compressor, chunker, config
         self._group, self._store, self._tenant = group, store, tenant
         self._facts = DecoderFacts.of(decoder)
+        self._start = None if start is None else _weights(start, self._facts, compressor.memory)
         self._files: list[dict[str, Any]] = []
         records: list[Record] = []
         self.left_out = 0
@@ -124,6 +128,7 @@ class Finetune:
         facts, compressor = self._facts, self._compressor
         parts = [config, self._files, self._group, facts.fingerprint, facts.template.fingerprint]
         parts += [compressor.name, compressor.settings, self._chunker.config.to_json(), self.left_out]
+        parts += [None if self._start is None else self._start[0]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def run(self, target: Path, work: Path, progress: Callable[[Progress], None] | None = None) -> AdapterManifest:
@@ -158,6 +163,7 @@ class Finetune:
                 work,
                 self.key,
                 progress,
+                None if self._start is None else self._start[1],
             )
             state = training.run()
             manifest = self._manifest(state)
@@ -183,7 +189,8 @@ class Finetune:
             compressor_settings=self._compressor.settings,
             ratios=list(self._config.ratios),
             data=self._files,
-            config=self._config.to_json() | {"segment_tokens": self._chunker.config.segment_tokens},
+            config=self._config.to_json()
+            | {"segment_tokens": self._chunker.config.segment_tokens, "begun_with": self._start and self._start[0]},
             metrics={
                 "held_out_documents": len(self._held),
                 "held_out_loss_before": measured[0] if measured else None,
@@ -197,6 +204,25 @@ class Finetune:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(state.seconds, 1),
         )
+
+
+def _weights(folder: Path, facts: DecoderFacts, memory: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an adapter to begin with is, and its weights by parameter name."""
+    from safetensors.torch import load_file
+
+    found = AdapterManifest.load(folder)
+    found.check(facts.fingerprints() | {"memory": memory})
+    path = folder / "adapter_model.safetensors"
+    try:
+        named = load_file(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the adapter to begin with cannot be read from {path}: {error}") from error
+    weights = {
+        key.removeprefix("base_model.model.").replace(".weight", f".{_TRAINED}.weight"): value
+        for key, value in named.items()
+    }
+    told = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "data": found.data, "config": found.config}
+    return told, weights
 
 
 def _only(config: FinetuneConfig) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.template import encode
+from lloco_engine.errors import ConfigError
 from lloco_engine.finetune import checkpoint
 from lloco_engine.finetune.checkpoint import State
 from lloco_engine.finetune.config import FinetuneConfig
@@ -52,6 +53,10 @@ class Training:
         work: the run's folder.
         key: hash of everything that the run depends on.
         progress: called after each update.
+        start: weights to begin with, by parameter name; None for fresh ones.
+
+    Raises:
+        ConfigError: ``start`` is of another rank or other targets.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Training:
         work: Path,
         key: str,
         progress: Callable[[Progress], None] | None = None,
+        start: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -75,6 +81,8 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.parameters = decoder.add_adapter(lora_config(config), name)
+        if start is not None:
+            self._begin_with(start)
         self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=0.0)
         self.best = {key: value.detach().clone() for key, value in self.parameters.items()}
         self.state = State()
@@ -234,6 +242,17 @@ class Training:
         for kind in ("exp_avg", "exp_avg_sq"):
             moments = {key: self._optimizer.state[value].get(kind) for key, value in self.parameters.items()}
             yield kind, {key: value for key, value in moments.items() if value is not None}
+
+    def _begin_with(self, start: Mapping[str, torch.Tensor]) -> None:
+        mine = {key: tuple(value.shape) for key, value in self.parameters.items()}
+        if (theirs := {key: tuple(value.shape) for key, value in start.items()}) != mine:
+            differ = next(key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key))
+            raise ConfigError(
+                f"an adapter to begin with must have the run's rank and targets: {differ} is {theirs.get(differ)} "
+                f"there and {mine.get(differ)} here"
+            )
+        for key, parameter in self.parameters.items():
+            parameter.data.copy_(start[key])
 
     def _restore(self, state: State, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         self.state = state
