@@ -70,7 +70,7 @@ def answer_logits(
     Raises:
         PromptTooLong: a prompt with its answer does not fit the window.
     """
-    asked = [decoder.template.question_ids(prompt.question, prompt.context) for prompt in prompts]
+    asked = [decoder.prompt_ids(prompt) for prompt in prompts]
     start = decoder._position(prompts[0])
     for ids, answer in zip(asked, answers, strict=True):
         decoder._check(start, len(ids), len(answer))
