@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
+from lloco_engine.adapters.choosing import Adapters
 from lloco_engine.answers import AnswerStream, AsyncAnswerStream
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, PrefixConfig, RetrieveConfig, StoreConfig
-from lloco_engine.errors import AdapterError, ConfigError, LLoCOError, SegmentUnavailable
+from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.ingest import Ingest, Progress, Source, read_sources
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.prefix import assemble
@@ -21,6 +22,8 @@ from lloco_engine.store import DocumentInfo, Filters, Manifest, Problem, Store
 from lloco_engine.types import Answer, AnySegment, Document, Hit, IngestReport, MetadataValue, Prefix, Turn
 
 if TYPE_CHECKING:
+    from lloco_engine.chunking import Chunker
+    from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import Generation, LocalDecoder
 
 __all__ = ["AnswerStream", "AskOptions", "AsyncAnswerStream", "Engine", "Progress"]
@@ -37,7 +40,8 @@ class AskOptions(TypedDict, total=False):
     neighbours: segments to add before and after each, 0 by default.
     whole_document: id of a document to read all of, instead of a search.
     tenant: whose documents, "" by default.
-    adapter: name of a loaded LoRA adapter; None (the default) answers with the base weights.
+    adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.choosing` says;
+        "none" answers with the base weights; else a group, or the name of a loaded adapter.
     generate: how tokens are chosen.
     prefix: placement and budget of the segments; None takes the engine's own.
     context: raw text to read after the segments, "" by default.
@@ -69,7 +73,7 @@ class _Ask:
     neighbours: int = 0
     whole_document: str | None = None
     tenant: str = ""
-    adapter: str | None = None
+    adapter: str | None = "auto"
     generate: GenerateConfig | None = None
     prefix: PrefixConfig | None = None
     context: str = ""
@@ -109,6 +113,7 @@ class Engine:
         self.store = store
         self.embedder: Encodes = setup.embedder
         self.prefix = prefix
+        self.adapters = Adapters(store.path, store.manifest.memory, lambda: self.decoder)
         self._setup = setup
         self._device, self._dtype = device, dtype
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
@@ -206,6 +211,18 @@ class Engine:
                 self._decoder.template_cache()  # once per process: not a cost of the first question
             return self._decoder
 
+    @property
+    def compressor(self) -> Compressor:
+        """What makes the store's segments."""
+        return self._setup.compressor
+
+    @property
+    def chunker(self) -> Chunker:
+        """What cuts documents into the store's chunks."""
+        from lloco_engine.chunking import Chunker
+
+        return Chunker(self._setup.facts.tokenizer, self._setup.chunk)
+
     def load_adapter(self, folder: str | Path, name: str) -> None:
         """Load a PEFT LoRA adapter, to be named in ``adapter=``; `AdapterError` where it is not for this decoder."""
         self.decoder.load_adapter(folder, name)
@@ -240,14 +257,12 @@ class Engine:
             StoreLocked: another writer holds the store.
             ConfigError: a metadata key is one of the names that every document has.
         """
-        from lloco_engine.chunking import Chunker
-
         if isinstance(sources, Document | str | Path):
             sources = [sources]
         items = read_sources(sources, tenant=tenant, metadata=metadata)
         run = Ingest(
             self.store,
-            Chunker(self._setup.facts.tokenizer, self._setup.chunk),
+            self.chunker,
             self._setup.compressor,
             self._setup.compress.ratio,
             facts=self._setup.facts,
@@ -317,7 +332,7 @@ class Engine:
             PromptTooLong: question, segments and answer do not fit the decoder's window; gives the numbers.
             SegmentUnavailable: every segment that was found is damaged.
             NotInStore: there is no such document to read whole.
-            AdapterError: the adapter is not loaded.
+            AdapterError: there is no such adapter, or it was made for something else.
             ConfigError: the question is empty, or the hits are another tenant's.
         """
         with self.stream(question, **options) as stream:
@@ -338,18 +353,15 @@ class Engine:
             raise ConfigError(f"a question must not be empty, not {question!r}")
         generate = asked.generate or GenerateConfig()
         decoder = self.decoder
-        if asked.adapter not in (None, "none", *decoder.adapters):
-            loaded = ", ".join(decoder.adapters) or "none"
-            raise AdapterError(
-                f"an adapter must be loaded before it is used, and {asked.adapter!r} is not; {loaded} is"
-            )
+        self.adapters.check(asked.adapter)
         if asked.hits is None and asked.whole_document is None:
             _ = self.embedder.dim  # loads it: no cost of one question
         began = time.perf_counter()
         text = Prompt(question, context=asked.context or None, history=tuple(asked.history), verbatim=asked.verbatim)
         memory = self._memory(question, asked, len(decoder.prompt_ids(text)) + generate.max_new_tokens)
         prompt = replace(text, prefix=memory.prefix, draft=_draft(memory.hits))
-        generation, pieces = decoder.stream(prompt, generate, asked.adapter)
+        adapter = self.adapters.choose(asked.adapter, memory.hits)
+        generation, pieces = decoder.stream(prompt, generate, adapter)
         before = time.perf_counter() - began
 
         def finish() -> Answer:
@@ -362,7 +374,7 @@ class Engine:
                 load_s=memory.load_s,
                 before_s=before,
             )
-            return _answer(generation, memory, usage=usage)
+            return _answer(generation, memory, usage=usage, adapter=adapter or "none")
 
         return AnswerStream(pieces, memory.hits, finish)
 

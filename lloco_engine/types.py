@@ -222,7 +222,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question came back with. ``finish`` is ``"stop"`` or ``"length"``."""
+    """What a question came back with.
+
+    ``finish`` is ``"stop"`` or ``"length"``; ``adapter`` is the name of the adapter that answered, or ``"none"``.
+    """
 
     text: str
     hits: tuple[Hit, ...] = ()
@@ -230,6 +233,7 @@ class Answer:
     finish: Literal["stop", "length"] = "stop"
     warnings: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
+    adapter: str = "none"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any, Self
 from lloco_engine.config import Config
 from lloco_engine.errors import AdapterError, ConfigError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "AdapterManifest"]
+__all__ = ["FILES", "FORMAT_VERSION", "MANIFEST", "WEIGHTS", "AdapterManifest"]
 
 FORMAT_VERSION = 1
 MANIFEST = "lloco.json"
+WEIGHTS = "adapter_model.safetensors"
+FILES = ("adapter_config.json", WEIGHTS, MANIFEST, "log.jsonl")  # of an adapter's folder
 _MUST_AGREE = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
 
 
@@ -25,7 +27,8 @@ class AdapterManifest(Config):
     Fingerprints identify the decoder; ``decoder`` is only its name. ``memory`` is the kind of memory that it reads;
     ``compressor``, ``compressor_settings`` and ``ratios`` are what it was trained on, and others of the same kind can
     be read too. ``data`` are the files trained on, each with its name, sha256, documents and questions; ``config`` is
-    `FinetuneConfig` as JSON; ``metrics`` are losses on the held-out documents; ``created`` is an ISO 8601 time.
+    `FinetuneConfig` as JSON; ``weights_sha256`` is the hash of the file of weights; ``metrics`` are losses on the
+    held-out documents; ``created`` is an ISO 8601 time.
     """
 
     format_version: int
@@ -40,6 +43,7 @@ class AdapterManifest(Config):
     ratios: list[float]
     data: list[dict[str, Any]]
     config: dict[str, Any]
+    weights_sha256: str
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""

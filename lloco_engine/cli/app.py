@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lloco_engine import __version__
-from lloco_engine.cli import ask, care, documents, ingest
+from lloco_engine.cli import adapters, ask, care, documents, ingest
 from lloco_engine.errors import LLoCOError
 
 __all__ = ["app", "main"]
@@ -68,6 +68,7 @@ ingest.register(app)
 ask.register(app)
 documents.register(app)
 care.register(app)
+adapters.register(app)
 import_module("lloco_engine.finetune.cli").register(app)
 try:
     import_module("lloco_engine.eval.cli").register(app)

@@ -67,7 +67,7 @@ def ask(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
-    adapter: Adapter = None,
+    adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
     compressor: CompressorName = None,
@@ -115,7 +115,7 @@ def compare(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
-    adapter: Adapter = None,
+    adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
     compressor: CompressorName = None,
@@ -165,7 +165,7 @@ def _wanted(
     neighbours: int,
     whole_document: str | None,
     tenant: str,
-    adapter: str | None,
+    adapter: str,
 ) -> dict[str, Any]:
     if whole_document is not None and filters:
         raise typer.BadParameter("--whole-document reads one document and takes no --filter")
@@ -175,7 +175,7 @@ def _wanted(
         "neighbours": neighbours,
         "whole_document": whole_document,
         "tenant": tenant,
-        "adapter": None if adapter in (None, "none") else adapter,
+        "adapter": adapter,
     }
 
 

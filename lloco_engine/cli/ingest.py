@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lloco_engine.adapters.choosing import GROUP
+from lloco_engine.adapters.shelf import check_group
 from lloco_engine.cli import factory
 from lloco_engine.cli.options import (
     AsJSON,
@@ -64,6 +66,9 @@ def ingest(
     meta: Annotated[
         list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata for every document; repeatable.")
     ] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="NAME", help="Group of every document, whose adapter will answer.")
+    ] = None,
     device: Device = None,
     as_json: AsJSON = False,
 ) -> None:
@@ -79,9 +84,15 @@ def ingest(
       lloco ingest docs/
       lloco ingest a.pdf b.md --store work --meta year=2024 --meta team=pumps
       lloco ingest corpus.jsonl --ratio 8 --json
+<<<<<<< HEAD
       lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
+=======
+      lloco ingest contracts/ --group law
+>>>>>>> 5a51548 (Keep adapters by group and version; self-study and distillation)
     """
     metadata = parse_metadata(meta or [])
+    if group is not None:
+        metadata[GROUP] = check_group(group)
     skipped = _skipped(paths)
     with factory.open_engine(
         store,

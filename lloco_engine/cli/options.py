@@ -73,7 +73,10 @@ TemplateName = Annotated[
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Adapter = Annotated[
-    str | None, typer.Option("--adapter", metavar="NAME", help="LoRA adapter to answer with, or 'none'.")
+    str,
+    typer.Option(
+        "--adapter", metavar="NAME", help="A group's LoRA adapter; 'auto': that of the hits' group; or 'none'."
+    ),
 ]
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")

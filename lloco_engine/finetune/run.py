@@ -8,38 +8,47 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lloco_engine import __version__
-from lloco_engine.adapters.manifest import FORMAT_VERSION, MANIFEST, AdapterManifest
+from lloco_engine.adapters.loading import facts_of, read
+from lloco_engine.adapters.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, AdapterManifest
+from lloco_engine.adapters.shelf import Kept, check_group
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
+from lloco_engine.decoder.template import encode
+from lloco_engine.engine import Engine
 from lloco_engine.errors import ConfigError, DocumentError, LLoCOError
+from lloco_engine.finetune.checkpoint import State
 from lloco_engine.finetune.config import FinetuneConfig
 from lloco_engine.finetune.examples import Example, Planner, split_records, steps
 from lloco_engine.finetune.segments import Segments
+from lloco_engine.finetune.teacher import Teacher, read_teachers
 from lloco_engine.finetune.train import Progress, Training, lora_config
-from lloco_engine.opening import DecoderFacts
 from lloco_engine.readers.records import Record, read_records
 from lloco_engine.store import Store
 
-__all__ = ["DataFile", "Finetune"]
+__all__ = ["DataFile", "Finetune", "finetune_store"]
 
 _TRAINED = "lloco-finetune"  # the adapter's name in the decoder while it is trained
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of documents with questions, of which the first ``limit`` are read (None: all)."""
+    """A file of documents with questions, of which the first ``limit`` are read (None: all).
+
+    ``self_study`` says that `lloco self-study` wrote it, and that its answers are distilled.
+    """
 
     path: Path
     limit: int | None = None
+    self_study: bool = False
 
 
 class Finetune:
@@ -78,15 +87,20 @@ class Finetune:
     ) -> None:
         self._decoder, self._compressor, self._chunker, self._config = decoder, compressor, chunker, config
         self._group, self._store, self._tenant = group, store, tenant
-        self._facts = DecoderFacts.of(decoder)
+        self._facts = facts_of(decoder)
         self._start = None if start is None else _weights(start, self._facts, compressor.memory)
         self._files: list[dict[str, Any]] = []
         records: list[Record] = []
+        self._teachers: dict[str, Teacher] = {}
         self.left_out = 0
         for file in data:
-            read = [record for record in read_records(file.path, file.limit) if record.questions]
-            kept = [r for r in read if longest is None or self._tokens(r.text) <= longest]
-            self.left_out += len(read) - len(kept)
+            found = [record for record in read_records(file.path, file.limit) if record.questions]
+            kept = [r for r in found if longest is None or self._tokens(r.text) <= longest]
+            self.left_out += len(found) - len(kept)
+            if file.self_study:
+                self._teachers |= self._teachers_of(file.path, kept)
+            else:  # ids are a file's own: none may be taken for that of a taught question
+                kept = [replace(r, questions=tuple(replace(q, id="") for q in r.questions)) for r in kept]
             records += kept
             self._files.append(
                 {
@@ -94,6 +108,7 @@ class Finetune:
                     "folder": file.path.resolve().parent.name,
                     "sha256": hashlib.sha256(file.path.read_bytes()).hexdigest(),
                     "limit": file.limit,
+                    "self_study": file.self_study,
                     "documents": len(kept),
                     "questions": sum(len(record.questions) for record in kept),
                 }
@@ -106,6 +121,19 @@ class Finetune:
         for epoch in range(config.epochs):
             self._batches += steps(planner.plan(self._train, 1000 * config.seed + epoch), config.batch_questions)
         self._held_out = [e for e in planner.plan(self._held, config.seed) if e.kind == "memory" or _only(config)]
+
+    def _teachers_of(self, path: Path, records: Sequence[Record]) -> dict[str, Teacher]:
+        """The teachers of a self-study file, one for every token of every answer."""
+        teachers = read_teachers(path)
+        for record in records:
+            for question in record.questions:
+                tokens = len(encode(self._decoder.tokenizer, question.answers[0])) + 1
+                if len(teachers[question.id].tokens) != tokens:
+                    raise DocumentError(
+                        f"{path}: the teacher of question {question.id!r} is of {len(teachers[question.id].tokens)} "
+                        f"tokens and its answer of {tokens}; run `lloco self-study` with this decoder"
+                    )
+        return teachers
 
     def _tokens(self, text: str) -> int:
         return len(self._chunker.tokenizer(text, verbose=False)["input_ids"])
@@ -126,7 +154,7 @@ class Finetune:
         """Hash of everything that the run depends on but its clock."""
         config = {name: value for name, value in self._config.to_json().items() if name != "max_minutes"}
         facts, compressor = self._facts, self._compressor
-        parts = [config, self._files, self._group, facts.fingerprint, facts.template.fingerprint]
+        parts = [config, self._files, self._group, facts]
         parts += [compressor.name, compressor.settings, self._chunker.config.to_json(), self.left_out]
         parts += [None if self._start is None else self._start[0]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -164,26 +192,26 @@ class Finetune:
                 self.key,
                 progress,
                 None if self._start is None else self._start[1],
+                self._teachers,
             )
             state = training.run()
-            manifest = self._manifest(state)
+            weights = _weights_file(training.best)
+            manifest = self._manifest(state, hashlib.sha256(weights).hexdigest())
             if training.is_main:
-                _write(target, training.best, lora_config(self._config), manifest, state.log)
+                _write(target, weights, lora_config(self._config), manifest, state.log)
                 shutil.rmtree(work)
         finally:
             self._decoder.drop_adapter(_TRAINED)
         return manifest
 
-    def _manifest(self, state: Any) -> AdapterManifest:
+    def _manifest(self, state: State, weights_sha256: str) -> AdapterManifest:
         facts = self._facts
         measured = [entry["held_out"] for entry in state.log if "held_out" in entry]
         return AdapterManifest(
             format_version=FORMAT_VERSION,
             group=self._group,
-            decoder=facts.name,
-            decoder_fingerprint=facts.fingerprint,
-            tokenizer_fingerprint=facts.tokenizer_fingerprint,
-            template_fingerprint=facts.template.fingerprint,
+            decoder=self._decoder.name,
+            **facts,
             memory=self._compressor.memory,
             compressor=self._compressor.name,
             compressor_settings=self._compressor.settings,
@@ -191,6 +219,7 @@ class Finetune:
             data=self._files,
             config=self._config.to_json()
             | {"segment_tokens": self._chunker.config.segment_tokens, "begun_with": self._start and self._start[0]},
+            weights_sha256=weights_sha256,
             metrics={
                 "held_out_documents": len(self._held),
                 "held_out_loss_before": measured[0] if measured else None,
@@ -206,13 +235,67 @@ class Finetune:
         )
 
 
-def _weights(folder: Path, facts: DecoderFacts, memory: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def finetune_store(
+    engine: Engine,
+    data: Sequence[DataFile],
+    config: FinetuneConfig,
+    *,
+    group: str,
+    tenant: str = "",
+    longest: int | None = None,
+    start: Path | None = None,
+    work: Path | None = None,
+    told: Callable[[Finetune], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Kept:
+    """Train an adapter for a group of a store's documents, which answers for the group from then on.
+
+    Args:
+        engine: on the store; its decoder, compressor and chunk sizes are used, and its segments where they match.
+        data: what to train on.
+        config: settings; examples at the store's own ratio read the store's segments.
+        group: of the documents, as `lloco ingest --group` names it.
+        tenant: whose documents.
+        longest, start: as `Finetune` takes them.
+        work: the run's folder; None is one in the store. The same call goes on from there.
+        told: called with the run before it begins.
+        progress: called after each update.
+
+    Raises:
+        DocumentError, ConfigError, AdapterError, StoreError: as their messages say; the group is then as it was.
+    """
+    shelf = engine.adapters.shelf
+    check_group(group)
+    run = Finetune(
+        engine.decoder,
+        engine.compressor,
+        engine.chunker,
+        data,
+        config,
+        group=group,
+        store=engine.store,
+        tenant=tenant,
+        longest=longest,
+        start=start,
+    )
+    if told is not None:
+        told(run)
+    place = work or shelf.root / f".work-{group}"
+    made = place.with_name(place.name + "-done")
+    if not made.exists():  # else the run was cut off between its end and the shelf
+        run.run(made, place, progress)
+    version = shelf.add(made, group)
+    shutil.rmtree(made)
+    return next(kept for kept in shelf.list() if (kept.group, kept.version) == (group, version))
+
+
+def _weights(folder: Path, facts: dict[str, str], memory: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an adapter to begin with is, and its weights by parameter name."""
     from safetensors.torch import load_file
 
-    found = AdapterManifest.load(folder)
-    found.check(facts.fingerprints() | {"memory": memory})
-    path = folder / "adapter_model.safetensors"
+    found = read(folder)
+    found.check(facts | {"memory": memory})
+    path = folder / WEIGHTS
     try:
         named = load_file(path)
     except (OSError, ValueError) as error:
@@ -221,7 +304,7 @@ def _weights(folder: Path, facts: DecoderFacts, memory: str) -> tuple[dict[str, 
         key.removeprefix("base_model.model.").replace(".weight", f".{_TRAINED}.weight"): value
         for key, value in named.items()
     }
-    told = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "data": found.data, "config": found.config}
+    told = {"sha256": found.weights_sha256, "data": found.data, "config": found.config}
     return told, weights
 
 
@@ -230,23 +313,26 @@ def _only(config: FinetuneConfig) -> bool:
     return config.text_share + config.none_share >= 1
 
 
+def _weights_file(parameters: Mapping[str, Any]) -> bytes:
+    """Weights under the names that PEFT looks for, as the bytes of a safetensors file."""
+    import torch
+    from safetensors.torch import save
+
+    named = {
+        "base_model.model." + key.replace(f".{_TRAINED}.", "."): value.detach().to("cpu", torch.float32).contiguous()
+        for key, value in parameters.items()
+    }
+    return save(named, metadata={"format": "pt"})
+
+
 def _write(
-    target: Path, parameters: dict[str, Any], lora: Any, manifest: AdapterManifest, log: list[dict[str, Any]]
+    target: Path, weights: bytes, lora: Any, manifest: AdapterManifest, log: Sequence[Mapping[str, Any]]
 ) -> None:
     """The adapter's folder, wholly or not at all."""
-    import torch
-    from safetensors.torch import save_file
-
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
-        named = {
-            "base_model.model." + key.replace(f".{_TRAINED}.", "."): value.detach()
-            .to("cpu", torch.float32)
-            .contiguous()
-            for key, value in parameters.items()
-        }
-        save_file(named, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        (draft / WEIGHTS).write_bytes(weights)
         lora.inference_mode = True
         lora.save_pretrained(draft)
         (draft / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
@@ -256,8 +342,6 @@ def _write(
                 os.fsync(handle.fileno())
         os.replace(draft, target)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise LLoCOError(f"the adapter could not be written to {target}: {error.strerror}; its run is kept") from error
-    except BaseException:
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        raise

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lloco_engine.adapters.loading import facts_of
 from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.finetune.examples import Example, Ids
-from lloco_engine.opening import DecoderFacts
 from lloco_engine.store import Store
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store import segments as files
@@ -44,10 +44,9 @@ class Segments:
     ) -> None:
         self._decoder, self._compressor, self._folder = decoder, compressor, folder
         self._store, self._tenants = store, tenants
-        shape, facts = decoder.shape, DecoderFacts.of(decoder)
+        shape = decoder.shape
         self._form = files.SegmentFormat(shape.layers, shape.kv_heads, shape.head_dim, "float16")
-        made_with = [facts.fingerprint, facts.tokenizer_fingerprint, facts.template.fingerprint]
-        self._made_with = json.dumps([*made_with, compressor.name, compressor.settings], sort_keys=True)
+        self._made_with = json.dumps([facts_of(decoder), compressor.name, compressor.settings], sort_keys=True)
         self._wanted: dict[Ids, set[float]] = {}
         self.compressed_tokens = 0
 

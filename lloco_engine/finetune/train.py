@@ -21,6 +21,7 @@ from lloco_engine.finetune.config import FinetuneConfig
 from lloco_engine.finetune.examples import Example
 from lloco_engine.finetune.passes import answer_logits
 from lloco_engine.finetune.segments import Segments
+from lloco_engine.finetune.teacher import Teacher, distillation_loss
 
 __all__ = ["Progress", "Training", "rate"]
 
@@ -54,6 +55,7 @@ class Training:
         key: hash of everything that the run depends on.
         progress: called after each update.
         start: weights to begin with, by parameter name; None for fresh ones.
+        teachers: by question id, where the loss is not the gold answer's but the distance from these.
 
     Raises:
         ConfigError: ``start`` is of another rank or other targets.
@@ -71,12 +73,13 @@ class Training:
         key: str,
         progress: Callable[[Progress], None] | None = None,
         start: Mapping[str, torch.Tensor] | None = None,
+        teachers: Mapping[str, Teacher] | None = None,
     ) -> None:
         from accelerate import Accelerator
 
         self._decoder, self._name, self._config = decoder, name, config
         self._batches, self._held_out, self._segments = batches, held_out, segments
-        self._work, self._key, self._progress = work, key, progress
+        self._work, self._key, self._progress, self._teachers = work, key, progress, teachers or {}
         self._accelerator: Any = Accelerator(cpu=decoder.runner.device.type == "cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -164,15 +167,25 @@ class Training:
         self._tell(mean)
 
     def _loss(self, example: Example) -> tuple[torch.Tensor, int, int]:
-        """Summed cross-entropy of the gold answers, their tokens, and the tokens run."""
+        """Summed loss of the answers, their tokens, and the tokens run."""
         prefix = self._segments.prefix(example) if example.kind == "memory" else None
         context = None
         if example.kind == "text":
             joint = encode(self._decoder.tokenizer, "\n\n")
             context = [token for n, ids in enumerate(example.chunks) for token in ([*joint, *ids] if n else ids)]
         prompts = [Prompt(question.question, prefix, context) for question in example.questions]
-        made = answer_logits(self._decoder, prompts, self._answers(example), self._name)
-        return F.cross_entropy(made.logits, made.targets, reduction="sum"), len(made.targets), made.tokens
+        answers = self._answers(example)
+        sizes = [len(answer) for answer in answers]
+        made = answer_logits(self._decoder, prompts, answers, self._name)
+        taught = [self._teachers.get(question.id) for question in example.questions]
+        loss = made.logits.new_zeros(())
+        parts = made.logits.split(sizes), made.targets.split(sizes), taught
+        for logits, targets, teacher in zip(*parts, strict=True):
+            if teacher is None:
+                loss = loss + F.cross_entropy(logits, targets, reduction="sum")
+            else:
+                loss = loss + distillation_loss(logits, [teacher])
+        return loss, len(made.targets), made.tokens
 
     def _answers(self, example: Example) -> list[list[int]]:
         decoder = self._decoder

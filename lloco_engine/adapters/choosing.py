@@ -1,0 +1,106 @@
+"""Which adapter answers a question: the one that was asked for, or that of its hits' group."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, load, load_named
+from lloco_engine.adapters.manifest import AdapterManifest
+from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.errors import AdapterError
+from lloco_engine.types import Hit
+
+if TYPE_CHECKING:
+    from lloco_engine.decoder.local import LocalDecoder
+
+__all__ = ["GROUP", "Adapters", "group_of"]
+
+GROUP = "group"  # the metadata that says which group a document belongs to
+
+
+def group_of(hits: Sequence[Hit]) -> str:
+    """The group whose adapter reads these hits together.
+
+    The best hit's group; of several that score the same, the group with most hits among all; of those, the first by
+    name. A document without a group belongs to ``"default"``.
+    """
+    if not hits:
+        return DEFAULT
+    named = [(hit.score, str(hit.metadata.get(GROUP) or DEFAULT)) for hit in hits]
+    best = max(score for score, _ in named)
+    count = Counter(group for _, group in named)
+    return min({group for score, group in named if score == best}, key=lambda group: (-count[group], group))
+
+
+class Adapters:
+    """The adapters of an engine: its store's, and the one that the package ships. Loaded when first needed.
+
+    Args:
+        store: the store's folder.
+        memory: the kind of memory that the store holds.
+        decoder: gives the decoder.
+    """
+
+    def __init__(self, store: Path, memory: str, decoder: Callable[[], LocalDecoder]) -> None:
+        self.shelf = Shelf(store)
+        self._memory, self._decoder = memory, decoder
+        self._lock = threading.Lock()
+        self._ships: bool | None = None  # whether the shipped adapter is for this decoder
+
+    def check(self, wanted: str | None) -> None:
+        """Refuse, before anything is read, an adapter that there is not."""
+        if wanted not in (None, "auto", "none", DEFAULT, *self._decoder().adapters) and (
+            wanted is None or self.shelf.current(wanted) is None
+        ):
+            known = dict.fromkeys(["none", *self.shelf.groups(), *self._decoder().adapters])
+            raise AdapterError(
+                f"an adapter is 'auto', 'none', a group with an adapter in the store, or one that was loaded, and "
+                f"{wanted!r} is none of them; there is {', '.join(known)}"
+            )
+
+    def choose(self, wanted: str | None, hits: Sequence[Hit]) -> str | None:
+        """The adapter to answer with, loaded; None for the base weights.
+
+        Args:
+            wanted: a group, the name of a loaded adapter, ``"default"`` or ``"none"``; ``"auto"`` and None leave it to
+                the hits: their `group_of`, else the store's ``default``, else the shipped one if it fits.
+            hits: what is read.
+
+        Raises:
+            AdapterError: there is none of that name, or it was made for something else; names the field.
+        """
+        if wanted == "none":
+            return None
+        with self._lock:
+            if wanted in (None, "auto"):
+                for group in dict.fromkeys((group_of(hits), DEFAULT)):
+                    if (found := self._stored(group)) is not None:
+                        return found
+                return self._shipped()
+            assert wanted is not None
+            return self._stored(wanted) or load_named(self._decoder(), wanted, self._memory)
+
+    def _stored(self, group: str) -> str | None:
+        current = self.shelf.current(group)
+        if current is None:
+            return None
+        version, folder = current
+        name, decoder = f"{group}@{version}", self._decoder()
+        if name not in decoder.adapters:
+            load(decoder, folder, name, self._memory)
+        return name
+
+    def _shipped(self) -> str | None:
+        """The shipped adapter's name; None where it is for another decoder, which is no error."""
+        decoder, folder = self._decoder(), default_folder()
+        if self._ships is None:
+            self._ships = False
+            if folder is not None:
+                facts = facts_of(decoder) | {"memory": self._memory}
+                manifest = AdapterManifest.load(folder)
+                self._ships = all(getattr(manifest, field) == value for field, value in facts.items())
+        return load_named(decoder, DEFAULT, self._memory) if self._ships else None

@@ -1,0 +1,154 @@
+"""``lloco adapters``: the LoRA adapters that a store keeps. None of the commands loads a decoder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lloco_engine.adapters.loading import default_folder
+from lloco_engine.adapters.manifest import AdapterManifest
+from lloco_engine.adapters.shelf import Kept, Shelf
+from lloco_engine.cli import factory
+from lloco_engine.cli.options import AsJSON, StoreDir
+from lloco_engine.cli.output import human_bytes, print_json, print_table
+
+__all__ = ["register"]
+
+Group = Annotated[str, typer.Argument(help="The group, as `lloco adapters ls` shows it.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    commands = typer.Typer(no_args_is_help=True, help="List, add, remove and roll back the store's LoRA adapters.")
+    commands.command("ls")(list_adapters)
+    commands.command()(add)
+    commands.command("rm")(remove)
+    commands.command()(rollback)
+    app.add_typer(commands, name="adapters")
+
+
+def list_adapters(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> None:
+    """List the adapters of the store, and the one that comes with the engine.
+
+    \b
+    Examples:
+      lloco adapters ls
+      lloco adapters ls --store work --json
+    """
+    kept = _shelf(store).list()
+    shipped = default_folder()
+    manifest = None if shipped is None else AdapterManifest.load(shipped)
+    if as_json:
+        print_json({"adapters": [_as_json(one) for one in kept], "shipped": manifest and manifest.to_json()})
+        return
+    rows = [
+        (one.group, one.version, "yes" if one.current else "", *_facts(one.manifest), human_bytes(one.bytes))
+        for one in kept
+    ]
+    if manifest is not None:
+        rows.append(("(shipped)", "-", "where no other does", *_facts(manifest), ""))
+    print_table(["group", "version>", "answers", "decoder", "questions>", "held-out loss", "made", "size>"], rows)
+
+
+def add(
+    folder: Annotated[Path, typer.Argument(help="Of the adapter, as `lloco finetune --out` writes it.")],
+    group: Annotated[
+        str, typer.Option("--group", metavar="NAME", help="Whose documents it reads.", show_default=False)
+    ],
+    store: StoreDir = Path("lloco-store"),
+    as_json: AsJSON = False,
+) -> None:
+    """Copy an adapter into the store as its group's newest version.
+
+    One that was made for another decoder, tokenizer, template or kind of
+    memory is refused.
+
+    \b
+    Examples:
+      lloco adapters add trained/ --group law
+    """
+    shelf = _shelf(store)
+    with factory.open_store(store) as opened:
+        manifest = opened.manifest
+    names = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
+    AdapterManifest.load(folder).check({name: getattr(manifest, name) for name in names})
+    version = shelf.add(folder, group)
+    _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
+
+
+def remove(
+    group: Group,
+    version: Annotated[
+        int | None, typer.Option("--version", metavar="N", min=1, help="Only this one. Default: all of the group.")
+    ] = None,
+    store: StoreDir = Path("lloco-store"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Remove adapters of a group.
+
+    \b
+    Examples:
+      lloco adapters rm law --version 2
+      lloco adapters rm law --yes
+    """
+    shelf = _shelf(store)
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise typer.BadParameter("without a terminal to ask on, removing needs --yes")
+        what = "every adapter" if version is None else f"version {version}"
+        typer.confirm(f"Remove {what} of group {group!r} from {store}?", abort=True, err=True)
+    removed = shelf.remove(group, version)
+    _said({"group": group, "removed": removed}, f"removed version {', '.join(map(str, removed))} of {group}", as_json)
+
+
+def rollback(
+    group: Group,
+    to: Annotated[
+        int | None, typer.Option("--to", metavar="N", min=1, help="The version. Default: the one before the present.")
+    ] = None,
+    store: StoreDir = Path("lloco-store"),
+    as_json: AsJSON = False,
+) -> None:
+    """Let an earlier version of a group's adapter answer.
+
+    \b
+    Examples:
+      lloco adapters rollback law
+      lloco adapters rollback law --to 3
+    """
+    version = _shelf(store).rollback(group, to)
+    _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
+
+
+def _shelf(store: Path) -> Shelf:
+    with factory.open_store(store) as opened:
+        return Shelf(opened.path)
+
+
+def _said(value: dict[str, Any], sentence: str, as_json: bool) -> None:
+    if as_json:
+        print_json(value)
+    else:
+        typer.echo(sentence)
+
+
+def _facts(manifest: AdapterManifest) -> tuple[str, int, str, str]:
+    loss = manifest.metrics.get("held_out_loss")
+    before = manifest.metrics.get("held_out_loss_before")
+    shown = "-" if loss is None or before is None else f"{before:.2f} -> {loss:.2f}"
+    questions = sum(int(file.get("questions", 0)) for file in manifest.data)
+    return manifest.decoder, questions, shown, manifest.created[:16].replace("T", " ")
+
+
+def _as_json(kept: Kept) -> dict[str, Any]:
+    return {
+        "group": kept.group,
+        "version": kept.version,
+        "current": kept.current,
+        "bytes": kept.bytes,
+        "manifest": kept.manifest.to_json(),
+    }
