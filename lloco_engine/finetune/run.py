@@ -217,7 +217,7 @@ class Finetune:
             compressor_settings=self._compressor.settings,
             ratios=list(self._config.ratios),
             data=self._files,
-            config=self._config.to_json()
+            config=json.loads(json.dumps(self._config.to_json()))
             | {"segment_tokens": self._chunker.config.segment_tokens, "begun_with": self._start and self._start[0]},
             weights_sha256=weights_sha256,
             metrics={
