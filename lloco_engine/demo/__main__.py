@@ -35,10 +35,14 @@ _SOURCES = 2  # best hits shown with their text
 
 @dataclass(frozen=True)
 class _Row:
-    """One question with both answers; ``kept`` says that the second one's were measured in an earlier run."""
+    """One question with its answers; ``kept`` says that the one in context was measured in an earlier run.
+
+    ``untuned`` is LLoCO's without its adapter; None where there is no adapter for the decoder.
+    """
 
     question: Question
     lloco: Answer
+    untuned: Answer | None
     in_context: Answer
     kept: bool
 
@@ -205,11 +209,15 @@ def _ask(
         answer = engine.ask(question.question, filters=filters, generate=_GENERATE)
         console.print(f"\n[{number}] {question.question}", style="bold", soft_wrap=True)
         console.print(f"    expected    {question.answers[0]}", soft_wrap=True)
-        _print_answer(console, "LLoCO", answer, "")
+        _print_answer(console, "LLoCO", answer, f", adapter {answer.adapter}")
         _print_sources(console, answer)
+        untuned = None
+        if answer.adapter != "none":
+            untuned = engine.ask(question.question, hits=answer.hits, generate=_GENERATE, adapter="none")
+            _print_answer(console, "no adapter", untuned, "")
         other, kept = in_context.ask(question.question)
         _print_answer(console, "in context", other, ", from the first run" if kept else "")
-        rows.append(_Row(question, answer, other, kept))
+        rows.append(_Row(question, answer, untuned, other, kept))
     return rows
 
 
@@ -243,11 +251,14 @@ def _print_table(console: Console, rows: Sequence[_Row]) -> None:
     table = Table(title="All questions together (medians)", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     kept = " (first run)" if all(row.kept for row in rows) else ""
-    for name in ("LLoCO", f"in context{kept}"):
+    sides: dict[str, _Side] = {"LLoCO": [(row.question, row.lloco) for row in rows]}
+    if untuned := [(row.question, row.untuned) for row in rows if row.untuned is not None]:
+        sides["no adapter"] = untuned
+    sides[f"in context{kept}"] = [(row.question, row.in_context) for row in rows]
+    for name in sides:
         table.add_column(name, justify="right")
-    sides = [[(row.question, row.lloco) for row in rows], [(row.question, row.in_context) for row in rows]]
     for label, cell in _LINES:
-        table.add_row(label, *(cell(side) for side in sides))
+        table.add_row(label, *(cell(side) for side in sides.values()))
     console.print()
     console.print(table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +139,7 @@ def _for_store(
     from lloco_engine.engine import Engine
     from lloco_engine.finetune.run import finetune_store
 
-    with Engine.open(store, decoder=decoder, create=False, device=device) as engine:
+    with Engine.open(store, decoder=decoder, create=False, device=device or _own_device()) as engine:
         config = _config(preset, changes, engine.manifest.ratio)
         with _shown(as_json) as progress:
             kept = finetune_store(engine, files, config, told=_told(as_json), progress=progress, **options)
@@ -174,7 +175,7 @@ def _for_folder(
     from lloco_engine.finetune.run import Finetune
 
     config = _config(preset, changes, None)
-    loaded = LocalDecoder.load(decoder or "embedded", device=device)
+    loaded = LocalDecoder.load(decoder or "embedded", device=device or _own_device())
     run = Finetune(loaded, registry.get(CompressConfig.name), Chunker(loaded.tokenizer), files, config, **options)
     _told(as_json)(run)
     with _shown(as_json) as progress:
@@ -236,6 +237,15 @@ def self_study(
     )
     for reason, count in report["dropped"].items():
         typer.echo(f"dropped, {reason}: {count}")
+
+
+def _own_device() -> str | None:
+    """This process's GPU, where `accelerate launch` has begun one process for each."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return None
 
 
 def _config(preset: str, changes: dict[str, Any], ratio: float | None) -> FinetuneConfig:

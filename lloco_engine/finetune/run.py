@@ -197,6 +197,7 @@ class Finetune:
             state = training.run()
             weights = _weights_file(training.best)
             manifest = self._manifest(state, hashlib.sha256(weights).hexdigest())
+            training.wait()  # no process may still read what is removed now
             if training.is_main:
                 _write(target, weights, lora_config(self._config), manifest, state.log)
                 shutil.rmtree(work)

@@ -100,6 +100,10 @@ class Training:
         """Whether this process writes the files."""
         return bool(self._accelerator.is_main_process)
 
+    def wait(self) -> None:
+        """Wait until every process of the run is here."""
+        self._accelerator.wait_for_everyone()
+
     def run(self) -> State:
         """Train to the end; the best weights are then in `best`."""
         state, config = self.state, self._config

@@ -1,0 +1,323 @@
+"""Adapters by group: what a store keeps, which one answers, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_decoder import save_adapter
+from typer.testing import CliRunner
+
+from lloco_engine import Document, Engine, __version__
+from lloco_engine.adapters import choosing, loading
+from lloco_engine.adapters.choosing import group_of
+from lloco_engine.adapters.manifest import FORMAT_VERSION, AdapterManifest
+from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.cli import app
+from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
+from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.errors import AdapterError, ConfigError
+from lloco_engine.store import Store
+from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
+from lloco_engine.types import Hit, Span
+
+SHORT = GenerateConfig(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory) -> Path:
+    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def decoder(decoder_folder) -> LocalDecoder:
+    return LocalDecoder.load(str(decoder_folder))
+
+
+def adapter(folder: Path, decoder: LocalDecoder, seed: int = 1, **changes) -> Path:
+    """A folder such as finetune writes, of random weights."""
+    save_adapter(folder, seed)
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    manifest = AdapterManifest(
+        format_version=FORMAT_VERSION,
+        group="law",
+        decoder="tiny",
+        **loading.facts_of(decoder),
+        memory="compact_kv",
+        compressor="attention_matching",
+        compressor_settings={},
+        ratios=[16.0],
+        data=[{"name": "qa.jsonl", "questions": 12}],
+        config={},
+        weights_sha256=digest,
+        metrics={"held_out_loss_before": 2.0, "held_out_loss": 1.0},
+        versions={"lloco": __version__},
+    )
+    (folder / "lloco.json").write_text(replace(manifest, **changes).dumps(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, decoder) -> Path:
+    return adapter(tmp_path_factory.mktemp("made") / "law", decoder)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, decoder_folder) -> Path:
+    path = tmp_path_factory.mktemp("filled") / "store"
+    chunk, whole = ChunkConfig(64, 24, 4), CompressConfig("uncompressed", 1)
+    with Engine.open(
+        path, decoder=str(decoder_folder), embedder=HashingEmbedder(), chunk=chunk, compress=whole
+    ) as engine:
+        engine.ingest([Document("law.md", "The court of Orne sat in May.")], metadata={"group": "law"})
+        engine.ingest([Document("pump.md", "The pump of hall nine needs oil.")], metadata={"group": "pumps"})
+        engine.ingest([Document("free.md", "Trams are green on Sundays.")])
+    return path
+
+
+@pytest.fixture
+def store(filled, tmp_path) -> Path:
+    return shutil.copytree(filled, tmp_path / "store")
+
+
+@pytest.fixture
+def engine(store, decoder):
+    with Engine.open(store, decoder=decoder, embedder=HashingEmbedder()) as opened:
+        yield opened
+    for name in decoder.adapters:
+        decoder.drop_adapter(name)
+
+
+def cli(*words: str):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+# -- the shelf ------------------------------------------------------------------------------------------------------
+
+
+def test_versions_are_added_rolled_back_and_removed(store, made):
+    shelf = Shelf(store)
+    assert shelf.list() == []
+    assert shelf.current("law") is None
+    assert [shelf.add(made, "law") for _ in range(3)] == [1, 2, 3]
+    assert [(one.version, one.current) for one in shelf.list()] == [(1, False), (2, False), (3, True)]
+    assert shelf.rollback("law") == 2
+    assert shelf.current("law") == (2, store / "adapters" / "law" / "2")
+    assert shelf.rollback("law", 3) == 3
+    assert shelf.remove("law", 3) == [3]
+    assert shelf.current("law")[0] == 2  # the newest that is left
+    assert shelf.add(made, "law") == 4  # a number is never given twice
+    assert shelf.remove("law") == [1, 2, 4]
+    assert shelf.groups() == []
+    assert shelf.current("law") is None
+    assert shelf.add(made, "law") == 5
+    with pytest.raises(AdapterError, match=r"no earlier version; it has versions: 5"):
+        shelf.rollback("law")
+    with pytest.raises(AdapterError, match=r"no version 9; it has versions: 5"):
+        shelf.rollback("law", 9)
+    with pytest.raises(AdapterError, match=r"'poems' has no adapter"):
+        shelf.remove("poems")
+
+
+def test_what_is_added_is_the_adapter_whole_and_nothing_else(store, made):
+    (made / "stranger.bin").write_bytes(b"x")
+    Shelf(store).add(made, "law")
+    kept = store / "adapters" / "law" / "1"
+    assert sorted(file.name for file in kept.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "lloco.json",
+    ]  # fmt: skip
+    assert (kept / "adapter_model.safetensors").read_bytes() == (made / "adapter_model.safetensors").read_bytes()
+    (made / "stranger.bin").unlink()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "none", "auto", ".work", "x" * 65, "a.b"])
+def test_a_groups_name_cannot_be_a_path(store, made, name):
+    with pytest.raises(ConfigError, match="group's name"):
+        Shelf(store).add(made, name)
+    assert not (store / "adapters").exists()
+
+
+def test_an_addition_that_fails_leaves_the_group_as_it_was(store, made, monkeypatch):
+    shelf = Shelf(store)
+    shelf.add(made, "law")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(AdapterError, match="No space left"):
+        shelf.add(made, "law")
+    assert [one.version for one in shelf.list()] == [1]
+    assert sorted(p.name for p in (store / "adapters").iterdir()) == ["law"]
+
+
+def test_what_a_killed_addition_left_is_cleared(store, made):
+    left = store / "adapters" / ".draft-law-00"
+    left.mkdir(parents=True)
+    Shelf(store).add(made, "law")
+    assert not left.exists()
+
+
+def test_a_folder_without_a_sound_adapter_is_not_added(store, made, tmp_path):
+    with pytest.raises(AdapterError, match=r"lloco\.json"):
+        Shelf(store).add(tmp_path, "law")
+    damaged = shutil.copytree(made, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is damaged"):
+        Shelf(store).add(damaged, "law")
+
+
+def test_a_manifest_of_a_newer_engine_or_another_form_is_refused(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "made")
+    values = json.loads((folder / "lloco.json").read_text())
+    for change, message in (({"format_version": 99}, "format_version"), ({"memory": 3}, "memory"), ({"x": 1}, "'x'")):
+        (folder / "lloco.json").write_text(json.dumps(values | change))
+        with pytest.raises(AdapterError, match=message):
+            AdapterManifest.load(folder)
+    (folder / "lloco.json").write_text("[]")
+    with pytest.raises(AdapterError, match="JSON object"):
+        AdapterManifest.load(folder)
+
+
+# -- which one answers ----------------------------------------------------------------------------------------------
+
+
+def hit(group: str | None, score: float) -> Hit:
+    metadata = {} if group is None else {"group": group}
+    return Hit("s", "d", 0, Span(0, 1), "t", 1, score, metadata=metadata)
+
+
+def test_the_best_hits_group_answers_and_ties_go_to_the_commonest_then_the_first():
+    assert group_of([]) == "default"
+    assert group_of([hit(None, 0.9), hit("law", 0.5)]) == "default"
+    assert group_of([hit("law", 0.9), hit("pumps", 0.8), hit("pumps", 0.8)]) == "law"
+    assert group_of([hit("law", 0.9), hit("pumps", 0.9), hit("pumps", 0.2)]) == "pumps"
+    assert group_of([hit("pumps", 1.0), hit("law", 1.0)]) == "law"
+
+
+def test_each_question_is_answered_by_the_adapter_of_its_hits(engine, made, decoder, tmp_path):
+    ask = {"generate": SHORT, "top_k": 1}
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "none"
+    engine.adapters.shelf.add(made, "law")
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
+    assert engine.ask("The pump of hall nine needs oil.", **ask).adapter == "none"
+    engine.adapters.shelf.add(adapter(tmp_path / "two", decoder, seed=2), "default")
+    assert engine.ask("The pump of hall nine needs oil.", **ask).adapter == "default@1"  # of no group's own
+    assert engine.ask("Trams are green on Sundays.", **ask).adapter == "default@1"
+    assert engine.ask("The court of Orne sat in May.", **ask, adapter="none").adapter == "none"
+    assert engine.ask("Trams are green on Sundays.", **ask, adapter="law").adapter == "law@1"
+    assert engine.ask("Trams are green on Sundays.", **ask, adapter=None).adapter == "default@1"
+    engine.adapters.shelf.add(made, "law")
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@2"
+    engine.adapters.shelf.rollback("law")
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
+    with pytest.raises(AdapterError, match="'poems' is none of them; there is none, default, law"):
+        engine.ask("Trams?", adapter="poems")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("decoder_fingerprint", "0" * 16),
+        ("tokenizer_fingerprint", "1" * 16),
+        ("template_fingerprint", "2" * 16),
+        ("memory", "summary"),
+    ],
+)
+def test_an_adapter_made_for_something_else_is_refused_by_name(engine, store, decoder, tmp_path, field, value):
+    other = adapter(tmp_path / "other", decoder, **{field: value})
+    result = cli("adapters", "add", other, "--group", "law", "--store", store)
+    assert result.exit_code == 1
+    assert field in result.stderr
+    assert value in result.stderr
+    assert engine.adapters.shelf.list() == []
+    engine.adapters.shelf.add(other, "law")  # or the decoder has changed since
+    with pytest.raises(AdapterError, match=f"{field} '{value}'"):
+        engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1)
+    assert engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1, adapter="none").text is not None
+
+
+def test_another_ratio_or_other_settings_of_the_compressor_are_no_mismatch(engine, decoder, tmp_path):
+    other = adapter(tmp_path / "other", decoder, ratios=[2.0], compressor="other", compressor_settings={"x": 1})
+    engine.adapters.shelf.add(other, "law")
+    assert engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1).adapter == "law@1"
+
+
+def test_the_shipped_adapter_answers_where_it_fits_and_no_other_does(engine, made, decoder, tmp_path, monkeypatch):
+    ask = {"generate": SHORT, "top_k": 1}
+    for module in (choosing, loading):
+        monkeypatch.setattr(module, "default_folder", lambda: made)
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "default"
+    assert engine.ask("The court of Orne sat in May.", **ask, adapter="none").adapter == "none"
+    engine.adapters.shelf.add(made, "law")
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
+    stranger = adapter(tmp_path / "stranger", decoder, decoder_fingerprint="0" * 16)
+    for module in (choosing, loading):
+        monkeypatch.setattr(module, "default_folder", lambda: stranger)
+    engine.adapters._ships = None
+    assert engine.ask("Trams are green on Sundays.", **ask).adapter == "none"  # for another decoder: no error
+
+
+def test_an_adapter_is_loaded_by_reference(made, decoder_folder, tmp_path, monkeypatch):
+    decoder = LocalDecoder.load(str(decoder_folder))
+    assert loading.load_named(decoder, "none") is None
+    name = loading.load_named(decoder, str(made))
+    assert name in decoder.adapters
+    assert loading.load_named(decoder, str(made)) == name
+    assert loading.load_named(decoder, name) == name
+    assert decoder.answer_losses([Prompt("Who?")], ["I"], name) != decoder.answer_losses([Prompt("Who?")], ["I"])
+    with pytest.raises(AdapterError, match="'nothing' is none of them"):
+        loading.load_named(decoder, "nothing")
+    monkeypatch.setattr(loading, "default_folder", lambda: None)
+    with pytest.raises(AdapterError, match="'default' is none of them"):
+        loading.load_named(decoder, "default")
+
+
+# -- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_adapters_on_the_command_line(store, made):
+    assert cli("adapters", "add", made, "--group", "law", "--store", store).exit_code == 0
+    assert json.loads(cli("adapters", "add", made, "--group", "law", "--store", store, "--json").stdout)["version"] == 2
+    listed = cli("adapters", "ls", "--store", store)
+    assert "2.00 -> 1.00" in listed.stdout
+    assert json.loads(cli("adapters", "rollback", "law", "--store", store, "--json").stdout)["version"] == 1
+    values = json.loads(cli("adapters", "ls", "--store", store, "--json").stdout)
+    assert [(one["version"], one["current"]) for one in values["adapters"]] == [(1, True), (2, False)]
+    refused = cli("adapters", "rm", "law", "--store", store)
+    assert refused.exit_code == 2
+    assert cli("adapters", "rm", "law", "--version", "1", "--yes", "--store", store).exit_code == 0
+    assert [one.version for one in Shelf(store).list()] == [2]
+    assert not [problem for problem in Store.open(store).verify() if problem.kind != "orphan"]
+    missing = cli("adapters", "rollback", "poems", "--store", store)
+    assert missing.exit_code == 1
+    assert "poems" in missing.stderr
+
+
+def test_a_group_is_given_with_the_documents(tmp_path, decoder_folder, monkeypatch):
+    from lloco_engine.cli import factory
+
+    (tmp_path / "a.md").write_text("The court of Orne sat in May.")
+    opened = {}
+
+    class Double:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ingest(self, paths, *, tenant, metadata, progress):
+            from lloco_engine.types import IngestReport
+
+            opened.update(metadata)
+            return IngestReport()
+
+    monkeypatch.setattr(factory, "open_engine", lambda *_, **__: Double())
+    assert cli("ingest", tmp_path / "a.md", "--group", "law", "--meta", "year=2024").exit_code == 0
+    assert opened == {"group": "law", "year": 2024}
+    assert cli("ingest", tmp_path / "a.md", "--group", "a/b").exit_code == 1
