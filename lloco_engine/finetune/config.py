@@ -87,7 +87,7 @@ _SMALL: dict[str, Any] = {
     "learning_rate": 8e-4,
     "warmup": 0.05,
     "epochs": 1,
-    "batch_questions": 16,
+    "batch_questions": 8,
     "ratios": (8, 12, 16, 24, 30),
     "layouts": (
         (1, 1, 0.34),
