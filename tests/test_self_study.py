@@ -151,7 +151,7 @@ def test_a_run_that_was_cut_off_goes_on_after_its_last_chunk(decoder, scripted, 
 
 def test_an_adapter_learns_the_teachers_answers(decoder, scripted, tmp_path):
     SelfStudy(decoder, ALL).run([chunk(number) for number in range(10)], tmp_path / "out.jsonl")
-    changes = {"learning_rate": 0.02, "ratios": [1], "layouts": [[1, 1, 1.0]], "text_share": 0, "none_share": 0}
+    changes = {"learning_rate": 0.02, "ratios": [8], "layouts": [[1, 1, 1.0]], "text_share": 0, "none_share": 0}
     config = preset("small", **changes, evaluate_every=3, holdout=0.2, epochs=2)
     files = [DataFile(tmp_path / "out.jsonl", self_study=True)]
     chunker = Chunker(decoder.tokenizer, ChunkConfig(200, 24, 4))
