@@ -101,10 +101,10 @@ def cli(*words: str):
 
 def test_versions_are_added_rolled_back_and_removed(store, made):
     shelf = Shelf(store)
-    assert shelf.list() == []
+    assert shelf.kept() == []
     assert shelf.current("law") is None
     assert [shelf.add(made, "law") for _ in range(3)] == [1, 2, 3]
-    assert [(one.version, one.current) for one in shelf.list()] == [(1, False), (2, False), (3, True)]
+    assert [(one.version, one.current) for one in shelf.kept()] == [(1, False), (2, False), (3, True)]
     assert shelf.rollback("law") == 2
     assert shelf.current("law") == (2, store / "adapters" / "law" / "2")
     assert shelf.rollback("law", 3) == 3
@@ -151,7 +151,7 @@ def test_an_addition_that_fails_leaves_the_group_as_it_was(store, made, monkeypa
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(AdapterError, match="No space left"):
         shelf.add(made, "law")
-    assert [one.version for one in shelf.list()] == [1]
+    assert [one.version for one in shelf.kept()] == [1]
     assert sorted(p.name for p in (store / "adapters").iterdir()) == ["law"]
 
 
@@ -234,7 +234,7 @@ def test_an_adapter_made_for_something_else_is_refused_by_name(engine, store, de
     assert result.exit_code == 1
     assert field in result.stderr
     assert value in result.stderr
-    assert engine.adapters.shelf.list() == []
+    assert engine.adapters.shelf.kept() == []
     engine.adapters.shelf.add(other, "law")  # or the decoder has changed since
     with pytest.raises(AdapterError, match=f"{field} '{value}'"):
         engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1)
@@ -291,7 +291,7 @@ def test_adapters_on_the_command_line(store, made):
     refused = cli("adapters", "rm", "law", "--store", store)
     assert refused.exit_code == 2
     assert cli("adapters", "rm", "law", "--version", "1", "--yes", "--store", store).exit_code == 0
-    assert [one.version for one in Shelf(store).list()] == [2]
+    assert [one.version for one in Shelf(store).kept()] == [2]
     assert not [problem for problem in Store.open(store).verify() if problem.kind != "orphan"]
     missing = cli("adapters", "rollback", "poems", "--store", store)
     assert missing.exit_code == 1

@@ -476,12 +476,12 @@ def test_a_store_is_as_it_was_when_a_run_ends_early_and_the_next_goes_on(store, 
     with opened(store) as engine:
         with pytest.raises(Stopped):
             finetune_store(engine, [DataFile(data)], config, group="pumps", progress=stop_after(3))
-        assert engine.adapters.shelf.list() == []
+        assert engine.adapters.shelf.kept() == []
         assert engine.ask("How much oil?", generate=GenerateConfig(max_new_tokens=4)).adapter == "none"
         steps: list[int] = []
         finetune_store(engine, [DataFile(data)], config, group="pumps", progress=lambda at: steps.append(at.step))
         assert steps[0] == 3
-        assert [one.version for one in engine.adapters.shelf.list()] == [1]
+        assert [one.version for one in engine.adapters.shelf.kept()] == [1]
     assert not [p for p in Store.open(store).verify() if p.kind != "orphan"]
 
 

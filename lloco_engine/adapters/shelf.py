@@ -83,7 +83,7 @@ class Shelf:
         version = self._state(group)[0] if _GROUP.fullmatch(group) else 0
         return (version, self.root / group / str(version)) if version else None
 
-    def list(self) -> list[Kept]:
+    def kept(self) -> list[Kept]:
         """Every adapter, by group and version.
 
         Raises:
@@ -181,7 +181,7 @@ class Shelf:
     def _publish(self, draft: Path, group: str) -> int:
         home = self.root / group
         home.mkdir(exist_ok=True)
-        version = max(self._state(group)[1], *(number for number, _ in self._versions(group)), 0) + 1
+        version: int = max([self._state(group)[1], *(number for number, _ in self._versions(group))]) + 1
         for file in draft.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())

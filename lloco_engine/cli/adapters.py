@@ -38,13 +38,13 @@ def list_adapters(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False
       lloco adapters ls
       lloco adapters ls --store work --json
     """
-    kept = _shelf(store).list()
+    kept = _shelf(store).kept()
     shipped = default_folder()
     manifest = None if shipped is None else AdapterManifest.load(shipped)
     if as_json:
         print_json({"adapters": [_as_json(one) for one in kept], "shipped": manifest and manifest.to_json()})
         return
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (one.group, one.version, "yes" if one.current else "", *_facts(one.manifest), human_bytes(one.bytes))
         for one in kept
     ]

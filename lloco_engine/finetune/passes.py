@@ -87,7 +87,8 @@ def answer_logits(
     # `_step` adds the place in the cache, which packing has moved
     offset = start + decoder._tensor(places) - torch.arange(len(places), device=decoder.runner.device) - len(template)
     hidden = decoder._step([packed], offset, trail, decoder._memory(prompts), adapter)[0]
-    wanted, at = [], shared
+    wanted: list[int] = []
+    at = shared
     for row, answer in zip(rows, answers, strict=True):
         at += len(row)
         wanted += range(at - len(answer), at)

@@ -154,7 +154,7 @@ class Finetune:
         """Hash of everything that the run depends on but its clock."""
         config = {name: value for name, value in self._config.to_json().items() if name != "max_minutes"}
         facts, compressor = self._facts, self._compressor
-        parts = [config, self._files, self._group, facts]
+        parts: list[Any] = [config, self._files, self._group, facts]
         parts += [compressor.name, compressor.settings, self._chunker.config.to_json(), self.left_out]
         parts += [None if self._start is None else self._start[0]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -287,7 +287,7 @@ def finetune_store(
         run.run(made, place, progress)
     version = shelf.add(made, group)
     shutil.rmtree(made)
-    return next(kept for kept in shelf.list() if (kept.group, kept.version) == (group, version))
+    return next(kept for kept in shelf.kept() if (kept.group, kept.version) == (group, version))
 
 
 def _weights(folder: Path, facts: dict[str, str], memory: str) -> tuple[dict[str, Any], dict[str, Any]]:

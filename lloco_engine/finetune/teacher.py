@@ -65,7 +65,7 @@ def teach(
     top = torch.softmax(made.logits, dim=-1).topk(min(TOP_K, made.logits.shape[-1]), dim=-1)
     weights = (top.values / top.values.sum(dim=-1, keepdim=True)).cpu()
     sizes = [len(answer) for answer in answers]
-    parts = zip(top.indices.cpu().split(sizes), weights.split(sizes), strict=True)
+    parts = zip(torch.split(top.indices.cpu(), sizes), torch.split(weights, sizes), strict=True)
     return [Teacher(tokens, part) for tokens, part in parts]
 
 

@@ -141,7 +141,7 @@ class Training:
         tokens = torch.zeros((), device=total.device)
         for example in mine:
             loss, _, run = self._loss(example)
-            (loss / count).backward()
+            (loss / count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             tokens += run
         for parameter in self.parameters.values():
@@ -183,7 +183,7 @@ class Training:
         made = answer_logits(self._decoder, prompts, answers, self._name)
         taught = [self._teachers.get(question.id) for question in example.questions]
         loss = made.logits.new_zeros(())
-        parts = made.logits.split(sizes), made.targets.split(sizes), taught
+        parts = torch.split(made.logits, sizes), torch.split(made.targets, sizes), taught
         for logits, targets, teacher in zip(*parts, strict=True):
             if teacher is None:
                 loss = loss + F.cross_entropy(logits, targets, reduction="sum")
