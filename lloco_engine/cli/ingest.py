@@ -84,11 +84,8 @@ def ingest(
       lloco ingest docs/
       lloco ingest a.pdf b.md --store work --meta year=2024 --meta team=pumps
       lloco ingest corpus.jsonl --ratio 8 --json
-<<<<<<< HEAD
       lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
-=======
       lloco ingest contracts/ --group law
->>>>>>> 5a51548 (Keep adapters by group and version; self-study and distillation)
     """
     metadata = parse_metadata(meta or [])
     if group is not None:
