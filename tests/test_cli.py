@@ -277,7 +277,7 @@ def test_ask_passes_every_option_on(engine):
 def test_ask_about_a_whole_document_and_without_adapter(engine):
     run("ask", "q", "--whole-document", "report.md", "--adapter", "none")
     _, _, options = engine.calls[0]
-    assert (options["whole_document"], options["adapter"], options["filters"]) == ("report.md", None, None)
+    assert (options["whole_document"], options["adapter"], options["filters"]) == ("report.md", "none", None)
 
 
 def test_ask_as_json_is_one_value_with_verbatim_spans(engine):

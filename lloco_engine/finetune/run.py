@@ -68,6 +68,7 @@ class Finetune:
 
     Raises:
         AdapterError: ``start`` is for another decoder.
+        ConfigError: the compressor makes another kind of memory than compact KV.
         DocumentError: a file is not as it must be; names line and field.
     """
 
@@ -87,6 +88,11 @@ class Finetune:
     ) -> None:
         self._decoder, self._compressor, self._chunker, self._config = decoder, compressor, chunker, config
         self._group, self._store, self._tenant = group, store, tenant
+        if compressor.memory != "compact_kv":
+            raise ConfigError(
+                f"an adapter is trained on compact KV, and {compressor.name!r} makes {compressor.memory!r}: "
+                "use a store of another compressor"
+            )
         self._facts = facts_of(decoder)
         self._start = None if start is None else _weights(start, self._facts, compressor.memory)
         self._files: list[dict[str, Any]] = []

@@ -85,7 +85,8 @@ class Segments:
             return None
         for tenant in self._tenants:
             try:
-                return self._store.load_segment(manifests.segment_id(self._store.manifest, tenant, ids))
+                found = self._store.load_segment(manifests.segment_id(self._store.manifest, tenant, ids))
+                return found if isinstance(found, Segment) else None
             except SegmentUnavailable:
                 continue
         return None
@@ -96,6 +97,7 @@ class Segments:
             segment = files.read(self._path(name), name, self._form)
         except SegmentUnavailable:
             return None
+        assert isinstance(segment, Segment)
         return replace(segment, source_tokens=len(ids))
 
     def _name(self, ids: Ids, ratio: float) -> str:
