@@ -348,7 +348,7 @@ def test_settings_have_rules(changes, message):
 
 
 def test_an_adapter_that_is_not_loaded_is_refused(data, decoder):
-    with pytest.raises(AdapterError, match="'law' is not loaded; there is none"):
+    with pytest.raises(AdapterError, match="'law' is none of them; loaded: none"):
         run(config(data, adapter="law"), decoder=decoder)
 
 

@@ -83,14 +83,15 @@ def test_packed_questions_give_the_losses_and_gradients_of_each_alone(kind, fami
     difference = 1e-3
     for parameter, gradient in zip(parameters.values(), found, strict=True):
         where = int(gradient.abs().argmax())
-        flat = parameter.data.view(-1)
-        before = float(flat[where])
+        before = parameter.detach().clone()
         sides = []
         for sign in (1, -1):
-            flat[where] = before + sign * difference
+            with torch.no_grad():
+                parameter.view(-1)[where] = before.view(-1)[where] + sign * difference
             decoder._prefix_cache.clear()  # the template is read with the adapter too
             sides.append(sum(total for total, _ in decoder.answer_losses(prompts, ANSWERS[: len(asked)], "new")))
-        flat[where] = before
+        with torch.no_grad():
+            parameter.copy_(before)
         slope = (sides[0] - sides[1]) / (2 * difference)
         assert float(gradient.view(-1)[where]) == pytest.approx(slope, rel=0.05, abs=0.01)
 

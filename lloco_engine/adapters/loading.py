@@ -13,7 +13,7 @@ from lloco_engine.errors import AdapterError
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
 
-__all__ = ["DEFAULT", "default_folder", "facts_of", "load", "load_named", "read"]
+__all__ = ["DEFAULT", "default_folder", "facts_of", "hash_of_named", "load", "load_named", "read"]
 
 DEFAULT = "default"  # group of documents that have none; the shipped adapter's name
 
@@ -103,3 +103,11 @@ def load_named(decoder: LocalDecoder, reference: str, memory: str = "compact_kv"
     if name not in decoder.adapters:
         load(decoder, folder, name, memory)
     return name
+
+
+def hash_of_named(reference: str) -> str | None:
+    """SHA-256 of the weights that `load_named` would load; None for what was loaded by hand."""
+    folder = default_folder() if reference == DEFAULT else Path(reference).expanduser()
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    return AdapterManifest.load(folder).weights_sha256

@@ -172,6 +172,7 @@ class LocalDecoder:
         if self._adapters.pop(name, None) is not None:
             with self._lock, models.quiet():
                 self.runner.model.delete_adapter(name)
+                self.runner.forget(name)
                 self._prefix_cache.pop(name, None)
 
     def _outer(self) -> list[Any]:

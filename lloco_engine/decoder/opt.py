@@ -65,6 +65,7 @@ class OptRunner(Runner):
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.scale = self.shape.head_dim**-0.5
         self.adapter = None
+        self._low_rank, self._made = {}, {}
         self._head = FusedLinear(model, ("lm_head",))
 
     def forward(

@@ -146,6 +146,12 @@ class Runner:
                 self._made.pop((name, few), None)
         return low_rank is not None
 
+    def forget(self, name: str) -> None:
+        """Let go of what was read of an adapter: another may come under its name."""
+        self._low_rank.pop(name, None)
+        for few in (True, False):
+            self._made.pop((name, few), None)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., vocabulary) in float32 from hidden states (..., hidden)."""
         few = hidden.shape[:-1].numel() <= _FEW and not torch.is_grad_enabled()

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lloco_engine import __version__
+from lloco_engine.adapters.loading import hash_of_named, load_named
 from lloco_engine.compress import registry
 from lloco_engine.config import ChunkConfig, CompressConfig, Config
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
-from lloco_engine.errors import AdapterError, ConfigError, DocumentError
+from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import results, tasks
 from lloco_engine.eval.data import Group
 from lloco_engine.eval.machine import check_writable, circumstances, write_json
@@ -44,7 +45,7 @@ class EvalConfig(Config):
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
         top_k: chunks that the ``_retrieved`` methods read.
-        adapter: names of adapters with commas between them, of which ``"none"`` is the base weights.
+        adapter: references as `load_named` takes them, with commas between them; ``"none"`` is the base weights.
         answers: also generate answers and score them.
         max_new_tokens: longest answer that is generated; None is the task's own.
         decoder, device: as `LocalDecoder.load` takes them.
@@ -134,7 +135,7 @@ def run(
 
     Raises:
         DocumentError: the data are not as they must be.
-        AdapterError: an adapter is not loaded.
+        AdapterError: there is no such adapter, or it is for another decoder.
         ConfigError, ModelNotFound, PromptTooLong: as their messages say.
     """
     task = tasks.get(config.task, **config.task_settings)
@@ -154,7 +155,6 @@ def run(
         passages_per_chunk=config.passages_per_chunk,
         segments=config.segments,
     )
-    _check_adapters(config, decoder)
     evaluation = _Evaluation(config, task, decoder, embedder, cache or cache_folder() / "eval")
     facts = evaluation.facts()
     partial = Partial(output, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
@@ -189,14 +189,6 @@ def run(
     return result
 
 
-def _check_adapters(config: EvalConfig, decoder: LocalDecoder) -> None:
-    for name in config.adapters:
-        if name != "none" and name not in decoder.adapters:
-            raise AdapterError(
-                f"adapter {name!r} is not loaded; there is {', '.join(decoder.adapters) or 'none'}: use --adapter none"
-            )
-
-
 class _Evaluation:
     """Measures one row of one group at a time."""
 
@@ -204,6 +196,7 @@ class _Evaluation:
         self, config: EvalConfig, task: Task, decoder: LocalDecoder, embedder: Encoder | None, cache: Path
     ) -> None:
         self.config, self.task, self.decoder, self._given = config, task, decoder, embedder
+        self.adapters = {name: load_named(decoder, name) for name in config.adapters}
         kinds = {METHODS[name].memory for name in config.methods if METHODS[name].compresses}
         self.compressors = {
             kind: registry.get(config.compressor if kind == "kv" else kind) for kind in sorted(kinds | {"kv"})
@@ -229,7 +222,7 @@ class _Evaluation:
     def measure(self, material: Material, row: Row) -> dict[str, Any]:
         """What `Scorer.measure` gives, and how many chunks of the group had to be split where that mattered."""
         method = METHODS[row.method]
-        value = self._scorer.measure(material, method, row.ratio, None if row.adapter == "none" else row.adapter)
+        value = self._scorer.measure(material, method, row.ratio, self.adapters[row.adapter])
         return value | {"split": material.split if method.compresses else 0}
 
     def facts(self) -> dict[str, Any]:
@@ -239,6 +232,7 @@ class _Evaluation:
             "methods": list(config.methods),
             "ratios": [int(ratio) if ratio == int(ratio) else ratio for ratio in config.ratios],
             "task_settings": self.task.settings,
+            "adapters": {name: hash_of_named(name) for name in config.adapters if name != "none"},
             "max_new_tokens": config.max_new_tokens or self.task.max_new_tokens,
             "decoder": {
                 "name": config.decoder,
