@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from lloco_engine.adapters.loading import facts_of
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import AdapterError, ConfigError, DocumentError
 from lloco_engine.eval import metrics, tasks
@@ -348,8 +350,21 @@ def test_settings_have_rules(changes, message):
 
 
 def test_an_adapter_that_is_not_loaded_is_refused(data, decoder):
-    with pytest.raises(AdapterError, match="'law' is none of them; loaded: none"):
+    with pytest.raises(AdapterError, match="'law' is none of them"):
         run(config(data, adapter="law"), decoder=decoder)
+
+
+def test_the_shipped_adapter_is_used_where_it_fits(data, decoder, monkeypatch):
+    from lloco_engine.eval.run import _fitting
+
+    assert _fitting(decoder, "auto") == "none" and _fitting(decoder, "law") == "law"
+    monkeypatch.setattr(
+        "lloco_engine.eval.run.AdapterManifest.load", lambda folder: SimpleNamespace(**facts_of(decoder))
+    )
+    monkeypatch.setattr("lloco_engine.eval.run.default_folder", lambda: Path("shipped"))
+    assert _fitting(decoder, "auto") == "default"
+    monkeypatch.setattr("lloco_engine.eval.run.default_folder", lambda: None)
+    assert _fitting(decoder, "auto") == "none"
 
 
 def test_an_output_that_cannot_be_written_is_refused_first(data, decoder, tmp_path):

@@ -71,8 +71,12 @@ def evaluate(
     ] = 1,
     top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Chunks that the _retrieved methods read.")] = 4,
     adapter: Annotated[
-        str, typer.Option(metavar="NAMES", help="LoRA adapters to answer with, one block of rows each; 'none' is one.")
-    ] = "none",
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Adapters, a block of rows each: none, default, a folder; auto: the shipped one that fits.",
+        ),
+    ] = "auto",
     answers: Annotated[
         bool, typer.Option("--answers/--no-answers", help="Also generate answers and score them.")
     ] = True,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lloco_engine import __version__
-from lloco_engine.adapters.loading import hash_of_named, load_named
+from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
+from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
 from lloco_engine.config import ChunkConfig, CompressConfig, Config
 from lloco_engine.decoder.local import LocalDecoder
@@ -45,7 +46,8 @@ class EvalConfig(Config):
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
         top_k: chunks that the ``_retrieved`` methods read.
-        adapter: references as `load_named` takes them, with commas between them; ``"none"`` is the base weights.
+        adapter: adapters with commas between them: ``"none"`` (the base weights), ``"default"`` (the shipped one), the
+            name of a loaded one, or a folder; ``"auto"`` is the shipped one where it is for this decoder, else none.
         answers: also generate answers and score them.
         max_new_tokens: longest answer that is generated; None is the task's own.
         decoder, device: as `LocalDecoder.load` takes them.
@@ -64,7 +66,7 @@ class EvalConfig(Config):
     passages_per_chunk: int = 1
     segments: int = 1
     top_k: int = 4
-    adapter: str = "none"
+    adapter: str = "auto"
     answers: bool = True
     max_new_tokens: int | None = None
     decoder: str = DEFAULT_DECODER
@@ -99,12 +101,11 @@ class EvalConfig(Config):
         """The adapters that there is a block of rows for."""
         return tuple(dict.fromkeys(name.strip() for name in self.adapter.split(",") if name.strip()))
 
-    @property
-    def rows(self) -> list[Row]:
-        """What each row of the result is about."""
+    def rows(self, adapters: Sequence[str]) -> list[Row]:
+        """What each row of the result is about, with the names that the adapters have in the decoder."""
         return [
             Row(method, ratio, adapter)
-            for adapter in self.adapters
+            for adapter in adapters
             for method in self.methods
             for ratio in (self.ratios if METHODS[method].by_ratio else (None,))
         ]
@@ -135,7 +136,7 @@ def run(
 
     Raises:
         DocumentError: the data are not as they must be.
-        AdapterError: there is no such adapter, or it is for another decoder.
+        AdapterError: an adapter is not there, or is not for this decoder.
         ConfigError, ModelNotFound, PromptTooLong: as their messages say.
     """
     task = tasks.get(config.task, **config.task_settings)
@@ -155,10 +156,17 @@ def run(
         passages_per_chunk=config.passages_per_chunk,
         segments=config.segments,
     )
+    references = list(dict.fromkeys(_fitting(decoder, reference) for reference in config.adapters))
+    adapters = [load_named(decoder, reference) or "none" for reference in references]
     evaluation = _Evaluation(config, task, decoder, embedder, cache or cache_folder() / "eval")
-    facts = evaluation.facts()
+    facts = evaluation.facts() | {
+        "adapter": ",".join(adapters),
+        "adapter_sha256": {
+            name: hash_of_named(ref) for name, ref in zip(adapters, references, strict=True) if ref != "none"
+        },
+    }
     partial = Partial(output, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
-    rows = config.rows
+    rows = config.rows(adapters)
     total, done = len(rows) * sum(len(group.questions) for group in groups), 0
     for number, group in enumerate(groups):
         material = evaluation.material(group)
@@ -189,6 +197,16 @@ def run(
     return result
 
 
+def _fitting(decoder: LocalDecoder, reference: str) -> str:
+    """What ``"auto"`` stands for with this decoder; any other reference is itself."""
+    if reference != "auto":
+        return reference
+    folder = default_folder()
+    manifest = None if folder is None else AdapterManifest.load(folder)
+    fits = manifest is not None and all(getattr(manifest, name) == fact for name, fact in facts_of(decoder).items())
+    return DEFAULT if fits else "none"
+
+
 class _Evaluation:
     """Measures one row of one group at a time."""
 
@@ -196,7 +214,6 @@ class _Evaluation:
         self, config: EvalConfig, task: Task, decoder: LocalDecoder, embedder: Encoder | None, cache: Path
     ) -> None:
         self.config, self.task, self.decoder, self._given = config, task, decoder, embedder
-        self.adapters = {name: load_named(decoder, name) for name in config.adapters}
         kinds = {METHODS[name].memory for name in config.methods if METHODS[name].compresses}
         self.compressors = {
             kind: registry.get(config.compressor if kind == "kv" else kind) for kind in sorted(kinds | {"kv"})
@@ -222,7 +239,7 @@ class _Evaluation:
     def measure(self, material: Material, row: Row) -> dict[str, Any]:
         """What `Scorer.measure` gives, and how many chunks of the group had to be split where that mattered."""
         method = METHODS[row.method]
-        value = self._scorer.measure(material, method, row.ratio, self.adapters[row.adapter])
+        value = self._scorer.measure(material, method, row.ratio, None if row.adapter == "none" else row.adapter)
         return value | {"split": material.split if method.compresses else 0}
 
     def facts(self) -> dict[str, Any]:
@@ -232,7 +249,6 @@ class _Evaluation:
             "methods": list(config.methods),
             "ratios": [int(ratio) if ratio == int(ratio) else ratio for ratio in config.ratios],
             "task_settings": self.task.settings,
-            "adapters": {name: hash_of_named(name) for name in config.adapters if name != "none"},
             "max_new_tokens": config.max_new_tokens or self.task.max_new_tokens,
             "decoder": {
                 "name": config.decoder,
