@@ -71,7 +71,7 @@ class Needle(Task):
     name = "needle"
     about = "facts hidden in a long text at ten depths, 1k to 128k tokens; a folder of .txt, else the demo's documents"
     scores = ("success", "f1")
-    max_new_tokens = 24
+    max_new_tokens = 48
     where = "essays"
 
     def __init__(
