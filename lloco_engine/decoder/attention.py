@@ -12,8 +12,6 @@ from lloco_engine.decoder.memory import LayerMemory
 
 __all__ = ["Cache", "attend"]
 
-_FLASH_FROM = 16  # new tokens from which the fused kernel serves; a guess, not tuned
-
 
 class Cache:
     """Keys and values of the live tokens: template prefix, question and what was generated.
@@ -105,9 +103,10 @@ def attend(
     """
     rows, query_heads, tokens, dim = q.shape
     heads = keys.shape[1]
-    if memory is None and tokens >= _FLASH_FROM:
+    if memory is None:
+        causal = mask is None and tokens > 1
         read = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            q, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
         return read.transpose(1, 2).reshape(rows, tokens, -1)
     group = query_heads // heads
@@ -119,8 +118,5 @@ def attend(
     if mask is not None:
         scores = (scores.view(rows, heads * group, tokens, live) + mask).view(rows * heads, group * tokens, live)
     values = values.reshape(rows * heads, live, dim)
-    if memory is None:
-        read = torch.bmm(torch.softmax(scores, dim=-1), values)
-    else:
-        read = memory.attend(queries, scores, values)
+    read = memory.attend(queries, scores, values)
     return read.view(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)

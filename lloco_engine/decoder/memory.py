@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lloco_engine.types import Prefix, Segment
+from lloco_engine.types import Prefix
 
 __all__ = ["LayerMemory", "Memory"]
 
@@ -111,9 +111,23 @@ class Memory:
         self, prefixes: Sequence[Prefix | None], device: torch.device, dtype: torch.dtype, rotate: Rotate
     ) -> None:
         self._device, self._dtype, self._rotate = device, dtype, rotate
-        placed = [list(zip(p.compact, p.offsets, strict=True)) if p is not None else [] for p in prefixes]
-        self._layers_heads = next(tuple(s.lengths.shape) for row in placed for s, _ in row)
-        self._rows = [[(s, offset, _starts(s.lengths)) for s, offset in row] for row in placed]
+        rows = [list(zip(p.compact, p.offsets, strict=True)) if p is not None else [] for p in prefixes]
+        entries = [entry for row in rows for entry in row]
+        self._count = len(rows)
+        self._row = torch.tensor([number for number, row in enumerate(rows) for _ in row])  # of each segment
+        self._offsets = [offset for _, offset in entries]
+        self._lengths = torch.stack([segment.lengths for segment, _ in entries], dim=1)  # (L, segments, H)
+        # a layer's slots of all heads lie together in a segment: one slice each, taken for all layers at once
+        sizes = [segment.lengths.sum(dim=-1).tolist() for segment, _ in entries]
+        self._slots = [
+            list(
+                zip(
+                    *(getattr(segment, name).split(each) for (segment, _), each in zip(entries, sizes, strict=True)),
+                    strict=True,
+                )
+            )
+            for name in ("keys", "values", "bias")
+        ]
         self._layers: dict[int, LayerMemory] = {}
 
     @classmethod
@@ -133,53 +147,59 @@ class Memory:
         return self._layers[index]
 
     def _lay_out(self, layer: int) -> LayerMemory:
-        heads_per_row = self._layers_heads[1]
-        pieces: list[list[tuple[int, int, int]]] = []  # per owner: (segment number, first slot, last slot)
-        flat = [entry for row in self._rows for entry in row]
-        number = 0
-        for row in self._rows:
-            for head in range(heads_per_row):
-                at = layer * heads_per_row + head
-                pieces.append([(number + i, entry[2][at], entry[2][at + 1]) for i, entry in enumerate(row)])
-            number += len(row)
-        sizes = [sum(end - start for _, start, end in owned) for owned in pieces]
-        longest = max(sizes)
-        one_block = len(sizes) * longest - sum(sizes) <= _WORTH
+        sizes = self._lengths[layer]  # (segments, H)
+        heads = self._count * sizes.shape[1]
+        owners = self._row[:, None] * sizes.shape[1] + torch.arange(sizes.shape[1])
+        counts = torch.zeros(heads, dtype=torch.int64).index_add_(0, owners.flatten(), sizes.flatten())
+        longest, slots = int(counts.max()), int(counts.sum())
+        one_block = heads * longest - slots <= _WORTH
         width = longest if one_block else _WIDTH
-        blocks = [1 if one_block else max(1, -(-size // width)) for size in sizes]
-        total, dim = sum(blocks), flat[0][0].keys.shape[1]
-        keys = torch.zeros(total * width, dim, device=self._device, dtype=self._dtype)
-        values = torch.zeros_like(keys)
-        bias = torch.full((total * width,), -torch.inf, device=self._device, dtype=self._dtype)
-        begin = 0
-        for owned, size, count in zip(pieces, sizes, blocks, strict=True):
-            if size:
-                here = slice(begin, begin + size)
-                keys[here] = self._joined([self._keys(flat[n], a, b) for n, a, b in owned])
-                values[here] = self._joined([flat[n][0].values[a:b] for n, a, b in owned])
-                bias[here] = self._joined([flat[n][0].bias[a:b] for n, a, b in owned])
-            begin += count * width
-        owner = None
-        if not one_block:
-            owner = torch.repeat_interleave(torch.tensor(blocks)).to(self._device)
+        blocks = torch.ones_like(counts) if one_block else (-(-counts // width)).clamp_min(1)
+        index = self._places(sizes, owners, counts, blocks, width)
+        keys, values, bias = (
+            torch.cat(self._parts(name, layer)).index_select(0, index).to(self._device, self._dtype)
+            for name in range(3)
+        )
+        total = int(blocks.sum())
+        owner = None if one_block else torch.repeat_interleave(blocks).to(self._device)
         return LayerMemory(
-            keys.view(total, width, dim).transpose(1, 2).contiguous(),
-            values.view(total, width, dim),
+            keys.view(total, width, -1).transpose(1, 2).contiguous(),
+            values.view(total, width, -1),
             bias.view(total, 1, width),
             owner,
-            len(sizes),
+            heads,
         )
 
-    def _keys(self, entry: tuple[Segment, int, list[int]], start: int, end: int) -> torch.Tensor:
-        segment, offset, _ = entry
-        keys = segment.keys[start:end]
-        return self._rotate(keys, offset) if offset else keys
+    @staticmethod
+    def _places(
+        sizes: torch.Tensor, owners: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """Which slot of the layer, as they lie by segment and head, fills which place of the blocks.
 
-    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        parts = [part.to(self._device) for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        Args:
+            sizes, owners: (segments, H) slots of each piece, and the head in R that reads it.
+            counts, blocks: (R,) slots and blocks of each head; width: slots of a block.
 
+        Returns:
+            (blocks * width,) numbers of slots; a place that is filled up has the number after the last slot's.
+        """
+        slots = int(counts.sum())
+        pieces = sizes.flatten()
+        order = torch.argsort(owners.flatten(), stable=True)
+        taken, first = pieces[order], (pieces.cumsum(0) - pieces)[order]
+        here = torch.arange(slots)
+        source = here + torch.repeat_interleave(first - (taken.cumsum(0) - taken), taken)
+        moved = (blocks.cumsum(0) - blocks) * width - (counts.cumsum(0) - counts)
+        index = torch.full((int(blocks.sum()) * width,), slots)
+        index[here + torch.repeat_interleave(moved, counts)] = source
+        return index
 
-def _starts(lengths: torch.Tensor) -> list[int]:
-    """First slot of each (layer, head) and, last, the number of slots."""
-    return [0, *lengths.flatten().cumsum(0).tolist()]
+    def _parts(self, name: int, layer: int) -> list[torch.Tensor]:
+        """One layer's keys (0), values (1) or biases (2) of every segment, and what fills a block up."""
+        parts = list(self._slots[name][layer])
+        if name == 0:
+            parts = [
+                self._rotate(keys, offset).to(keys.device) if offset else keys
+                for keys, offset in zip(parts, self._offsets, strict=True)
+            ]
+        return [*parts, parts[0].new_full((1, *parts[0].shape[1:]), -torch.inf if name == 2 else 0)]

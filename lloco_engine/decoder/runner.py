@@ -40,7 +40,8 @@ class _Layer:
         self.gate_up = FusedLinear(mlp, ("gate_proj", "up_proj"))
         self.down = FusedLinear(mlp, ("down_proj",))
         self.activation = mlp.act_fn
-        self.norm_in, self.norm_out = layer.input_layernorm, layer.post_attention_layernorm
+        self.weight_in, self.weight_out = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.epsilon = float(layer.input_layernorm.variance_epsilon)
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.scale = float(attention.scaling)
 
@@ -48,6 +49,14 @@ class _Layer:
     def fused(self) -> tuple[FusedLinear, FusedLinear, FusedLinear, FusedLinear]:
         """The products in the order in which they are taken."""
         return self.qkv, self.o, self.gate_up, self.down
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """``x`` over its root mean square, times ``weight``; on the CPU in few operations: a step has 61 of them."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.rsqrt(length.square() / x.shape[-1] + epsilon) * weight
 
 
 class Runner:
@@ -101,7 +110,7 @@ class Runner:
         mask = cache.begin(tokens)
         hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
         for index, layer in enumerate(self.layers):
-            x = F.rms_norm(hidden, (shape.hidden,), layer.norm_in.weight, layer.norm_in.variance_epsilon)
+            x = _rms_norm(hidden, layer.weight_in, layer.epsilon)
             qkv = next(products)(x).view(rows, tokens, -1, shape.head_dim)
             q, k = qkv[:, :, : shape.query_heads], qkv[:, :, shape.query_heads : -shape.kv_heads]
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -117,7 +126,7 @@ class Runner:
             else:
                 read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), layer.scale)
             hidden = hidden + next(products)(read)
-            x = F.rms_norm(hidden, (shape.hidden,), layer.norm_out.weight, layer.norm_out.variance_epsilon)
+            x = _rms_norm(hidden, layer.weight_out, layer.epsilon)
             gate, up = torch.chunk(next(products)(x), 2, dim=-1)
             hidden = hidden + next(products)(layer.activation(gate) * up)
         cache.end(tokens)
