@@ -6,10 +6,12 @@ A name is ``"embedded"`` (the model inside an installed wheel: no hub, no networ
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -34,6 +36,7 @@ __all__ = [
     "decoder_folder",
     "embedded_decoder_folder",
     "embedder_folder",
+    "keep_freed_memory",
     "load_causal_lm",
     "load_tokenizer",
     "model_fingerprint",
@@ -56,6 +59,8 @@ _CONVERSION = 2  # raised whenever the converted copy would come out different
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 _WRAPPED = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": ""}  # what a training run puts before its weights' names
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
+_MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 _SAMPLE = 256  # bytes read at the start, middle and end of every tensor
 
 
@@ -359,6 +364,8 @@ def load_causal_lm(
         raise ModelNotFound(f"the decoder in {folder} could not be read: {error}") from error
     model.eval()
     model.requires_grad_(False)
+    if place.type == "cpu":
+        keep_freed_memory()
     return model.to(place)  # type: ignore[no-any-return]
 
 
@@ -389,6 +396,20 @@ def read_tensor(folder: str | Path, name: str) -> torch.Tensor:
             if f".{key}".endswith(f".{name}"):
                 return value.clone()
     raise ModelNotFound(f"the weights in {folder} must hold {name}, and they do not")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed, up to half a gigabyte, for what comes next.
+
+    By default it hands large blocks back to the system at once, and the next ones come as fresh pages, which cost more
+    to fault in than what a pass computes in them (docs/decisions/0001). A process that sets glibc's own
+    ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` is left alone, and so is one with another C library.
+    """
+    if platform.libc_ver()[0] != "glibc" or _MALLOC_SETTINGS & os.environ.keys():
+        return
+    libc = ctypes.CDLL(None)
+    for parameter, size in ((_TRIM_THRESHOLD, 1 << 29), (_MMAP_THRESHOLD, 1 << 25)):  # the second at its largest
+        libc.mallopt(parameter, size)
 
 
 def pick_device(requested: str | torch.device | None = None) -> torch.device:
