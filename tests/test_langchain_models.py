@@ -205,7 +205,7 @@ def test_options_of_a_call_and_of_the_model(engine, model):
     with pytest.raises(ValueError, match="not 'colour'"):
         model.invoke("Hi", colour="red")
     for asked in (model.bind(adapter="law"), model.model_copy(update={"adapter": "law"})):
-        with pytest.raises(AdapterError, match="'law' is not"):
+        with pytest.raises(AdapterError, match="'law' is none of them"):
             asked.invoke("Hi")
     named = model.with_config({"run_name": "mine", "tags": ["x"]})
     assert text(named.invoke("Hi")) == text(model.invoke("Hi"))
