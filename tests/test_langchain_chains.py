@@ -181,6 +181,9 @@ def test_contextual_compression_retriever(engine, spy, chat, foreign):
     retrieval_chain(chat, retriever).invoke({"input": QUESTION})
     assert len(spy.segments) == 4
     assert (spy.last[0], spy.last[1]["context"]) == (QUESTION, "The pump house is empty (LLC:")
+    claimed = Document(page_content="Some text.", metadata={"lloco_handle": f"[[LLC:{'a' * 32}]]"})
+    with pytest.raises(SegmentUnavailable, match="every chunk must have a segment"):
+        LLoCODocumentCompressor(engine=engine, on_missing="error").compress_documents([claimed], QUESTION)
     again = compressor.compress_documents(documents, QUESTION)
     assert again == [*documents]
 

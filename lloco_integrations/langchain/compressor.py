@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from lloco_engine import Engine
 from lloco_integrations.chunks import views
 from lloco_integrations.handles import Handles
-from lloco_integrations.langchain.documents import HANDLE, LLoCODocument, shown
+from lloco_integrations.langchain.documents import LLoCODocument, shown
 
 __all__ = ["LLoCODocumentCompressor"]
 
@@ -54,7 +54,8 @@ class LLoCODocumentCompressor(BaseDocumentCompressor):
         Raises:
             SegmentUnavailable: a text is not known, and ``on_missing`` is ``"error"``.
         """
-        rest = [document for document in documents if not _has_handle(document)]
+        # only the class tells: metadata, with which a foreign store could claim to hold a handle, is untrusted
+        rest = [document for document in documents if not isinstance(document, LLoCODocument)]
         made = iter(
             views(
                 self.engine,
@@ -65,10 +66,6 @@ class LLoCODocumentCompressor(BaseDocumentCompressor):
             )
         )
         return [
-            document if _has_handle(document) else shown(document, next(made), annotate=self.annotate)
+            document if isinstance(document, LLoCODocument) else shown(document, next(made), annotate=self.annotate)
             for document in documents
         ]
-
-
-def _has_handle(document: Document) -> bool:
-    return isinstance(document, LLoCODocument) or HANDLE in document.metadata
