@@ -51,7 +51,8 @@ class LLoCOLLM(LLM):
     Args:
         engine: answers; shared by everything on one store.
         tenant: whose handles are resolved; see `for_scope`.
-        adapter: name of a loaded LoRA adapter, or None.
+        adapter: a group or the name of a loaded LoRA adapter; None takes that of what is read, ``"none"`` the base
+            weights.
         max_tokens: longest answer.
         temperature: 0 is greedy.
         top_p: as in `GenerateConfig`.
@@ -70,7 +71,7 @@ class LLoCOLLM(LLM):
     """
 
     tenant: str = Field(default="", description="Whose documents are read.")
-    adapter: str | None = Field(default=None, description="Name of a loaded LoRA adapter.")
+    adapter: str | None = Field(default=None, description="Which LoRA adapter answers.")
     max_tokens: int = Field(default=128, description="Longest answer.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus of sampling.")
