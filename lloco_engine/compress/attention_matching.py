@@ -181,7 +181,8 @@ class _Watch:
         own_lse = own_lse.reshape(lse.shape)
         share = torch.sigmoid(lse - own_lse).to(keys.dtype).reshape(1, heads, tokens, 1)
         read = torch.lerp(own, output.reshape(1, heads, tokens, dim), share)
-        self._note(rows[0] * self._scale, output[0], lse[0], torch.logaddexp(lse, own_lse)[0], keys[0], values[0])
+        kept = spread(group, tokens, self._fit_rows, device=keys.device)
+        self._note(rows[0] * self._scale, output[0], lse[0], torch.logaddexp(lse, own_lse)[0], keys[0], values[0], kept)
         return read.transpose(1, 2).reshape(1, tokens, -1)
 
     def _note(
@@ -192,21 +193,42 @@ class _Watch:
         whole_lse: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        kept: torch.Tensor,
     ) -> None:
-        """What the rows (H, R, D) of a layer see: the largest attention of all rows, the rest of every ``step``-th."""
+        """What the rows (H, R, D) of a layer see: the attention of all of them, the rest of those in ``kept``."""
         fixed, chunk = keys[:, : self._first], keys[:, self._first : self._context]
-        largest = chunk.new_full(chunk.shape[:2], -torch.inf)
+        largest, total = chunk.new_zeros(2, *chunk.shape[:2])
         for row in range(0, queries.shape[1], _ROWS):
             part = slice(row, row + _ROWS)
             logits = torch.baddbmm(-whole_lse[:, part, None].to(keys.dtype), queries[:, part], chunk.transpose(1, 2))
-            torch.maximum(largest, logits.amax(dim=1), out=largest)
-        step = -(-queries.shape[1] // self._fit_rows)
-        queries, output, lse = queries[:, ::step], output[:, ::step], lse[:, ::step, None]
-        mean = torch.baddbmm(-lse.to(keys.dtype), queries, chunk.transpose(1, 2)).exp_().mean(dim=1)
-        fixed_mass = torch.baddbmm(-lse.to(keys.dtype), queries, fixed.transpose(1, 2)).exp_().sum(dim=-1)
+            weights = logits.exp_()
+            torch.maximum(largest, weights.amax(dim=1), out=largest)
+            total += weights.sum(dim=1)
+        mean = total / queries.shape[1]
         length = values[:, self._first : self._context].norm(dim=-1)
-        importance = largest.exp_() * mean.pow_(_SPREAD) * length.pow_(_LENGTH)
+        importance = largest * mean.pow_(_SPREAD) * length.pow_(_LENGTH)
+        queries, output, lse = queries[:, kept], output[:, kept], lse[:, kept, None]
+        fixed_mass = torch.baddbmm(-lse.to(keys.dtype), queries, fixed.transpose(1, 2)).exp_().sum(dim=-1)
         self.seen.append(_Seen(importance, queries, lse, output, (1 - fixed_mass).clamp_min_(0)))
+
+
+def spread(group: int, tokens: int, most: int, device: torch.device | None = None) -> torch.Tensor:
+    """About ``most`` of a KV head's rows, of which each query head gives those of other tokens.
+
+    Few queries ask for any one position: with the same tokens left out of all query heads, every second position would
+    lose all of its own.
+
+    Returns:
+        (rows,) int64 numbers in ``group * tokens``, ascending.
+    """
+    step = -(-group * tokens // most)
+    starts = (head * step // group for head in range(group))
+    return torch.cat(
+        [
+            torch.arange(head * tokens + start, (head + 1) * tokens, step, device=device)
+            for head, start in enumerate(starts)
+        ]
+    )
 
 
 def attention(
