@@ -113,7 +113,7 @@ def reference_heads(decoder: LocalDecoder, model, ids: list[int]) -> list[list[H
                     weights = softmax(np.where(visible[t], seen, -np.inf))
                     importance = np.maximum(importance, weights[first:past])
                     mean += weights[first:past] / (group * count)
-            importance = importance * mean**0.3 * np.linalg.norm(values[head, first:past], axis=-1) ** 0.35
+            importance = importance * mean**0.15 * np.linalg.norm(values[head, first:past], axis=-1) ** 0.35
             row.append(Head(first, keys[head, :past], values[head, :past], np.stack(logits), importance))
         heads.append(row)
     return heads

@@ -24,8 +24,8 @@ __all__ = ["AttentionMatching", "nnls"]
 
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
-_ROWS = 1024  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
-_SPREAD = 0.3  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
+_ROWS = 128  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
+_SPREAD = 0.15  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
 _LENGTH = 0.35  # power of the value's length in it
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
@@ -174,42 +174,42 @@ class _Watch:
         heads, tokens = queries.shape[1], queries.shape[2]
         group = heads // keys.shape[1]
         # apart, and then put together by their partition sums: the fits need the context's own output and sum
-        rows = queries.reshape(1, heads // group, group * tokens, dim)
-        output, lse = attention(rows, keys[:, :, :context], values[:, :, :context], self._scale)
         own_keys, own_values = (x[:, :, context:].repeat_interleave(group, 1) for x in (keys, values))
         own, own_lse = attention(queries, own_keys, own_values, self._scale, causal=True)
-        own_lse = own_lse.reshape(lse.shape)
+        rows = queries.reshape(heads // group, group * tokens, dim) * self._scale
+        own_lse = own_lse.reshape(rows.shape[:2])
+        output, lse = self._note(rows, keys[0, :, :context], values[0, :, :context], own_lse, group)
         share = torch.sigmoid(lse - own_lse).to(keys.dtype).reshape(1, heads, tokens, 1)
         read = torch.lerp(own, output.reshape(1, heads, tokens, dim), share)
-        kept = spread(group, tokens, self._fit_rows, device=keys.device)
-        self._note(rows[0] * self._scale, output[0], lse[0], torch.logaddexp(lse, own_lse)[0], keys[0], values[0], kept)
         return read.transpose(1, 2).reshape(1, tokens, -1)
 
     def _note(
-        self,
-        queries: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        whole_lse: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        kept: torch.Tensor,
-    ) -> None:
-        """What the rows (H, R, D) of a layer see: the attention of all of them, the rest of those in ``kept``."""
-        fixed, chunk = keys[:, : self._first], keys[:, self._first : self._context]
-        largest, total = chunk.new_zeros(2, *chunk.shape[:2])
-        for row in range(0, queries.shape[1], _ROWS):
-            part = slice(row, row + _ROWS)
-            logits = torch.baddbmm(-whole_lse[:, part, None].to(keys.dtype), queries[:, part], chunk.transpose(1, 2))
-            weights = logits.exp_()
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, own_lse: torch.Tensor, group: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a layer's rows (H, R, D) over the context (H, S, D), noted; gives its output and log sums.
+
+        A position's importance is of the attention over the context and the repetition's own tokens together; the log
+        sums of these are ``own_lse`` (H, R). It takes every row, the fits take some.
+        """
+        largest, total = keys.new_zeros(2, *keys.shape[:2])
+        outputs, sums = [], []
+        for part, own in zip(queries.split(_ROWS, dim=1), own_lse.split(_ROWS, dim=1), strict=True):
+            logits = torch.bmm(part, keys.transpose(1, 2))
+            weights = torch.softmax(logits, dim=-1)
+            sums.append(logits.amax(dim=-1).float() - weights.amax(dim=-1).float().log())
+            outputs.append(torch.bmm(weights, values))
+            weights *= torch.sigmoid(sums[-1] - own).to(weights.dtype)[..., None]
             torch.maximum(largest, weights.amax(dim=1), out=largest)
             total += weights.sum(dim=1)
-        mean = total / queries.shape[1]
-        length = values[:, self._first : self._context].norm(dim=-1)
-        importance = largest * mean.pow_(_SPREAD) * length.pow_(_LENGTH)
-        queries, output, lse = queries[:, kept], output[:, kept], lse[:, kept, None]
-        fixed_mass = torch.baddbmm(-lse.to(keys.dtype), queries, fixed.transpose(1, 2)).exp_().sum(dim=-1)
-        self.seen.append(_Seen(importance, queries, lse, output, (1 - fixed_mass).clamp_min_(0)))
+        output, lse = torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
+        length = values.norm(dim=-1)
+        importance = largest * (total / queries.shape[1]).pow_(_SPREAD) * length.pow_(_LENGTH)
+        kept = spread(group, queries.shape[1] // group, self._fit_rows, device=keys.device)
+        rows, sums_kept = queries[:, kept], lse[:, kept, None]
+        fixed = torch.bmm(rows, keys[:, : self._first].transpose(1, 2)) - sums_kept.to(keys.dtype)
+        mass = (1 - fixed.exp_().sum(dim=-1)).clamp_min_(0)
+        self.seen.append(_Seen(importance[:, self._first :], rows, sums_kept, output[:, kept], mass))
+        return output, lse
 
 
 def spread(group: int, tokens: int, most: int, device: torch.device | None = None) -> torch.Tensor:
