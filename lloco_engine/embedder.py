@@ -10,7 +10,8 @@ from threading import RLock
 from typing import TYPE_CHECKING
 
 from lloco_engine.errors import ModelNotFound
-from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, model_fingerprint, pick_device, quiet
+from lloco_engine.fingerprints import model_fingerprint
+from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device, quiet
 
 if TYPE_CHECKING:
     import numpy as np

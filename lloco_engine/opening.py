@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lloco_engine import __version__, models
+from lloco_engine import __version__, fingerprints, models
 from lloco_engine.config import ChunkConfig, CompressConfig, StoreConfig
 from lloco_engine.errors import ConfigError, StoreError, StoreNotFound
 from lloco_engine.store import FORMAT_VERSION, Manifest, Store
@@ -81,7 +81,7 @@ class DecoderFacts:
         from lloco_engine.decoder.template import Template
 
         if not isinstance(decoder, str):
-            fingerprint = decoder.fingerprint or models.model_fingerprint(decoder.runner.model)
+            fingerprint = decoder.fingerprint or fingerprints.model_fingerprint(decoder.runner.model)
             return cls(
                 decoder.name,
                 fingerprint,
@@ -93,7 +93,7 @@ class DecoderFacts:
         from transformers import AutoConfig
 
         folder = models.decoder_folder(decoder)
-        fingerprint = models.model_fingerprint(folder)  # first: it says best what is wrong with a folder
+        fingerprint = fingerprints.model_fingerprint(folder)  # first: it says best what is wrong with a folder
         tokenizer = models.load_tokenizer(decoder)
         with models.quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -101,7 +101,7 @@ class DecoderFacts:
             decoder,
             fingerprint,
             tokenizer,
-            models.tokenizer_fingerprint(tokenizer),
+            fingerprints.tokenizer_fingerprint(tokenizer),
             Template.suited(tokenizer, config, template),
             DecoderShape.of(config),
         )

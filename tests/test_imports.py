@@ -17,8 +17,8 @@ PACKAGE = Path(lloco_engine.__file__).parent
 # One tuple per stage, in the order of the spine. A module imports its own stage or earlier ones.
 STAGES = (
     ("errors",),
-    ("config", "types", "tokens"),
-    ("models",),
+    ("config", "types", "tokens", "weights"),
+    ("fingerprints", "models"),
     ("embedder", "chunking", "readers"),
     ("store",),
     ("retrieve",),

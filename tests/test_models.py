@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lloco_engine import models
+from lloco_engine import fingerprints, models
 from lloco_engine.errors import ModelNotFound, UnsupportedModel
 from lloco_engine.testing import FAMILIES, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
@@ -203,7 +203,7 @@ def test_the_real_wheel_converts_without_network_or_noise(tmp_path, monkeypatch,
     ids = models.load_tokenizer()("The capital of France is", return_tensors="pt").input_ids
     assert models.load_tokenizer().decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
     started = time.perf_counter()
-    models.model_fingerprint(models.decoder_folder())
+    fingerprints.model_fingerprint(models.decoder_folder())
     assert time.perf_counter() - started < 0.1
 
 
@@ -325,21 +325,21 @@ def test_freed_memory_is_used_again():
 
 def test_a_copy_under_another_name_has_the_same_fingerprint(tiny, tmp_path):
     copy = shutil.copytree(tiny, tmp_path / "other-name")
-    assert models.model_fingerprint(copy) == models.model_fingerprint(tiny)
-    assert len(models.model_fingerprint(copy)) == 16
+    assert fingerprints.model_fingerprint(copy) == fingerprints.model_fingerprint(tiny)
+    assert len(fingerprints.model_fingerprint(copy)) == 16
 
 
 def test_shards_do_not_change_the_fingerprint(tiny, tmp_path):
     tiny_decoder().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert models.model_fingerprint(tmp_path) == models.model_fingerprint(tiny)
+    assert fingerprints.model_fingerprint(tmp_path) == fingerprints.model_fingerprint(tiny)
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(ModelNotFound, match="all shards"):
-        models.model_fingerprint(tmp_path)
+        fingerprints.model_fingerprint(tmp_path)
 
 
 def test_other_weights_have_another_fingerprint(tiny, tmp_path):
-    assert models.model_fingerprint(save_tiny_decoder(tmp_path, seed=1)) != models.model_fingerprint(tiny)
+    assert fingerprints.model_fingerprint(save_tiny_decoder(tmp_path, seed=1)) != fingerprints.model_fingerprint(tiny)
 
 
 def test_a_change_in_any_one_tensor_shows(tiny, tmp_path):
@@ -349,12 +349,12 @@ def test_a_change_in_any_one_tensor_shows(tiny, tmp_path):
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
     header.pop("__metadata__", None)
-    original = models.model_fingerprint(tiny)
+    original = fingerprints.model_fingerprint(tiny)
     for entry in header.values():
         changed = bytearray(whole)
         changed[8 + size + entry["data_offsets"][1] - 1] ^= 1
         weights.write_bytes(bytes(changed))
-        assert models.model_fingerprint(copy) != original
+        assert fingerprints.model_fingerprint(copy) != original
 
 
 @pytest.mark.parametrize(
@@ -365,32 +365,32 @@ def test_only_architecture_counts_in_the_config(tiny, tmp_path, field, value, sa
     copy = shutil.copytree(tiny, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {field: value}))
-    assert (models.model_fingerprint(copy) == models.model_fingerprint(tiny)) is same
+    assert (fingerprints.model_fingerprint(copy) == fingerprints.model_fingerprint(tiny)) is same
 
 
 def test_a_loaded_model_has_a_fingerprint_of_its_own():
-    first = models.model_fingerprint(tiny_decoder())
-    assert first == models.model_fingerprint(tiny_decoder())
-    assert first != models.model_fingerprint(tiny_decoder(seed=1))
-    assert first != models.model_fingerprint(tiny_decoder(rms_norm_eps=0.1))
+    first = fingerprints.model_fingerprint(tiny_decoder())
+    assert first == fingerprints.model_fingerprint(tiny_decoder())
+    assert first != fingerprints.model_fingerprint(tiny_decoder(seed=1))
+    assert first != fingerprints.model_fingerprint(tiny_decoder(rms_norm_eps=0.1))
 
 
 def test_a_folder_that_is_no_model_has_no_fingerprint(tmp_path):
     with pytest.raises(ModelNotFound, match=r"config\.json"):
-        models.model_fingerprint(tmp_path)
+        fingerprints.model_fingerprint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelNotFound, match="weights"):
-        models.model_fingerprint(tmp_path)
+        fingerprints.model_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ModelNotFound, match="not a safetensors file"):
-        models.model_fingerprint(tmp_path)
+        fingerprints.model_fingerprint(tmp_path)
 
 
 def test_a_tokenizer_is_told_apart_by_what_it_does(tiny):
     tokenizer = tiny_tokenizer()
-    first = models.tokenizer_fingerprint(tokenizer)
-    assert models.tokenizer_fingerprint(models.load_tokenizer(str(tiny))) == first
+    first = fingerprints.tokenizer_fingerprint(tokenizer)
+    assert fingerprints.tokenizer_fingerprint(models.load_tokenizer(str(tiny))) == first
     tokenizer(["a", "bc"], truncation=True, max_length=1, padding="max_length")  # leaves its mark on the backend
-    assert models.tokenizer_fingerprint(tokenizer) == first
+    assert fingerprints.tokenizer_fingerprint(tokenizer) == first
     tokenizer.add_tokens(["xyzzy"])
-    assert models.tokenizer_fingerprint(tokenizer) != first
+    assert fingerprints.tokenizer_fingerprint(tokenizer) != first

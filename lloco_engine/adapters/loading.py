@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lloco_engine import models
+from lloco_engine import fingerprints
 from lloco_engine.adapters.manifest import MANIFEST, WEIGHTS, AdapterManifest
 from lloco_engine.errors import AdapterError
 
@@ -21,7 +21,7 @@ DEFAULT = "default"  # group of documents that have none; the shipped adapter's 
 def facts_of(decoder: LocalDecoder) -> dict[str, str]:
     """The fingerprints of a decoder, its tokenizer and its template, as manifests name them."""
     if not decoder.fingerprint:  # one that was never in a folder; taken before an adapter changes its modules
-        decoder.fingerprint = models.model_fingerprint(decoder.runner.model)
+        decoder.fingerprint = fingerprints.model_fingerprint(decoder.runner.model)
     return {
         "decoder_fingerprint": decoder.fingerprint,
         "tokenizer_fingerprint": decoder.tokenizer_fingerprint,

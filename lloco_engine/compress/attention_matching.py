@@ -193,7 +193,7 @@ class _Watch:
         """
         largest, total = keys.new_zeros(2, *keys.shape[:2])
         outputs, sums = [], []
-        for part, own in zip(queries.split(_ROWS, dim=1), own_lse.split(_ROWS, dim=1), strict=True):
+        for part, own in zip(torch.split(queries, _ROWS, 1), torch.split(own_lse, _ROWS, 1), strict=True):
             logits = torch.bmm(part, keys.transpose(1, 2))
             weights = torch.softmax(logits, dim=-1)
             sums.append(logits.amax(dim=-1).float() - weights.amax(dim=-1).float().log())

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from lloco_engine import models
+from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.generation import Draft, TextStream, choose
@@ -81,7 +81,7 @@ class LocalDecoder:
         self.runner = runner_of(model)
         self.shape = self.runner.shape
         self.template = Template.suited(tokenizer, model.config, template)
-        self.tokenizer_fingerprint = models.tokenizer_fingerprint(tokenizer)
+        self.tokenizer_fingerprint = fingerprints.tokenizer_fingerprint(tokenizer)
         self.fingerprint = ""
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
         self._adapters: dict[str, Path] = {}
@@ -106,7 +106,7 @@ class LocalDecoder:
         """
         model, tokenizer = models.load_causal_lm(name, device=device, dtype=dtype), models.load_tokenizer(name)
         decoder = cls(model, tokenizer, name, template)
-        decoder.fingerprint = models.model_fingerprint(models.decoder_folder(name))
+        decoder.fingerprint = fingerprints.model_fingerprint(models.decoder_folder(name))
         return decoder
 
     @property
