@@ -6,10 +6,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from lloco_engine.adapters.choosing import Adapters
 from lloco_engine.answers import AnswerStream, AsyncAnswerStream
@@ -17,9 +16,9 @@ from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, Pre
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.ingest import Ingest, Progress, Source, read_sources
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
-from lloco_engine.prefix import assemble
+from lloco_engine.recall import Asked, AskOptions, Recall, Recalled
 from lloco_engine.store import DocumentInfo, Filters, Manifest, Problem, Store
-from lloco_engine.types import Answer, AnySegment, Document, Hit, IngestReport, MetadataValue, Prefix, Turn
+from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
@@ -29,77 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["AnswerStream", "AskOptions", "AsyncAnswerStream", "Engine", "Progress"]
 
 _DRAFT_WINDOWS = 4  # search windows whose text the decoder may find its next words in
-
-
-class AskOptions(TypedDict, total=False):
-    """What every way of asking takes besides the question.
-
-    hits: segments to read, best first, from `Engine.retrieve`; None (the default) searches for them.
-    top_k: segments to search for, 4 by default.
-    filters: as in `Store.search`: metadata key, doc_id, source or title, to a value or a collection of them.
-    neighbours: segments to add before and after each, 0 by default.
-    whole_document: id of a document to read all of, instead of a search.
-    tenant: whose documents, "" by default.
-    adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.choosing` says;
-        "none" answers with the base weights; else a group, or the name of a loaded adapter.
-    generate: how tokens are chosen.
-    prefix: placement and budget of the segments; None takes the engine's own.
-    context: raw text to read after the segments, "" by default.
-    history: earlier turns of the conversation, oldest first; the segments stand before them.
-    verbatim: the question brings its own instructions, so the engine writes none before it; False by default.
-    """
-
-    hits: Sequence[Hit] | None
-    top_k: int
-    filters: Filters | None
-    neighbours: int
-    whole_document: str | None
-    tenant: str
-    adapter: str | None
-    generate: GenerateConfig | None
-    prefix: PrefixConfig | None
-    context: str
-    history: Sequence[Turn]
-    verbatim: bool
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """`AskOptions` with their defaults."""
-
-    hits: Sequence[Hit] | None = None
-    top_k: int = 4
-    filters: Filters | None = None
-    neighbours: int = 0
-    whole_document: str | None = None
-    tenant: str = ""
-    adapter: str | None = "auto"
-    generate: GenerateConfig | None = None
-    prefix: PrefixConfig | None = None
-    context: str = ""
-    history: Sequence[Turn] = ()
-    verbatim: bool = False
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """What a question found: hits, their segments placed, how long that took, and what went wrong on the way."""
-
-    hits: tuple[Hit, ...]
-    prefix: Prefix | None
-    retrieve_s: float
-    load_s: float
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A hit with its segment and, in document order, those that this one is read after; ``wanted`` for itself."""
-
-    hit: Hit
-    segment: AnySegment
-    after: tuple[_Read, ...] = ()
-    wanted: bool = True
 
 
 class Engine:
@@ -118,7 +46,7 @@ class Engine:
         self._device, self._dtype = device, dtype
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
         self._lock = threading.RLock()
-        self._checked: set[str] = set()  # ids of segments whose checksum was right when they were first read
+        self._recall = Recall(store, setup)
 
     @classmethod
     def open(
@@ -302,7 +230,7 @@ class Engine:
 
     def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
-        return [hit for hit in hits if isinstance(self._read(hit), SegmentUnavailable)]
+        return [hit for hit in hits if isinstance(self._recall.read(hit), SegmentUnavailable)]
 
     def token_ids(self, text: str) -> list[int]:
         """The decoder's token ids of a text, by the store's tokenizer; no weights are loaded."""
@@ -348,7 +276,7 @@ class Engine:
         from lloco_engine.decoder.local import Prompt
         from lloco_engine.ledger import usage_of
 
-        asked = _Ask(**options)
+        asked = Asked(**options)
         if not question.strip():
             raise ConfigError(f"a question must not be empty, not {question!r}")
         generate = asked.generate or GenerateConfig()
@@ -358,7 +286,8 @@ class Engine:
             _ = self.embedder.dim  # loads it: no cost of one question
         began = time.perf_counter()
         text = Prompt(question, context=asked.context or None, history=tuple(asked.history), verbatim=asked.verbatim)
-        memory = self._memory(question, asked, len(decoder.prompt_ids(text)) + generate.max_new_tokens)
+        room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
+        memory = self._recall.recall(question, asked, self.retrieve, decoder, asked.prefix or self.prefix, room)
         prompt = replace(text, prefix=memory.prefix, draft=_draft(memory.hits))
         adapter = self.adapters.choose(asked.adapter, memory.hits)
         generation, pieces = decoder.stream(prompt, generate, adapter)
@@ -388,7 +317,7 @@ class Engine:
         from lloco_engine import baselines
 
         ours = self.ask(question, **options)
-        generate = _Ask(**options).generate
+        generate = Asked(**options).generate
         documents = dict.fromkeys((hit.doc_id, hit.tenant) for hit in ours.hits)
         texts = [self.store.document_text(doc_id, tenant) for doc_id, tenant in documents]
         by_text = baselines.text_retrieval(self.decoder, ours.hits, question, generate)
@@ -399,102 +328,6 @@ class Engine:
             "in_context": baselines.in_context(self.decoder, texts, question, generate),
             "text_retrieval": replace(by_text, usage=usage),
         }
-
-    def _memory(self, question: str, asked: _Ask, room: int) -> _Memory:
-        """Find, read and place the segments for a question, leaving ``room`` positions of the window."""
-        began = time.perf_counter()
-        found = self._find(question, asked)
-        retrieved = time.perf_counter()
-        read, warnings = self._load(found)
-        if not read:
-            if asked.hits is None:  # otherwise none were given
-                warnings.append("no segment matched the question: the answer is the decoder's own")
-            return _Memory((), None, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
-        decoder, config = self.decoder, asked.prefix or self.prefix
-        # Those that were found come first, best first; what they are read after follows.
-        places = {own.hit.segment_id: number for number, own in enumerate(read)}
-        for earlier in [earlier for own in read for earlier in own.after]:
-            if earlier.hit.segment_id not in places:
-                places[earlier.hit.segment_id] = len(read)
-                read.append(earlier)
-        wanted = [own for own in read if own.wanted]
-        assembly = assemble(
-            [own.segment for own in read],
-            config,
-            template_tokens=decoder.template_tokens,
-            room=room,
-            window=decoder.shape.window,
-            hits=[own.hit for own in read],
-            needs=[[places[earlier.hit.segment_id] for earlier in own.after] for own in wanted],
-            rotary=decoder.shape.rotary,
-        )
-        if assembly.dropped:
-            budget = f"max_slots is {config.max_slots}" if config.max_slots else "the decoder's window is full"
-            warnings.append(f"{budget}: the {len(assembly.dropped)} worst of {len(wanted)} segments were left out")
-        used = tuple(read[number].hit for number in sorted(assembly.kept))
-        return _Memory(used, assembly.prefix, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
-
-    def _find(self, question: str, asked: _Ask) -> list[Hit]:
-        """Hits for a question, each segment once."""
-        if asked.hits is not None:
-            hits = list(asked.hits)
-            if strangers := [hit for hit in hits if hit.tenant != asked.tenant]:
-                raise ConfigError(
-                    f"hits must be of the tenant that asks, {asked.tenant!r}, and one is of {strangers[0].tenant!r}"
-                )
-        elif asked.whole_document is not None:
-            hits = self.store.chunks(asked.whole_document, asked.tenant)
-        else:
-            hits = self.retrieve(
-                question,
-                top_k=asked.top_k,
-                filters=asked.filters,
-                neighbours=asked.neighbours,
-                tenant=asked.tenant,
-            )
-        once: dict[str, Hit] = {}
-        for hit in hits:
-            once.setdefault(hit.segment_id, hit)
-        return list(once.values())
-
-    def _load(self, hits: Sequence[Hit]) -> tuple[list[_Read], list[str]]:
-        """The hits whose segments can be used, with these, and a warning for each of the others."""
-        good: list[_Read] = []
-        warnings: list[str] = []
-        for hit in hits:
-            read = self._read(hit)
-            if isinstance(read, SegmentUnavailable):
-                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {read}")
-            else:
-                good.append(read)
-        if hits and not good:
-            raise SegmentUnavailable(f"none of the {len(hits)} segments found can be used; {warnings[0]}")
-        return good, warnings
-
-    def _read(self, hit: Hit) -> _Read | SegmentUnavailable:
-        """A hit's segment with all that it is read after; or what is wrong with one of them."""
-        after: list[_Read] = []
-        for earlier in self.store.earlier(hit) if self._reads_chain else []:
-            segment = self._try_segment(earlier)
-            if isinstance(segment, SegmentUnavailable):
-                return SegmentUnavailable(f"it is read after segment {earlier.ordinal}, which is not there: {segment}")
-            after.append(_Read(earlier, segment, wanted=False))
-        segment = self._try_segment(hit)
-        return segment if isinstance(segment, SegmentUnavailable) else _Read(hit, segment, tuple(after))
-
-    @cached_property
-    def _reads_chain(self) -> bool:
-        facts: Any = self._setup.facts  # has what is read of a decoder
-        return self._setup.compressor.reads_chain(facts)
-
-    def _try_segment(self, hit: Hit) -> AnySegment | SegmentUnavailable:
-        """A hit's segment, its checksum compared the first time that this engine reads it; or what is wrong with it."""
-        try:
-            segment = self.store.load_segment(hit.segment_id, verify=hit.segment_id not in self._checked)
-        except SegmentUnavailable as error:
-            return error
-        self._checked.add(hit.segment_id)
-        return segment
 
     # -- async twins --------------------------------------------------------------------------------------------
 
@@ -554,7 +387,7 @@ def _draft(hits: Sequence[Hit]) -> str:
     return "\n".join(hit.quote(hit.windows[0]) for hit in hits[:_DRAFT_WINDOWS] if hit.windows)
 
 
-def _answer(generation: Generation, memory: _Memory, **more: Any) -> Answer:
+def _answer(generation: Generation, memory: Recalled, **more: Any) -> Answer:
     return Answer(
         text=generation.text,
         hits=memory.hits,

@@ -27,7 +27,7 @@ STAGES = (
     ("compress",),
     ("adapters",),
     ("ledger", "baselines"),
-    ("opening", "ingest", "answers", "engine"),
+    ("opening", "ingest", "answers", "recall", "engine"),
     ("finetune", "testing"),
     ("demo", "eval"),
     ("cli",),
