@@ -67,13 +67,13 @@ class TextStream:
 class Draft:
     """Guesses the next tokens by looking up the last two in text that the answer may repeat (prompt lookup).
 
-    Two guesses ride along with a decode step at almost no cost, since a step is bound by reading the weights; the
+    Three guesses ride along with a decode step at little cost, since a step is bound by reading the weights; the
     decoder keeps a guess only where it is its own greedy choice, so the output does not change. The method is
     prompt lookup decoding (Saxena 2023); here the text looked up is that of the retrieved windows, which is not in
     the prompt, and of the answer so far.
     """
 
-    SIZE = 2
+    SIZE = 3
 
     def __init__(self, ids: Sequence[int] = ()) -> None:
         self._ids: list[int] = []

@@ -198,8 +198,8 @@ class LocalDecoder:
 
     # -- passes -----------------------------------------------------------------------------------------------
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache for live tokens."""
+    def new_cache(self, rows: int, capacity: int, memory: Memory | None = None) -> Cache:
+        """An empty cache for live tokens, with what slots it can hold before them."""
         shape, runner = self.shape, self.runner
         return Cache(
             shape.layers,
@@ -209,6 +209,7 @@ class LocalDecoder:
             capacity,
             device=runner.device,
             dtype=runner.dtype,
+            leads=() if memory is None else memory.leads(rows),
         )
 
     def template_cache(self, adapter: str | None = None) -> Cache:
@@ -223,14 +224,20 @@ class LocalDecoder:
         return self._prefix_cache[adapter]
 
     def _start(
-        self, rows: int, room: int, adapter: str | None, pad: list[int] | None = None, prefix: Prefix | None = None
+        self,
+        rows: int,
+        room: int,
+        adapter: str | None,
+        pad: list[int] | None = None,
+        prefix: Prefix | None = None,
+        memory: Memory | None = None,
     ) -> Cache:
         """A cache that holds, in every row, what the text follows, and has room for ``room`` tokens more.
 
-        That is the template prefix; or, where ``prefix`` is of summaries, these.
+        That is the template prefix; or, where ``prefix`` is of summaries, these. Slots of ``memory`` lie before it.
         """
         lead = self._lead_cache(prefix, adapter)
-        cache = self.new_cache(rows, lead.length + room)
+        cache = self.new_cache(rows, lead.length + room, memory)
         for layer in range(self.shape.layers):
             cache.keys[layer][:, :, : lead.length] = lead.keys[layer]
             cache.values[layer][:, :, : lead.length] = lead.values[layer]
@@ -338,7 +345,9 @@ class LocalDecoder:
         text = TextStream(self.tokenizer, config.stop)
         sampler = self._generator(config)
         memory = self._memory([prompt])
-        cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
+        cache = self._start(
+            1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix, memory=memory
+        )
         position = self._position(prompt) - cache.length
         hidden = self._step([ids], position, cache, memory, adapter)
         accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
@@ -403,7 +412,7 @@ class LocalDecoder:
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
         memory = self._memory(prompts)
-        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix)
+        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix, memory)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
         offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
         step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
@@ -478,10 +487,11 @@ class LocalDecoder:
             self._check(self._position(prompt), len(ids), len(answer))
         longest = max(len(ids) + len(answer) for ids, answer in zip(asked, gold, strict=True))
         rows = [ids + answer for ids, answer in zip(asked, gold, strict=True)]
-        cache = self._start(len(rows), longest, adapter, prefix=prompts[0].prefix)
+        memory = self._memory(prompts)
+        cache = self._start(len(rows), longest, adapter, prefix=prompts[0].prefix, memory=memory)
         offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
         padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
-        hidden = self._step(padded, offset[:, None], cache, self._memory(prompts), adapter)
+        hidden = self._step(padded, offset[:, None], cache, memory, adapter)
         losses = []
         for row, ids, answer in zip(hidden, asked, gold, strict=True):
             logits = self.runner.logits(row[len(ids) - 1 : len(ids) + len(answer) - 1])

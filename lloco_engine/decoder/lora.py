@@ -86,10 +86,11 @@ def adapted(base: Product, pair: tuple[torch.Tensor, torch.Tensor] | None) -> Pr
     down, up = pair
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        low = F.linear(x.to(down.dtype), down)
         out = base(x)
-        if out.dtype == up.dtype:
-            return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up).view_as(out)
-        return out + (low @ up).to(out.dtype)
+        if out.dtype != up.dtype:
+            return out + (F.linear(x.to(down.dtype), down) @ up).to(out.dtype)
+        low = F.linear(x, down)
+        out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)  # just made by ``base``: nobody else's
+        return out
 
     return product

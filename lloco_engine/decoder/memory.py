@@ -1,88 +1,76 @@
 """Prefixes made ready for attention: the ragged heads of many segments, laid out in blocks of equal width.
 
 The slots of one KV head of all segments are laid end to end and cut into blocks; the last block of a head is filled
-up with slots of bias -inf. One block per head is the cheapest to attend over (no merging of partial softmaxes), but
-costs memory traffic where heads differ much in length; then heads are cut into several narrow blocks, so a long head
-never pads the others to its length.
+up with slots that are never read. A layer whose heads hold nearly the same is one block per head, and a cache can hold
+it before the live tokens; elsewhere heads are cut into several blocks, so a long head never pads the others to its
+length (docs/decisions/0002).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from lloco_engine.decoder.partial import merge, read_part
 from lloco_engine.types import Prefix
 
-__all__ = ["LayerMemory", "Memory"]
+__all__ = ["LayerMemory", "Lead", "Memory"]
 
 Rotate = Callable[[torch.Tensor, int], torch.Tensor]
 
-_WIDTH = 128  # slots of a block where heads are cut
-_WORTH = 1024  # padding slots per layer above which heads are cut; reckoned, docs/decisions/0002
+_WORTH = 512  # padding slots per layer above which heads are cut: reading them takes as long as the merging
+_WIDTHS = (64, 512)  # of a block: the least and the most
+_BLOCKS = 32  # of the longest head, about: more cost merging, fewer cost padding
+
+
+class Lead(NamedTuple):
+    """One layer's slots as a cache holds them before the live tokens, the heads filled up to the longest.
+
+    keys, values : (B, H, width, D)
+    bias         : (B, H, 1, width)
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True)
 class LayerMemory:
     """One layer's slots. ``R`` is KV heads times rows, or KV heads alone where all rows share the prefix.
 
-    keys   : (blocks, D, width)
-    values : (blocks, width, D)
-    bias   : (blocks, 1, width), -inf where a block is filled up
-    owner  : (blocks,) int64 index in R of each block, or None when block i belongs to i
+    keys   : (blocks, 1, width, D)
+    values : (blocks, 1, width, D)
+    bias   : (blocks, 1, 1, width), hugely negative where a block is filled up
+    owner  : (blocks,) int64 index in R of each block
+    owned  : (R, 1, R + blocks), 0 where a head's live tokens and blocks are its own, else -inf
     heads  : R
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor
-    owner: torch.Tensor | None
+    owner: torch.Tensor
+    owned: torch.Tensor
     heads: int
 
-    def attend(self, queries: torch.Tensor, scores: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, read: torch.Tensor, mass: torch.Tensor, scale: float) -> torch.Tensor:
         """Softmax attention over these slots and the live tokens together.
 
         Args:
-            queries: (B*H, M, D), scaled. scores: (B*H, M, S) logits of the live tokens. values: (B*H, S, D) of them.
+            q: (B*H, M, D). read, mass: the live tokens' part, (B*H, M, D) and (B*H, M). scale: factor of the logits.
 
         Returns:
             (B*H, M, D).
         """
-        rows = queries.shape[0] // self.heads
+        rows = q.shape[0] // self.heads
         if rows > 1:
-            queries = _fold(queries, rows)
-        if self.owner is None:
-            logits = torch.baddbmm(self.bias, queries, self.keys)
-            width = logits.shape[-1]
-            if rows > 1:
-                logits = _unfold(logits, rows)
-            weights = torch.softmax(torch.cat((logits, scores), dim=-1), dim=-1)
-            here = weights[..., :width]
-            read = torch.bmm(_fold(here, rows) if rows > 1 else here, self.values)
-            if rows > 1:
-                read = _unfold(read, rows)
-            return torch.baddbmm(read, weights[..., width:], values)
-        return self._merge(queries, scores, values, rows)
-
-    def _merge(self, queries: torch.Tensor, scores: torch.Tensor, values: torch.Tensor, rows: int) -> torch.Tensor:
-        """The same over several blocks per head: partial sums at a common maximum, added up by owner."""
-        owner = self.owner
-        assert owner is not None
-        logits = torch.baddbmm(self.bias, queries.index_select(0, owner), self.keys)
-        top = scores.detach().amax(dim=-1)
-        if rows > 1:
-            top = _fold(top[..., None], rows)[..., 0]
-        block_top = logits.detach().amax(dim=-1)
-        top = top.scatter_reduce(0, owner[:, None].expand_as(block_top), block_top, "amax")
-        part = torch.exp(logits - top.index_select(0, owner)[..., None])
-        live_top = _unfold(top[..., None], rows) if rows > 1 else top[..., None]
-        live = torch.exp(scores - live_top)
-        total, read = live.sum(dim=-1, keepdim=True), torch.bmm(live, values)
-        if rows > 1:
-            total, read = _fold(total, rows), _fold(read, rows)
-        total = total.index_add(0, owner, part.sum(dim=-1, keepdim=True))
-        read = read.index_add(0, owner, torch.bmm(part, self.values)) / total
+            q, read, mass = _fold(q, rows), _fold(read, rows), _fold(mass[..., None], rows)[..., 0]
+        reads, masses = read_part(q.index_select(0, self.owner)[:, None], self.keys, self.values, self.bias, scale)
+        read = merge(torch.cat((read, reads[:, 0])), torch.cat((mass, masses[:, 0])), self.owned)
         return _unfold(read, rows) if rows > 1 else read
 
 
@@ -110,25 +98,24 @@ class Memory:
     def __init__(
         self, prefixes: Sequence[Prefix | None], device: torch.device, dtype: torch.dtype, rotate: Rotate
     ) -> None:
-        self._device, self._dtype, self._rotate = device, dtype, rotate
+        self._device, self._dtype = device, dtype
         rows = [list(zip(p.compact, p.offsets, strict=True)) if p is not None else [] for p in prefixes]
-        entries = [entry for row in rows for entry in row]
-        self._count = len(rows)
-        self._row = torch.tensor([number for number, row in enumerate(rows) for _ in row])  # of each segment
-        self._offsets = [offset for _, offset in entries]
-        self._lengths = torch.stack([segment.lengths for segment, _ in entries], dim=1)  # (L, segments, H)
-        # a layer's slots of all heads lie together in a segment: one slice each, taken for all layers at once
-        sizes = [segment.lengths.sum(dim=-1).tolist() for segment, _ in entries]
-        self._slots = [
-            list(
-                zip(
-                    *(getattr(segment, name).split(each) for (segment, _), each in zip(entries, sizes, strict=True)),
-                    strict=True,
-                )
-            )
-            for name in ("keys", "values", "bias")
-        ]
-        self._layers: dict[int, LayerMemory] = {}
+        shape = next(segment.lengths.shape for row in rows for segment, _ in row)
+        self._layers, self._heads = shape
+        # by row: the slots of every head of every layer, and for each segment these slots as views of its tensors
+        none = torch.zeros(shape, dtype=torch.int64)
+        self._counts = [sum((segment.lengths for segment, _ in row), none).flatten().tolist() for row in rows]
+        self._slots: list[list[list[tuple[torch.Tensor, ...]]]] = [[], [], []]  # keys, values, bias
+        for row in rows:
+            sizes = [segment.lengths.flatten().tolist() for segment, _ in row]
+            turned = [
+                rotate(segment.keys, offset).to(segment.keys.device) if offset else segment.keys
+                for segment, offset in row
+            ]
+            tensors = (turned, [segment.values for segment, _ in row], [segment.bias for segment, _ in row])
+            for views, each in zip(self._slots, tensors, strict=True):
+                views.append([torch.split(tensor, size) for tensor, size in zip(each, sizes, strict=True)])
+        self._laid: dict[int, LayerMemory] = {}
 
     @classmethod
     def of(
@@ -140,66 +127,85 @@ class Memory:
         shared = all(prefix is prefixes[0] for prefix in prefixes)
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)
 
+    def leads(self, rows: int) -> list[Lead | None]:
+        """What a cache of ``rows`` rows can hold before the live tokens of each layer; None: read `layer` instead."""
+        if rows != len(self._counts):  # shared by the rows, so it is held once
+            return [None] * self._layers
+        whole = [layer for layer in range(self._layers) if not self._blocks(layer).cut]
+        laid = dict(zip(whole, self._lay_out(whole), strict=True))  # together: their many small pieces are two copies
+        return [
+            Lead(*(part.view(rows, self._heads, *part.shape[2:]) for part in laid[layer])) if layer in laid else None
+            for layer in range(self._layers)
+        ]
+
     def layer(self, index: int) -> LayerMemory:
         """The slots of one layer."""
-        if index not in self._layers:
-            self._layers[index] = self._lay_out(index)
-        return self._layers[index]
+        if index not in self._laid:
+            blocks = self._blocks(index)
+            ((keys, values, bias),) = self._lay_out([index])
+            owner = torch.repeat_interleave(torch.tensor(blocks.number))
+            heads = torch.arange(len(blocks.number))
+            strange = torch.cat((heads, owner)) != heads[:, None, None]
+            owned = torch.zeros(strange.shape, dtype=self._dtype).masked_fill_(strange, -torch.inf)
+            self._laid[index] = LayerMemory(
+                keys, values, bias, owner.to(self._device), owned.to(self._device), len(heads)
+            )
+        return self._laid[index]
 
-    def _lay_out(self, layer: int) -> LayerMemory:
-        sizes = self._lengths[layer]  # (segments, H)
-        heads = self._count * sizes.shape[1]
-        owners = self._row[:, None] * sizes.shape[1] + torch.arange(sizes.shape[1])
-        counts = torch.zeros(heads, dtype=torch.int64).index_add_(0, owners.flatten(), sizes.flatten())
-        longest, slots = int(counts.max()), int(counts.sum())
-        one_block = heads * longest - slots <= _WORTH
-        width = longest if one_block else _WIDTH
-        blocks = torch.ones_like(counts) if one_block else (-(-counts // width)).clamp_min(1)
-        index = self._places(sizes, owners, counts, blocks, width)
-        keys, values, bias = (
-            torch.cat(self._parts(name, layer)).index_select(0, index).to(self._device, self._dtype)
-            for name in range(3)
-        )
-        total = int(blocks.sum())
-        owner = None if one_block else torch.repeat_interleave(blocks).to(self._device)
-        return LayerMemory(
-            keys.view(total, width, -1).transpose(1, 2).contiguous(),
-            values.view(total, width, -1),
-            bias.view(total, 1, width),
-            owner,
-            heads,
-        )
+    def _blocks(self, layer: int) -> _Blocks:
+        heads = range(layer * self._heads, (layer + 1) * self._heads)
+        return _Blocks.of([row[head] for row in self._counts for head in heads])
 
-    @staticmethod
-    def _places(
-        sizes: torch.Tensor, owners: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor, width: int
-    ) -> torch.Tensor:
-        """Which slot of the layer, as they lie by segment and head, fills which place of the blocks.
+    def _lay_out(self, layers: Sequence[int]) -> list[list[torch.Tensor]]:
+        """Keys, values and biases of each of some layers, as `LayerMemory` has them."""
+        if not layers:
+            return []
+        blocks = [self._blocks(layer) for layer in layers]
+        heads = [
+            (row, layer * self._heads + head)
+            for layer in layers
+            for row in range(len(self._counts))
+            for head in range(self._heads)
+        ]
+        short = [each for one in blocks for each in one.short]
+        laid = []
+        for views, filler in zip(self._slots, (0, 0, torch.finfo(self._dtype).min / 2), strict=True):
+            # what fills a block up has a bias that is finite, so that a head of nothing else gives no NaN
+            some = next(row for row in views if row)[0][0]
+            fill = some.new_full((max(short), *some.shape[1:]), filler)
+            pieces: list[torch.Tensor] = []
+            for (row, head), lacking in zip(heads, short, strict=True):
+                pieces += [segment[head] for segment in views[row]]
+                if lacking:
+                    pieces.append(fill[:lacking])
+            flat = torch.cat(pieces).to(self._device, self._dtype)
+            parts = torch.split(flat, [one.width * sum(one.number) for one in blocks])
+            shape = (1,) if flat.dim() == 2 else (1, 1)  # a block of biases lies beside its queries, one row of them
+            laid.append(
+                [part.view(-1, *shape, one.width, *flat.shape[1:]) for part, one in zip(parts, blocks, strict=True)]
+            )
+        return [list(each) for each in zip(*laid, strict=True)]
 
-        Args:
-            sizes, owners: (segments, H) slots of each piece, and the head in R that reads it.
-            counts, blocks: (R,) slots and blocks of each head; width: slots of a block.
 
-        Returns:
-            (blocks * width,) numbers of slots; a place that is filled up has the number after the last slot's.
-        """
-        slots = int(counts.sum())
-        pieces = sizes.flatten()
-        order = torch.argsort(owners.flatten(), stable=True)
-        taken, first = pieces[order], (pieces.cumsum(0) - pieces)[order]
-        here = torch.arange(slots)
-        source = here + torch.repeat_interleave(first - (taken.cumsum(0) - taken), taken)
-        moved = (blocks.cumsum(0) - blocks) * width - (counts.cumsum(0) - counts)
-        index = torch.full((int(blocks.sum()) * width,), slots)
-        index[here + torch.repeat_interleave(moved, counts)] = source
-        return index
+class _Blocks(NamedTuple):
+    """How a layer is cut: the width of its blocks, and by head in R how many it has and what the last one lacks."""
 
-    def _parts(self, name: int, layer: int) -> list[torch.Tensor]:
-        """One layer's keys (0), values (1) or biases (2) of every segment, and what fills a block up."""
-        parts = list(self._slots[name][layer])
-        if name == 0:
-            parts = [
-                self._rotate(keys, offset).to(keys.device) if offset else keys
-                for keys, offset in zip(parts, self._offsets, strict=True)
-            ]
-        return [*parts, parts[0].new_full((1, *parts[0].shape[1:]), -torch.inf if name == 2 else 0)]
+    width: int
+    number: list[int]
+    short: list[int]
+
+    @property
+    def cut(self) -> bool:
+        """Whether a head has several blocks."""
+        return sum(self.number) > len(self.number)
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> _Blocks:
+        """For heads of so many slots."""
+        width, longest = _WIDTHS[0], max(1, *counts)
+        if len(counts) * longest - sum(counts) <= _WORTH:
+            width = longest
+        while width < min(_WIDTHS[1], longest / _BLOCKS):
+            width *= 2
+        number = [max(1, -(-count // width)) for count in counts]
+        return cls(width, number, [width * n - count for n, count in zip(number, counts, strict=True)])

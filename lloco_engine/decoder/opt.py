@@ -95,7 +95,7 @@ class OptRunner(Runner):
             if attention is not None:
                 read = attention(index, q, keys, values)
             else:
-                read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), self.scale)
+                read = attend(q, keys, values, mask, cache.slots(index, memory), self.scale)
             hidden = hidden + layer.o(read, adapted)
             hidden = hidden if layer.norm_first else layer.norm_attention(hidden)
             x = layer.norm_mlp(hidden) if layer.norm_first else hidden

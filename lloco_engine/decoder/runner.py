@@ -124,7 +124,7 @@ class Runner:
             if attention is not None:
                 read = attention(index, q, keys, values)
             else:
-                read = attend(q, keys, values, mask, None if memory is None else memory.layer(index), layer.scale)
+                read = attend(q, keys, values, mask, cache.slots(index, memory), layer.scale)
             hidden = hidden + next(products)(read)
             x = _rms_norm(hidden, layer.weight_out, layer.epsilon)
             gate, up = torch.chunk(next(products)(x), 2, dim=-1)
