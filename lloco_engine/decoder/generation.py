@@ -1,15 +1,51 @@
-"""Choosing tokens and turning them into text: sampling, stop strings, streaming, drafting. No model is touched here."""
+"""From a prompt to an answer without a model: sampling, stop strings, streaming, drafting."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from lloco_engine.config import GenerateConfig
+from lloco_engine.types import Prefix, Turn
 
-__all__ = ["Draft", "TextStream", "choose"]
+__all__ = ["Draft", "Generation", "Prompt", "TextStream", "choose"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question for the decoder.
+
+    Args:
+        question: the user's question.
+        prefix: compressed segments to read, or None.
+        context: raw text before the question (the in-context baseline), as text or token ids, or None.
+        draft: text that the answer may repeat; only speeds up greedy decoding, never changes it.
+        history: earlier turns of the conversation, oldest first.
+        verbatim: the question brings its own instructions: nothing is written between it and what it is about.
+    """
+
+    question: str
+    prefix: Prefix | None = None
+    context: str | Sequence[int] | None = None
+    draft: str = ""
+    history: tuple[Turn, ...] = ()
+    verbatim: bool = False
+
+
+@dataclass
+class Generation:
+    """An answer in the making; complete when ``finish`` is set. Times in seconds from the call."""
+
+    prompt_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: Literal["", "stop", "length"] = ""
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0  # passes through the decoder after the first token; fewer than tokens when guesses were kept
 
 
 def choose(logits: torch.Tensor, config: GenerateConfig, generator: torch.Generator | None) -> torch.Tensor:

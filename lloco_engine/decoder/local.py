@@ -7,60 +7,26 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
 from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.attention import Cache
-from lloco_engine.decoder.generation import Draft, TextStream, choose
+from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
+from lloco_engine.decoder.lora import adapter_source
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.opt import runner_of
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
-from lloco_engine.types import Prefix, Turn
+from lloco_engine.types import Prefix
 
 __all__ = ["Generation", "LocalDecoder", "Prompt"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One question for the decoder.
-
-    Args:
-        question: the user's question.
-        prefix: compressed segments to read, or None.
-        context: raw text before the question (the in-context baseline), as text or token ids, or None.
-        draft: text that the answer may repeat; only speeds up greedy decoding, never changes it.
-        history: earlier turns of the conversation, oldest first.
-        verbatim: the question brings its own instructions: nothing is written between it and what it is about.
-    """
-
-    question: str
-    prefix: Prefix | None = None
-    context: str | Sequence[int] | None = None
-    draft: str = ""
-    history: tuple[Turn, ...] = ()
-    verbatim: bool = False
-
-
-@dataclass
-class Generation:
-    """An answer in the making; complete when ``finish`` is set. Times in seconds from the call."""
-
-    prompt_tokens: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: Literal["", "stop", "length"] = ""
-    ttft_s: float = 0.0
-    decode_s: float = 0.0
-    steps: int = 0  # passes through the decoder after the first token; fewer than tokens when guesses were kept
 
 
 class LocalDecoder:
@@ -128,7 +94,7 @@ class LocalDecoder:
         with self._lock, models.quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of every adapter after the first
             try:
-                model.load_adapter(adapter_name=name, **_adapter_source(Path(folder)))
+                model.load_adapter(adapter_name=name, **adapter_source(Path(folder)))
                 if any("lora_" in key for part in self._outer() for key in part.state_dict()):
                     raise ValueError("it changes lm_head or embed_tokens, which are read unadapted")
             except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -515,17 +481,3 @@ def _regrouped(groups: Sequence[Sequence[int]], results: Sequence[Sequence[T]]) 
     for group, part in zip(groups, results, strict=True):
         made |= zip(group, part, strict=True)
     return [made[number] for number in sorted(made)]
-
-
-def _adapter_source(folder: Path) -> dict[str, Any]:
-    """An adapter's folder as transformers takes it, which reads weights from safetensors alone."""
-    weights = folder / "adapter_model.bin"
-    if (folder / "adapter_model.safetensors").is_file() or not weights.is_file():
-        return {"peft_model_id": str(folder)}
-    from peft import PeftConfig
-
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is damaged or would run code
-        raise ValueError(f"{weights.name} could not be read: {error}") from error
-    return {"peft_config": PeftConfig.from_pretrained(str(folder)), "adapter_state_dict": state}

@@ -8,6 +8,7 @@ than a plain one. The modules stay where they are, and training goes through the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from lloco_engine.decoder.linear import FusedLinear
 
-__all__ = ["LowRank", "Product", "adapted", "read_adapter"]
+__all__ = ["LowRank", "Product", "adapted", "adapter_source", "read_adapter"]
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # (..., in) -> (..., out)
 
@@ -94,3 +95,17 @@ def adapted(base: Product, pair: tuple[torch.Tensor, torch.Tensor] | None) -> Pr
         return out
 
     return product
+
+
+def adapter_source(folder: Path) -> dict[str, Any]:
+    """An adapter's folder as transformers takes it, which reads weights from safetensors alone."""
+    weights = folder / "adapter_model.bin"
+    if (folder / "adapter_model.safetensors").is_file() or not weights.is_file():
+        return {"peft_model_id": str(folder)}
+    from peft import PeftConfig
+
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is damaged or would run code
+        raise ValueError(f"{weights.name} could not be read: {error}") from error
+    return {"peft_config": PeftConfig.from_pretrained(str(folder)), "adapter_state_dict": state}
