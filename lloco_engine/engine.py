@@ -300,6 +300,13 @@ class Engine:
         """Every chunk of a tenant that a segment stands for; none where its documents were replaced or deleted."""
         return self.store.hits_of_segment(segment_id, tenant)
 
+    def read_before(self, hit: Hit) -> list[Hit]:
+        """The segments that a hit's segment is read after, first to last: they come along, and cost their slots too.
+
+        None where segments stand by themselves, as compact KV does.
+        """
+        return self.store.earlier(hit) if self._reads_chain else []
+
     def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
         return [hit for hit in hits if isinstance(self._read(hit), SegmentUnavailable)]
@@ -474,7 +481,7 @@ class Engine:
     def _read(self, hit: Hit) -> _Read | SegmentUnavailable:
         """A hit's segment with all that it is read after; or what is wrong with one of them."""
         after: list[_Read] = []
-        for earlier in self.store.earlier(hit) if self._reads_chain else []:
+        for earlier in self.read_before(hit):
             segment = self._try_segment(earlier)
             if isinstance(segment, SegmentUnavailable):
                 return SegmentUnavailable(f"it is read after segment {earlier.ordinal}, which is not there: {segment}")
