@@ -7,11 +7,13 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import langchain_cases as cases
 import pytest
+from integration_cases import gated
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_classic.chains.combine_documents.map_reduce import MapReduceDocumentsChain
@@ -247,25 +249,23 @@ async def test_fifty_questions_at_once_of_two_tenants_do_not_cross(engine, spy):
 
 
 async def test_streams_yield_before_completion_and_join_to_the_whole(engine, chat, retriever, monkeypatch):
-    finished = []
-    steps = engine.decoder._take
-
-    def watched(token, generation, text, config):
-        made = steps(token, generation, text, config)
-        if generation.finish:
-            finished.append(True)
-        return made
-
-    monkeypatch.setattr(engine.decoder, "_take", watched)
     prompt = prompt_of(retriever.invoke(QUESTION))
     whole = chat.invoke(prompt).text
-    finished.clear()
+    gate = threading.Event()
+    made = gated(engine, monkeypatch, gate)
     stream = chat.stream(prompt)
-    first = next(stream).text
-    assert first and not finished
-    assert first + "".join(chunk.text for chunk in stream) == whole
-    pieces = [chunk.text async for chunk in chat.astream(prompt)]
-    assert len([piece for piece in pieces if piece]) > 1
+    pieces = [next(stream).text]
+    assert pieces[0] and len(made) == 1  # the rest waits for the gate
+    gate.set()
+    pieces += [chunk.text for chunk in stream]
+    assert "".join(pieces) == whole and len(made) > 1
+    gate.clear()
+    made.clear()
+    source = chat.astream(prompt)
+    pieces = [(await asyncio.wait_for(anext(source), 20)).text]
+    assert pieces[0] and len(made) == 1
+    gate.set()
+    pieces += [chunk.text async for chunk in source]
     assert "".join(pieces) == whole
 
 

@@ -214,9 +214,6 @@ async def test_the_retriever_finds_what_the_engine_finds_and_cites_spans(engine)
     assert str(answer) == engine.ask(QUESTION, top_k=3, tenant="red", generate=GenerateConfig(max_new_tokens=5)).text
 
 
-# -- sub-questions ---------------------------------------------------------------------------------------------------
-
-
 def test_context_only_returns_handles_and_its_sources_the_text(engine):
     options = {"llm": LLoCOLLM(engine, tenant="red", max_tokens=4), "response_mode": "context_only"}
     post = LLoCONodePostprocessor(engine, tenant="red", on_missing="error")
@@ -225,6 +222,9 @@ def test_context_only_returns_handles_and_its_sources_the_text(engine):
     assert len(shown) == len(response.source_nodes) and all(SENTINEL.fullmatch(handle) for handle in shown)
     assert all("stands in hall" in node.text for node in response.source_nodes)
     assert "stands in hall" in str(plain_index(engine).as_query_engine(**options).query(QUESTION))
+
+
+# -- sub-questions ---------------------------------------------------------------------------------------------------
 
 
 class TwoQuestions(BaseQuestionGenerator):
