@@ -228,6 +228,13 @@ class Engine:
         """Every chunk of a tenant that a segment stands for; none where its documents were replaced or deleted."""
         return self.store.hits_of_segment(segment_id, tenant)
 
+    def read_before(self, hit: Hit) -> list[Hit]:
+        """The segments that a hit's segment is read after, first to last: they come along, and cost their slots too.
+
+        None where segments stand by themselves, as compact KV does.
+        """
+        return self._recall.earlier(hit)
+
     def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
         return [hit for hit in hits if isinstance(self._recall.read(hit), SegmentUnavailable)]

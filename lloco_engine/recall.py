@@ -198,13 +198,17 @@ class Recall:
     def read(self, hit: Hit) -> _Read | SegmentUnavailable:
         """A hit's segment with all that it is read after; or what is wrong with one of them."""
         after: list[_Read] = []
-        for earlier in self._store.earlier(hit) if self._reads_chain else []:
+        for earlier in self.earlier(hit):
             segment = self._try_segment(earlier)
             if isinstance(segment, SegmentUnavailable):
                 return SegmentUnavailable(f"it is read after segment {earlier.ordinal}, which is not there: {segment}")
             after.append(_Read(earlier, segment, wanted=False))
         segment = self._try_segment(hit)
         return segment if isinstance(segment, SegmentUnavailable) else _Read(hit, segment, tuple(after))
+
+    def earlier(self, hit: Hit) -> list[Hit]:
+        """The hits whose segments a hit's segment is read after, first to last."""
+        return self._store.earlier(hit) if self._reads_chain else []
 
     @cached_property
     def _reads_chain(self) -> bool:

@@ -30,12 +30,20 @@ __all__ = ["HandleFragment", "Handles", "Resolved"]
 _log = logging.getLogger(__name__)
 _KEY_BYTES = 16
 _NOWHERE = Span(0, 0)
+_CERTAIN = 6  # first digits that no text has by chance
+_RARE = 1000  # fewer are a part too where at most one text in so many has a live handle's by chance
 _shared: WeakKeyDictionary[Engine, Handles] = WeakKeyDictionary()
 _sharing = threading.Lock()
 
 
 class HandleFragment(LLoCOError, ValueError):
-    """A prompt holds a part of a live handle: something cut or changed the text of the prompt."""
+    """A prompt holds a part of a live handle: something cut or changed the text of the prompt.
+
+    A part is the opening with at least six of a handle's digits, or with three to five where so few handles are alive
+    (4, 65 and 1048) that other text hardly has theirs; or twelve digits from anywhere in one. What is shorter is inert
+    text: it cannot be told from text that only looks like a handle, and raising there would let any document that
+    holds such text stop an answer. Of signed handles, which are not remembered, only six digits count.
+    """
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class _Mint(Protocol):
         """What a body stands for, or why it stands for nothing: ``unknown``, ``expired`` or ``wrong_scope``."""
         ...
 
-    def slots(self, body: str) -> int:
-        """What the segment of a body costs in a prompt; 0 where the body is worth nothing."""
+    def slots(self, body: str) -> dict[str, int]:
+        """What a body costs in a prompt: its segment and those it is read after, with their slots; {} if it is worth
+        nothing."""
         ...
 
     def is_part(self, digits: str, tenant: str, now: float, *, first: bool) -> bool:
@@ -82,8 +91,9 @@ class _Mint(Protocol):
 class _Nonces:
     """Random bodies, remembered here: at most ``most`` of them, the oldest forgotten first."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, engine: Engine) -> None:
         self._most = most
+        self._read_before = engine.read_before
         self._tickets: OrderedDict[str, Ticket] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -107,19 +117,22 @@ class _Nonces:
                 return "expired"
         return ticket if ticket.hit.tenant == tenant else "wrong_scope"
 
-    def slots(self, body: str) -> int:
+    def slots(self, body: str) -> dict[str, int]:
         with self._lock:
             ticket = self._tickets.get(body)
-        return 0 if ticket is None else ticket.hit.slots
+        if ticket is None:
+            return {}
+        return {hit.segment_id: hit.slots for hit in (*self._read_before(ticket.hit), ticket.hit)}
 
     def is_part(self, digits: str, tenant: str, now: float, *, first: bool) -> bool:
         with self._lock:
-            return any(
-                (body.startswith(digits[:32]) if first else digits in body or body in digits)
-                and ticket.hit.tenant == tenant
-                and ticket.expires > now
-                for body, ticket in self._tickets.items()
-            )
+            live = [
+                body for body, ticket in self._tickets.items() if ticket.hit.tenant == tenant and ticket.expires > now
+            ]
+        if not first:
+            return any(digits in body or body in digits for body in live)
+        told_apart = len(digits) >= _CERTAIN or len(live) * _RARE < 16 ** len(digits)
+        return told_apart and any(body.startswith(digits[:32]) for body in live)
 
 
 class _Signatures:
@@ -137,7 +150,8 @@ class _Signatures:
         return hmac.new(self._key, f"{claim}\n{tenant}".encode(), hashlib.sha256).hexdigest()[:32]
 
     def mint(self, hit: Hit, now: float, expires: float) -> str:
-        claim = f"{hit.segment_id}:{hit.version:x}:{int(expires):08x}:{min(hit.slots, 0xFFFF):x}"
+        slots = hit.slots + sum(earlier.slots for earlier in self._engine.read_before(hit))
+        claim = f"{hit.segment_id}:{hit.version:x}:{int(expires):08x}:{min(slots, 0xFFFF):x}"
         return f"{claim}:{self._sign(hit.tenant, claim)}"
 
     def redeem(self, body: str, tenant: str, now: float) -> Ticket | str:
@@ -156,13 +170,15 @@ class _Signatures:
         )
         return Ticket(same[0] if same else gone, float(int(expires, 16)))
 
-    def slots(self, body: str) -> int:
-        # the tenant is not known here, so this is what the handle says of itself
-        return int(body.split(":")[3], 16) if ":" in body else 0
+    def slots(self, body: str) -> dict[str, int]:
+        # the tenant is not known here, so this is what the handle says of itself and of all that it is read after
+        return {body: int(body.split(":")[3], 16)} if ":" in body else {}
 
     def is_part(self, digits: str, tenant: str, now: float, *, first: bool) -> bool:
         # nothing is remembered: any opening counts as a part, as does the whole id of a segment of the tenant
-        return first or bool(len(digits) == 32 and self._engine.find_segment(digits, tenant))
+        if first:
+            return len(digits) >= _CERTAIN
+        return bool(len(digits) == 32 and self._engine.find_segment(digits, tenant))
 
 
 class Handles:
@@ -198,7 +214,7 @@ class Handles:
         self.ttl = ttl
         self.compressing = threading.Lock()  # a store has one writer: ad hoc compression takes turns
         self._clock = clock
-        self._mint: _Mint = _Nonces(most) if key is None else _Signatures(key, engine)
+        self._mint: _Mint = _Nonces(most, engine) if key is None else _Signatures(key, engine)
         self._counts: Counter[str] = Counter()
         self._find_segment = engine.find_segment
 
@@ -223,8 +239,14 @@ class Handles:
         return "\n".join(map(write, bodies))  # so that a splitter can part them
 
     def slots(self, text: str) -> int:
-        """Slots that the handles in a text cost, each counted once."""
-        return sum(self._mint.slots(body) for body in dict.fromkeys(SENTINEL.findall(text)))
+        """Slots that the handles in a text cost, with those of the segments that theirs are read after.
+
+        Each segment counts once; of signed handles, each handle with all that it is read after.
+        """
+        costs: dict[str, int] = {}
+        for body in SENTINEL.findall(text):
+            costs |= self._mint.slots(body)
+        return sum(costs.values())
 
     def resolve(self, texts: Sequence[str], tenant: str = "") -> Resolved:
         """Take the handles out of texts, in order.

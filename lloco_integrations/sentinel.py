@@ -21,7 +21,7 @@ _BEGUN = re.compile(
     r"\[(?:\s?(?:\[(?:\s?(?:L(?:L(?:C(?:\s?(?::(?:\s?(?:[0-9a-f][0-9a-f:]{0,120}(?:\s?(?:\]\s?)?)?)?)?)?)?)?)?)?)?)?)?\Z",
     re.IGNORECASE,
 )
-_HEAD = re.compile(r"\[\s?\[\s?LLC\s?:\s?([0-9a-f]{6,})", re.IGNORECASE)
+_HEAD = re.compile(r"\[\s?\[\s?LLC\s?:\s?([0-9a-f]{3,})", re.IGNORECASE)
 
 
 def write(body: str) -> str:
@@ -35,7 +35,7 @@ def neutralise(text: str) -> str:
 
 
 def heads(text: str) -> set[str]:
-    """Lower-case hex digits, at least six, that stand where a handle's first would."""
+    """Lower-case hex digits, at least three, that stand where a handle's first would."""
     return {digits.lower() for digits in _HEAD.findall(text)}
 
 

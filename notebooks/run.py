@@ -41,6 +41,7 @@ def run(path: Path, most: int) -> bool:
     """Run one notebook and write its outputs into it; says how long it took, and whether it may be kept."""
     notebook = nbformat.read(path, as_version=4)
     began = time.perf_counter()
+    started: list[int] = []  # cells, by their number from 1
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
@@ -50,11 +51,16 @@ def run(path: Path, most: int) -> bool:
             resources={"metadata": {"path": folder}},
             record_timing=False,
             coalesce_streams=True,
+            on_cell_start=lambda cell, cell_index: started.append(cell_index + 1),
         )
         try:
             client.execute(env=os.environ | {"PYTHONPATH": str(HERE.parent)})
         except (CellExecutionError, CellTimeoutError) as error:
             print(f"{path.name}: failed\n{error}")
+            return False
+        except (AssertionError, RuntimeError) as error:  # nbclient's own: those of a cell come as CellExecutionError
+            at = f"in cell {started[-1]}, killed or out of memory" if started else "before the first cell"
+            print(f"{path.name}: failed: its kernel died {at} ({type(error).__name__}: {error or 'no message'})")
             return False
     seconds = time.perf_counter() - began
     for cell in notebook.cells:

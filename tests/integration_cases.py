@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lloco_engine import ChunkConfig, CompressConfig, Document, Engine
+from lloco_engine import AnswerStream, ChunkConfig, CompressConfig, Document, Engine
 from lloco_engine.testing import HashingEmbedder
 
 TENANTS = ("red", "blue")
@@ -28,3 +29,26 @@ def open_engine(path: Path, decoder: Any, **changes: Any) -> Engine:
         "chunk": ChunkConfig(segment_tokens=256, window_tokens=48, window_overlap=8),
     }
     return Engine.open(path, **(options | changes))
+
+
+def gated(engine: Engine, monkeypatch: Any, gate: Any) -> list[str]:
+    """Let every answer of the engine stop after its first piece until a gate opens; returns the pieces made so far."""
+    made: list[str] = []
+    real = engine.stream
+
+    def stream(*args: Any, **options: Any) -> AnswerStream:
+        answer = real(*args, **options)
+        pieces = answer._pieces
+
+        def slowly() -> Iterator[str]:
+            for number, piece in enumerate(pieces):
+                if number == 1:
+                    assert gate.wait(20), "nothing opened the gate: the event loop was blocked"
+                made.append(piece)
+                yield piece
+
+        answer._pieces = slowly()
+        return answer
+
+    monkeypatch.setattr(engine, "stream", stream)
+    return made

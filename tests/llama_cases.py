@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from integration_cases import TENANTS, TOPICS, story
+from integration_cases import TENANTS, TOPICS, gated, story
 from llama_index.core import VectorStoreIndex
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import TextNode
 
-from lloco_engine import AnswerStream, Engine
+from lloco_engine import Engine
 from lloco_integrations.llama_index import LLoCOEmbedding
 
 QUESTION = "List the halls of the pump."  # the tiny decoder says many different things to it
@@ -29,29 +26,6 @@ def plain_index(engine: Engine, tenant: str = "red") -> VectorStoreIndex:
 def chat_memory() -> ChatMemoryBuffer:
     """Memory in a list: the default one opens a database in a thread that it leaves to the garbage collector."""
     return ChatMemoryBuffer.from_defaults(token_limit=3000)
-
-
-def gated(engine: Engine, monkeypatch: Any, gate: Any) -> list[str]:
-    """Let every answer of the engine stop after its first piece until a gate opens; returns the pieces made so far."""
-    made: list[str] = []
-    real = engine.stream
-
-    def stream(*args: Any, **options: Any) -> AnswerStream:
-        answer = real(*args, **options)
-        pieces = answer._pieces
-
-        def slowly() -> Iterator[str]:
-            for number, piece in enumerate(pieces):
-                if number == 1:
-                    assert gate.wait(20), "nothing opened the gate: the event loop was blocked"
-                made.append(piece)
-                yield piece
-
-        answer._pieces = slowly()
-        return answer
-
-    monkeypatch.setattr(engine, "stream", stream)
-    return made
 
 
 __all__ = ["QUESTION", "TENANTS", "TOPICS", "chat_memory", "gated", "nodes", "plain_index", "story"]

@@ -147,6 +147,25 @@ def test_a_part_of_a_live_handle_raises(engine):
         signed.resolve([signed.mint(hits_of(engine, "pump"))[:-4]], "red")
 
 
+def test_a_handle_cut_to_a_few_digits_raises_where_few_are_alive(engine):
+    handles = Handles(engine)
+    (hit,) = hits_of(engine, "pump")
+    text = handles.mint([hit])
+    other = "[[LLC:" + ("0" if text[6] != "0" else "1")
+    for part in (text[:9], text[:10] + " and", text[:11].upper()):
+        with pytest.raises(HandleFragment):
+            handles.resolve([f"x {part}"], "red")
+    for part in (text[:8], text[:6], other + "b0c\u2026]]", other + "b0c71"):  # too short, or of no live handle
+        assert not handles.resolve([f"x {part}"], "red").hits
+    for _ in range(9):
+        handles.mint([hit])
+    assert not handles.resolve([text[:9]], "red").hits  # one of ten could begin like that by chance
+    with pytest.raises(HandleFragment):
+        handles.resolve([text[:10]], "red")
+    signed = Handles(engine, key=KEY)
+    assert not signed.resolve([signed.mint([hit])[:11]], "red").hits
+
+
 def test_what_is_kept_is_bounded(engine):
     handles = Handles(engine, most=3)
     (hit,) = hits_of(engine, "pump")

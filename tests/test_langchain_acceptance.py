@@ -7,11 +7,13 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import langchain_cases as cases
 import pytest
+from integration_cases import gated
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_classic.chains.combine_documents.map_reduce import MapReduceDocumentsChain
@@ -21,7 +23,8 @@ from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 
-from lloco_engine import Document, Engine, GenerateConfig, PromptTooLong, StoreMismatch
+from lloco_engine import AdapterError, Document, Engine, GenerateConfig, PromptTooLong, StoreMismatch
+from lloco_engine.adapters.loading import default_folder
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_integrations.langchain import (
     ChatLLoCO,
@@ -246,25 +249,23 @@ async def test_fifty_questions_at_once_of_two_tenants_do_not_cross(engine, spy):
 
 
 async def test_streams_yield_before_completion_and_join_to_the_whole(engine, chat, retriever, monkeypatch):
-    finished = []
-    steps = engine.decoder._take
-
-    def watched(token, generation, text, config):
-        made = steps(token, generation, text, config)
-        if generation.finish:
-            finished.append(True)
-        return made
-
-    monkeypatch.setattr(engine.decoder, "_take", watched)
     prompt = prompt_of(retriever.invoke(QUESTION))
     whole = chat.invoke(prompt).text
-    finished.clear()
+    gate = threading.Event()
+    made = gated(engine, monkeypatch, gate)
     stream = chat.stream(prompt)
-    first = next(stream).text
-    assert first and not finished
-    assert first + "".join(chunk.text for chunk in stream) == whole
-    pieces = [chunk.text async for chunk in chat.astream(prompt)]
-    assert len([piece for piece in pieces if piece]) > 1
+    pieces = [next(stream).text]
+    assert pieces[0] and len(made) == 1  # the rest waits for the gate
+    gate.set()
+    pieces += [chunk.text for chunk in stream]
+    assert "".join(pieces) == whole and len(made) > 1
+    gate.clear()
+    made.clear()
+    source = chat.astream(prompt)
+    pieces = [(await asyncio.wait_for(anext(source), 20)).text]
+    assert pieces[0] and len(made) == 1
+    gate.set()
+    pieces += [chunk.text async for chunk in source]
     assert "".join(pieces) == whole
 
 
@@ -294,8 +295,8 @@ async def test_async_does_not_block_the_loop(engine, chat, retriever, monkeypatc
     assert longest < took / 2  # a call that blocks would hold the loop for all of it
 
 
-def test_one_pair_of_events_and_usage_counts_slots_once(engine, chat, retriever):
-    from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_callback
+async def test_one_pair_of_events_for_each_call(chat, retriever):
+    from langchain_core.callbacks import BaseCallbackHandler
 
     class Events(BaseCallbackHandler):
         def __init__(self):
@@ -307,16 +308,29 @@ def test_one_pair_of_events_and_usage_counts_slots_once(engine, chat, retriever)
         def on_llm_end(self, *_, **__):
             self.seen.append("end")
 
-    events = Events()
+    events, chain = Events(), chain_of(chat, retriever)
+    asked = {"input": QUESTION}, {"callbacks": [events]}
+    chain.invoke(*asked)
+    await chain.ainvoke(*asked)
+    assert list(chain.stream(*asked))
+    assert [piece async for piece in chain.astream(*asked)]
+    assert events.seen == ["start", "end"] * 4
+
+
+def test_usage_counts_slots_and_adds_up_once(engine, chat, retriever):
+    from langchain_core.callbacks import get_usage_metadata_callback
+
     with get_usage_metadata_callback() as counted:
-        chain_of(chat, retriever).invoke({"input": QUESTION}, {"callbacks": [events]})
-    assert events.seen == ["start", "end"]
+        chain_of(chat, retriever).invoke({"input": QUESTION})
     slots = sum(hit.slots for hit in engine.retrieve(QUESTION, top_k=3))
     usage = counted.usage_metadata["tiny"]
     text = len(engine.decoder.template.question_ids(QUESTION))
     template = engine.decoder.template_tokens
     assert usage["input_tokens"] == slots + text + template
     assert usage["input_token_details"]["cache_read"] == slots + template
+    with get_usage_metadata_callback() as streamed:
+        list(chain_of(chat, retriever).stream({"input": QUESTION}))
+    assert streamed.usage_metadata["tiny"] == usage
 
 
 def test_upsert_delete_clear_and_a_crash_leave_no_orphan_or_stale_segment(own_engine, monkeypatch):
@@ -372,12 +386,29 @@ def test_a_fresh_process_answers_the_same(tmp_path):
     assert bytes.fromhex(there.stdout.strip()).decode() == here
 
 
-def test_a_wrong_decoder_or_embedder_is_refused(tmp_path):
-    cases.open_engine(tmp_path / "store", str(save_tiny_decoder(tmp_path / "one"))).close()
+def test_a_wrong_decoder_embedder_or_adapter_is_refused(tmp_path):
+    with cases.open_engine(tmp_path / "store", str(save_tiny_decoder(tmp_path / "one"))) as engine:
+        folder = default_folder()  # of the embedded decoder
+        assert folder is not None
+        engine.adapters.shelf.add(folder, "law")
+        for model in (ChatLLoCO(engine=engine, adapter="law"), LLoCOLLM(engine=engine, adapter="law")):
+            with pytest.raises(AdapterError, match="decoder_fingerprint"):
+                model.invoke(QUESTION)
     with pytest.raises(StoreMismatch, match="decoder_fingerprint"):
         cases.open_engine(tmp_path / "store", str(save_tiny_decoder(tmp_path / "two", seed=1)))
     with pytest.raises(StoreMismatch, match="embedder_fingerprint"):
         Engine.open(tmp_path / "store", embedder=HashingEmbedder(32))
+
+
+@pytest.mark.filterwarnings("ignore:A test tried to use socket")
+def test_everything_here_runs_with_sockets_disabled():
+    """As LangChain's standard suites do, in test_langchain_standard and test_langchain_vectorstore."""
+    import socket
+
+    from pytest_socket import SocketBlockedError
+
+    with pytest.raises(SocketBlockedError):
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 
 
 def test_signed_handles_serve_several_processes(engine, spy):

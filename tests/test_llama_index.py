@@ -41,6 +41,7 @@ from lloco_integrations.llama_index import (
     LLoCOTransform,
     LLoCOVectorStore,
 )
+from lloco_integrations.sentinel import SENTINEL
 
 pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 
@@ -211,6 +212,16 @@ async def test_the_retriever_finds_what_the_engine_finds_and_cites_spans(engine)
     llm = LLoCOLLM(engine, tenant="red", max_tokens=5)
     answer = RetrieverQueryEngine.from_args(retriever, llm=llm).query(QUESTION)
     assert str(answer) == engine.ask(QUESTION, top_k=3, tenant="red", generate=GenerateConfig(max_new_tokens=5)).text
+
+
+def test_context_only_returns_handles_and_its_sources_the_text(engine):
+    options = {"llm": LLoCOLLM(engine, tenant="red", max_tokens=4), "response_mode": "context_only"}
+    post = LLoCONodePostprocessor(engine, tenant="red", on_missing="error")
+    response = plain_index(engine).as_query_engine(node_postprocessors=[post], **options).query(QUESTION)
+    shown = str(response).split()
+    assert len(shown) == len(response.source_nodes) and all(SENTINEL.fullmatch(handle) for handle in shown)
+    assert all("stands in hall" in node.text for node in response.source_nodes)
+    assert "stands in hall" in str(plain_index(engine).as_query_engine(**options).query(QUESTION))
 
 
 # -- sub-questions ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from llama_index.core.schema import Document as LlamaDocument
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from lloco_engine import AdapterError, Engine, GenerateConfig, PromptTooLong, StoreMismatch
+from lloco_engine.adapters.loading import default_folder
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_integrations.asking import Asker
 from lloco_integrations.handles import HandleFragment, Handles
@@ -405,6 +406,11 @@ def test_13_a_fresh_process_gives_identical_answers(tmp_path, tiny_folder):
 def test_14_a_wrong_model_or_adapter_is_refused(engine, tmp_path, tiny_folder):
     with open_engine(tmp_path / "s", str(tiny_folder)) as made:
         made.ingest(documents("red")[:1])
+        folder = default_folder()  # of the embedded decoder
+        assert folder is not None
+        made.adapters.shelf.add(folder, "legal")
+        with pytest.raises(AdapterError, match="decoder_fingerprint"):
+            LLoCOLLM(made, tenant="red", adapter="legal").complete("Hello")
     other = save_tiny_decoder(tmp_path / "other", seed=5, max_position_embeddings=4096)
     with pytest.raises(StoreMismatch, match="decoder_fingerprint"):
         Engine.open(tmp_path / "s", decoder=str(other), embedder=HashingEmbedder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,16 @@ def test_a_notebook_is_kept_as_it_ran(path):
     shown = json.dumps([output for output in outputs if output["output_type"] == "stream"])
     assert "site-packages" not in shown and "/tmp/" not in shown and str(Path.home()) not in shown
     assert len(text) <= 400_000
+
+
+@pytest.mark.filterwarnings("ignore")  # of the kernel's client, about what the dead kernel left open
+def test_a_kernel_that_dies_is_reported_and_the_notebook_is_left_as_it_was(tmp_path, capsys):
+    import nbformat
+
+    path = tmp_path / "dying.ipynb"
+    cells = [nbformat.v4.new_code_cell(source) for source in ("1 + 1", "import os\nos._exit(1)", "2 + 2")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    before = path.read_text(encoding="utf-8")
+    assert runpy.run_path(str(FOLDER / "run.py"))["run"](path, 120) is False
+    assert "dying.ipynb: failed: its kernel died in cell 2" in capsys.readouterr().out
+    assert path.read_text(encoding="utf-8") == before

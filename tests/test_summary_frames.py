@@ -100,6 +100,21 @@ def test_llama_index_reads_summaries(engine, answers):
     assert str(response) == engine.ask(QUESTION, hits=hits, generate=GenerateConfig(max_new_tokens=6)).text
 
 
+def test_a_handle_counts_the_slots_of_all_that_its_segment_is_read_after(engine):
+    from lloco_integrations.handles import Handles
+
+    first, *_, last = engine.store.chunks("pump.md")
+    chain = [*engine.read_before(last), last]
+    assert chain[0].segment_id == first.segment_id and len(chain) > 1 and engine.read_before(first) == []
+    handles = Handles(engine)
+    text = handles.mint([last])
+    assert handles.slots(text) == K * len(chain)
+    assert handles.slots(text + handles.mint(chain) + text) == K * len(chain)  # each segment once
+    assert engine.ask(QUESTION, hits=[last], generate=GenerateConfig(2)).usage.prompt_slots == handles.slots(text)
+    signed = Handles(engine, key=b"k" * 16)
+    assert signed.slots(signed.mint([last])) == K * len(chain) and signed.slots(signed.mint([first])) == K
+
+
 def test_an_opt_decoder_takes_adapters(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

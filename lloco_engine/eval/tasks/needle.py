@@ -51,7 +51,7 @@ _KINDS = (
     ),
     (
         "The museum of {place} is devoted to the history of {answer}.",
-        "The history of what is the museum of {place} devoted to?",
+        "What is the museum of {place} devoted to?",
         ("clocks", "umbrellas", "bicycles", "pottery", "whaling", "kites", "violins"),
     ),
 )
