@@ -6,6 +6,7 @@ queries of KVzip (Kim et al. 2025) and one budget over all heads together. No tr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ __all__ = ["AttentionMatching", "nnls"]
 
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
-_ROWS = 128  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
+_ROWS = 256  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
 _SPREAD = 0.15  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
 _LENGTH = 0.35  # power of the value's length in it
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
@@ -192,16 +193,17 @@ class _Watch:
         sums of these are ``own_lse`` (H, R). It takes every row, the fits take some.
         """
         largest, total = keys.new_zeros(2, *keys.shape[:2])
-        outputs, sums = [], []
-        for part, own in zip(torch.split(queries, _ROWS, 1), torch.split(own_lse, _ROWS, 1), strict=True):
-            logits = torch.bmm(part, keys.transpose(1, 2))
+        output, lse = torch.empty_like(queries), own_lse.new_empty(own_lse.shape)
+        # head by head: batched products of few heads leave cores idle
+        for head, row in itertools.product(range(keys.shape[0]), range(0, queries.shape[1], _ROWS)):
+            part = head, slice(row, row + _ROWS)
+            logits = queries[part] @ keys[head].T
             weights = torch.softmax(logits, dim=-1)
-            sums.append(logits.amax(dim=-1).float() - weights.amax(dim=-1).float().log())
-            outputs.append(torch.bmm(weights, values))
-            weights *= torch.sigmoid(sums[-1] - own).to(weights.dtype)[..., None]
-            torch.maximum(largest, weights.amax(dim=1), out=largest)
-            total += weights.sum(dim=1)
-        output, lse = torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
+            lse[part] = logits.amax(dim=-1).float() - weights.amax(dim=-1).float().log()
+            output[part] = weights @ values[head]
+            weights *= torch.sigmoid(lse[part] - own_lse[part]).to(weights.dtype)[:, None]
+            torch.maximum(largest[head], weights.amax(dim=0), out=largest[head])
+            total[head] += weights.sum(dim=0)
         length = values.norm(dim=-1)
         importance = largest * (total / queries.shape[1]).pow_(_SPREAD) * length.pow_(_LENGTH)
         kept = spread(group, queries.shape[1] // group, self._fit_rows, device=keys.device)
@@ -308,15 +310,16 @@ def nnls(gram: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tens
     for _ in range(12):  # power iteration for the largest eigenvalue
         vector = torch.bmm(gram, vector)
         vector = vector / vector.norm(dim=1, keepdim=True)
-    step = 1 / (1.1 * torch.bmm(vector.transpose(1, 2), torch.bmm(gram, vector))[..., 0])
+    step = 1 / (1.1 * torch.bmm(vector.transpose(1, 2), torch.bmm(gram, vector)))
+    gram, right = gram * step, right[..., None] * step
     x = ahead = torch.ones_like(right)
     pace = 1.0
     for _ in range(iterations):
-        new = (ahead - step * (torch.bmm(gram, ahead[..., None])[..., 0] - right)).clamp_min(0)
+        new = torch.baddbmm(ahead + right, gram, ahead, alpha=-1).clamp_min_(0)
         quicker = (1 + (1 + 4 * pace * pace) ** 0.5) / 2
-        ahead = new + (pace - 1) / quicker * (new - x)
+        ahead = torch.lerp(x, new, 1 + (pace - 1) / quicker)
         x, pace = new, quicker
-    return x
+    return x[..., 0]
 
 
 def _solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
