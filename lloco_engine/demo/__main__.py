@@ -30,7 +30,7 @@ __all__ = ["main", "run"]
 _RATIO = 16.0
 _GENERATE = GenerateConfig(max_new_tokens=48)
 _QUOTE_CHARS = 300
-_SOURCES = 2  # best hits shown with their text
+_SOURCES = 2  # segments read, and shown with their text: so small a decoder mixes up more (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _ask(
         )
     rows = []
     for number, question in enumerate(asked, 1):
-        answer = engine.ask(question.question, filters=filters, generate=_GENERATE)
+        answer = engine.ask(question.question, top_k=_SOURCES, filters=filters, generate=_GENERATE)
         console.print(f"\n[{number}] {question.question}", style="bold", soft_wrap=True)
         console.print(f"    expected    {question.answers[0]}", soft_wrap=True)
         _print_answer(console, "LLoCO", answer, f", adapter {answer.adapter}")
@@ -237,7 +237,7 @@ def _cost(usage: Usage) -> str:
 
 
 def _print_sources(console: Console, answer: Answer) -> None:
-    for hit in answer.hits[:_SOURCES]:
+    for hit in answer.hits:
         span = hit.windows[0] if hit.windows else hit.span
         quote = " ".join(hit.quote(span).split())
         shown = quote if len(quote) <= _QUOTE_CHARS else quote[:_QUOTE_CHARS].rsplit(None, 1)[0] + " [...]"
