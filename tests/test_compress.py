@@ -255,6 +255,15 @@ def test_no_token_of_the_repetition_is_left_out_of_the_fits_by_all_query_heads(g
     assert {row % tokens for row in rows} == set(range(tokens))
 
 
+def test_the_repetition_reads_itself_alike_with_and_without_the_fused_kernel(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    three = [torch.randn(1, 2, 600, 16, generator=generator) for _ in range(3)]
+    fused = attention_matching.causal_attention(*three, 0.25)
+    monkeypatch.setattr(attention_matching, "_FUSED", None)
+    for one, other in zip(attention_matching.causal_attention(*three, 0.25), fused, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def logits(decoder: LocalDecoder, *segments: Segment) -> torch.Tensor:
     """Of every token of a question after the segments."""
     prefix = place(decoder, segments)

@@ -28,6 +28,7 @@ _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
 _ROWS = 256  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
 _SPREAD = 0.15  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
 _LENGTH = 0.35  # power of the value's length in it
+_FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
@@ -176,7 +177,7 @@ class _Watch:
         group = heads // keys.shape[1]
         # apart, and then put together by their partition sums: the fits need the context's own output and sum
         own_keys, own_values = (x[:, :, context:].repeat_interleave(group, 1) for x in (keys, values))
-        own, own_lse = attention(queries, own_keys, own_values, self._scale, causal=True)
+        own, own_lse = causal_attention(queries, own_keys, own_values, self._scale)
         rows = queries.reshape(heads // group, group * tokens, dim) * self._scale
         own_lse = own_lse.reshape(rows.shape[:2])
         output, lse = self._note(rows, keys[0, :, :context], values[0, :, :context], own_lse, group)
@@ -224,39 +225,36 @@ def spread(group: int, tokens: int, most: int, device: torch.device | None = Non
         (rows,) int64 numbers in ``group * tokens``, ascending.
     """
     step = -(-group * tokens // most)
-    starts = (head * step // group for head in range(group))
-    return torch.cat(
-        [
-            torch.arange(head * tokens + start, (head + 1) * tokens, step, device=device)
-            for head, start in enumerate(starts)
-        ]
-    )
+    rows = [
+        torch.arange(head * tokens + head * step // group, (head + 1) * tokens, step, device=device)
+        for head in range(group)
+    ]
+    return torch.cat(rows)
 
 
-def attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool = False
+def causal_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention, and the logarithm of its partition sums, which torch's public function keeps to itself.
+    """Softmax attention of row i over the keys up to i, and the logarithm of its partition sums.
+
+    Torch's public function keeps these sums to itself.
 
     Args:
-        queries: (1, H, R, D). keys, values: (1, H, S, D).
+        queries, keys, values: (1, H, R, D).
         scale: factor of the logits.
-        causal: row i sees the keys up to i; R is S then.
 
     Returns:
         output (1, H, R, D) and log partition sums (1, H, R) float32.
     """
-    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if fused is not None and queries.device.type == "cpu":
-        output, lse = fused(queries, keys, values, 0.0, causal, scale=scale)
+    if _FUSED is not None and queries.device.type == "cpu":
+        output, lse = _FUSED(queries, keys, values, 0.0, True, scale=scale)
         return output, lse
     outputs, sums = [], []
     for row in range(0, queries.shape[2], _ROWS):
         block = queries[:, :, row : row + _ROWS] * scale
         logits = (block @ keys.transpose(2, 3)).float()
-        if causal:
-            place = torch.arange(row, row + block.shape[2], device=keys.device)[:, None]
-            logits.masked_fill_(torch.arange(keys.shape[2], device=keys.device) > place, -torch.inf)
+        place = torch.arange(row, row + block.shape[2], device=keys.device)[:, None]
+        logits.masked_fill_(torch.arange(keys.shape[2], device=keys.device) > place, -torch.inf)
         sums.append(torch.logsumexp(logits, dim=-1))
         outputs.append(torch.exp(logits - sums[-1][..., None]).to(values.dtype) @ values)
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
