@@ -167,16 +167,7 @@ def run(
     }
     partial = Partial(output, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
     rows = config.rows(adapters)
-    total, done = len(rows) * sum(len(group.questions) for group in groups), 0
-    for number, group in enumerate(groups):
-        material = evaluation.material(group)
-        for at, row in enumerate(rows):
-            if progress is not None:
-                progress("questions", done, total)
-            if number * len(rows) + at not in partial.done:
-                partial.add(number * len(rows) + at, evaluation.measure(material, row))
-            done += len(group.questions)
-    values = [[partial.done[number * len(rows) + at] for at in range(len(rows))] for number in range(len(groups))]
+    values = evaluation.measure_all(groups, rows, partial, progress or (lambda what, done, total: None))
     result = {
         "config": facts
         | circumstances(decoder.runner.device, decoder.runner.dtype)
@@ -235,6 +226,24 @@ class _Evaluation:
     def material(self, group: Group) -> Material:
         """A group's chunks, not compressed yet."""
         return Material(group, self.decoder, self._longest, self._embedder, self.config.top_k)
+
+    def measure_all(
+        self,
+        groups: Sequence[Group],
+        rows: Sequence[Row],
+        partial: Partial,
+        progress: Callable[[str, float, float], None],
+    ) -> list[list[dict[str, Any]]]:
+        """Every row of every group, those in ``partial`` as they are there."""
+        total, done = len(rows) * sum(len(group.questions) for group in groups), 0
+        for number, group in enumerate(groups):
+            material = self.material(group)
+            for at, row in enumerate(rows):
+                progress("questions", done, total)
+                if number * len(rows) + at not in partial.done:
+                    partial.add(number * len(rows) + at, self.measure(material, row))
+                done += len(group.questions)
+        return [[partial.done[number * len(rows) + at] for at in range(len(rows))] for number in range(len(groups))]
 
     def measure(self, material: Material, row: Row) -> dict[str, Any]:
         """What `Scorer.measure` gives, and how many chunks of the group had to be split where that mattered."""
