@@ -25,6 +25,7 @@ from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.chunking import Chunker
 from lloco_engine.cli import app
 from lloco_engine.compress import registry
+from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, DocumentError, PromptTooLong
@@ -39,6 +40,7 @@ from lloco_engine.finetune.train import rate
 from lloco_engine.readers.records import Question, Record
 from lloco_engine.store import Store
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_tokenizer
+from lloco_engine.types import Prefix
 
 QUESTIONS = ["Who is the keeper?", "Who came from the north?", "When?"]
 ANSWERS = ["Ada Brandt", "She did, in 1874.", "1874"]
@@ -94,6 +96,31 @@ def test_packed_questions_give_the_losses_and_gradients_of_each_alone(kind, fami
             parameter.copy_(before)
         slope = (sides[0] - sides[1]) / (2 * difference)
         assert float(gradient.view(-1)[where]) == pytest.approx(slope, rel=0.05, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["memory", "text"])
+def test_checkpointing_keeps_less_for_the_same_gradients(kind):
+    decoder, parameters = adapted(num_hidden_layers=6)
+    prefix = place(decoder, [whole(decoder)]) if kind == "memory" else None
+    context = None if prefix is not None else tokens(decoder, TEXT)
+    prompts = [Prompt(question, prefix, context) for question in QUESTIONS]
+    gold = [[*tokens(decoder, answer), decoder.tokenizer.eos_token_id] for answer in ANSWERS]
+    kept, gradients = [], []
+    for recompute in (False, True):
+        sizes: list[int] = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            made = answer_logits(decoder, prompts, gold, "new", recompute=recompute)
+            kept.append(sum(sizes))
+        loss = torch.nn.functional.cross_entropy(made.logits, made.targets)
+        gradients.append(torch.autograd.grad(loss, list(parameters.values())))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+    assert kept[1] < kept[0] / 2
 
 
 def test_a_pass_needs_no_template_prefix():
@@ -187,6 +214,16 @@ def test_layouts_share_prompts_among_documents():
     assert min(lengths) > one
     narrow = planner(segment_tokens=one + 1, layouts=[[1, 4, 1.0]], text_share=0, none_share=0)
     assert all(len(example.chunks[0]) <= one for example in narrow.plan(records, 0))  # two do not fit one segment
+
+
+def test_epochs_read_the_same_chunks_in_other_company():
+    records = passages(40)
+    made = planner(layouts=[[2, 3, 0.5], [1, 3, 0.2], [4, 1, 0.3]], text_share=0, none_share=0)
+    first, second = made.plan(records, 0), made.plan(records, 1)
+    assert {ids for example in first for ids in example.chunks} == {ids for e in second for ids in e.chunks}
+    assert {frozenset(example.chunks) for example in first} != {frozenset(example.chunks) for example in second}
+    asked = [Counter(q.question for example in plan for q in example.questions) for plan in (first, second)]
+    assert asked[0] == asked[1] == Counter(q.question for record in records for q in record.questions)
 
 
 def test_examples_without_memory_have_their_share():
@@ -492,7 +529,9 @@ def test_a_store_is_as_it_was_when_a_run_ends_early_and_the_next_goes_on(store, 
 def test_a_teacher_is_what_the_decoder_expects_with_the_text(decoder):
     context, end = tokens(decoder, TEXT), decoder.tokenizer.eos_token_id
     gold = [[*tokens(decoder, answer), end] for answer in ANSWERS]
-    teachers = teach(decoder, context, QUESTIONS, gold)
+    (whole,) = Uncompressed().compress(decoder, context, [1])
+    text = Prefix((whole,), (0,), decoder.template_tokens + len(context))
+    teachers = teach(decoder, text, QUESTIONS, gold)
     for question, answer, teacher in zip(QUESTIONS, gold, teachers, strict=True):
         ids = [*decoder.template.prefix_ids, *decoder.template.question_ids(question, context), *answer[:-1]]
         logits = decoder.runner.model(torch.tensor([ids])).logits[0, -len(answer) :]

@@ -110,7 +110,7 @@ def test_an_answer_must_end_and_be_likelier_with_the_text(decoder, scripted, tmp
 
     def losses(prompts, answers, adapter=None):
         # two nats a token less with the text, but for the first question, which it makes worse
-        return [(8.0 if p.context is None else 9.0 if i == 0 else 0.0, 4) for i, p in enumerate(prompts)]
+        return [(8.0 if p.prefix is None else 9.0 if i == 0 else 0.0, 4) for i, p in enumerate(prompts)]
 
     monkeypatch.setattr(decoder, "answer_losses", losses)
     report = SelfStudy(decoder, SelfStudyConfig(gain=1.9)).run([chunk(0)], tmp_path / "out.jsonl")

@@ -408,6 +408,8 @@ class LocalDecoder:
         memory: Memory | None,
         adapter: str | None,
         attention: Attention | None = None,
+        *,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Run token ids or (B, T, E) embeddings that follow the cache.
 
@@ -419,7 +421,7 @@ class LocalDecoder:
         inputs = inputs if isinstance(inputs, torch.Tensor) else self._tensor(inputs)
         with self._lock:
             self._use(adapter)
-            return self.runner.forward(inputs, places + offset, cache, memory, attention)
+            return self.runner.forward(inputs, places + offset, cache, memory, attention, recompute=recompute)
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:
         if config.seed is None:

@@ -75,17 +75,16 @@ class OptRunner(Runner):
         cache: Cache,
         memory: Memory | None = None,
         attention: Attention | None = None,
+        *,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """One pass, as `Runner.forward`; returns (B, T, E) states after the final norm and the output projection."""
         shape, adapted, body = self.shape, self.adapter is not None, self.body
         rows, tokens = inputs.shape[:2]
         mask = cache.begin(tokens)
-        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
-        if body.project_in is not None:
-            hidden = body.project_in(hidden)
-        # The table begins with two rows more than there are positions; the second of them is that of padding.
-        hidden = hidden + F.embedding(positions.clamp_min(-1) + 2, body.embed_positions.weight)
-        for index, layer in enumerate(self.blocks):
+
+        def through(index: int, hidden: torch.Tensor) -> torch.Tensor:
+            layer = self.blocks[index]
             x = layer.norm_attention(hidden) if layer.norm_first else hidden
             q, k, v = (
                 part(x, adapted).view(rows, tokens, -1, shape.head_dim).transpose(1, 2)
@@ -100,7 +99,14 @@ class OptRunner(Runner):
             hidden = hidden if layer.norm_first else layer.norm_attention(hidden)
             x = layer.norm_mlp(hidden) if layer.norm_first else hidden
             hidden = hidden + layer.down(layer.activation(layer.up(x, adapted)), adapted)
-            hidden = hidden if layer.norm_first else layer.norm_mlp(hidden)
+            return hidden if layer.norm_first else layer.norm_mlp(hidden)
+
+        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
+        if body.project_in is not None:
+            hidden = body.project_in(hidden)
+        # The table begins with two rows more than there are positions; the second of them is that of padding.
+        hidden = hidden + F.embedding(positions.clamp_min(-1) + 2, body.embed_positions.weight)
+        hidden = self._through_all(through, hidden, recompute)
         cache.end(tokens)
         if body.final_layer_norm is not None:
             hidden = body.final_layer_norm(hidden)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lloco_engine.decoder.attention import Cache, attend
 from lloco_engine.decoder.linear import FusedLinear
@@ -88,6 +89,8 @@ class Runner:
         cache: Cache,
         memory: Memory | None = None,
         attention: Attention | None = None,
+        *,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """One pass; the new keys and values are appended to ``cache``.
 
@@ -97,21 +100,26 @@ class Runner:
             cache: live keys and values before these tokens, of the same B.
             memory: compressed prefix that every token attends to, or None.
             attention: what reads the live keys and values in place of `attend`; it sees to causality itself.
+            recompute: keep what goes into each layer alone for the gradients, and run the layer again to take them
+                (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"); the cache must bear being
+                appended to twice.
 
         Returns:
             (B, T, hidden) hidden states after the final norm.
         """
         shape = self.shape
         rows, tokens = inputs.shape[:2]
-        products = iter(self._products(few=rows * tokens <= _FEW))
+        products = self._products(few=rows * tokens <= _FEW)
         if positions.dim() == 1:
             positions = positions[None]
         cos, sin = self._rotary(positions)
         mask = cache.begin(tokens)
-        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
-        for index, layer in enumerate(self.layers):
+
+        def through(index: int, hidden: torch.Tensor) -> torch.Tensor:
+            layer = self.layers[index]
+            qkv_product, o_product, gate_up_product, down_product = products[4 * index : 4 * index + 4]
             x = _rms_norm(hidden, layer.weight_in, layer.epsilon)
-            qkv = next(products)(x).view(rows, tokens, -1, shape.head_dim)
+            qkv = qkv_product(x).view(rows, tokens, -1, shape.head_dim)
             q, k = qkv[:, :, : shape.query_heads], qkv[:, :, shape.query_heads : -shape.kv_heads]
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = layer.q_norm(q), layer.k_norm(k)
@@ -125,12 +133,23 @@ class Runner:
                 read = attention(index, q, keys, values)
             else:
                 read = attend(q, keys, values, mask, cache.slots(index, memory), layer.scale)
-            hidden = hidden + next(products)(read)
+            hidden = hidden + o_product(read)
             x = _rms_norm(hidden, layer.weight_out, layer.epsilon)
-            gate, up = torch.chunk(next(products)(x), 2, dim=-1)
-            hidden = hidden + next(products)(layer.activation(gate) * up)
+            gate, up = torch.chunk(gate_up_product(x), 2, dim=-1)
+            return hidden + down_product(layer.activation(gate) * up)
+
+        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
+        hidden = self._through_all(through, hidden, recompute)
         cache.end(tokens)
         return F.rms_norm(hidden, (shape.hidden,), self.norm.weight, self.norm.variance_epsilon)
+
+    def _through_all(
+        self, through: Callable[[int, torch.Tensor], torch.Tensor], hidden: torch.Tensor, recompute: bool
+    ) -> torch.Tensor:
+        """Hidden states after all layers, each of which ``through`` runs by its number."""
+        for index in range(self.shape.layers):
+            hidden = checkpoint(through, index, hidden, use_reentrant=False) if recompute else through(index, hidden)
+        return hidden
 
     def _products(self, few: bool) -> list[Product]:
         """What multiplies by the fused layers' weights in this pass, in the order in which it is called."""

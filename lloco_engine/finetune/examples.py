@@ -57,34 +57,53 @@ class Planner:
         self._most = chunker.config.segment_tokens
 
     def plan(self, records: Iterable[Record], seed: int) -> list[Example]:
-        """Examples over every question of ``records`` once, in random order."""
+        """Examples over every question of ``records`` once, in random order.
+
+        Which passages are joined depends on the run's seed alone, so epochs (other ``seed``) read the same chunks in
+        other company: each chunk is compressed once.
+        """
         draw = random.Random(seed)
         sources = [self._source(record) for record in records if record.questions]
-        draw.shuffle(sources)
-        made = list(self._passages([source for source in sources if len(source.chunks) == 1], draw))
+        made = list(self._prompts([source for source in sources if len(source.chunks) == 1], draw))
         made += [self._example(source.chunks, [source.record], draw) for source in sources if len(source.chunks) > 1]
-        draw.shuffle(made)
-        return [part for example in made for part in self._parts(example)]
+        parts = [part for example in made for part in self._parts(example)]
+        draw.shuffle(parts)
+        return parts
 
     def _source(self, record: Record) -> _Source:
         chunks = self._chunker.split(Document(record.doc_id, record.text))
         return _Source(record, tuple(chunk.token_ids for chunk in chunks))
 
-    def _passages(self, sources: Sequence[_Source], draw: random.Random) -> Iterator[Example]:
-        layouts = self._config.layouts
-        weights = [share / (segments * passages) for segments, passages, share in layouts]  # shares are of documents
+    def _prompts(self, sources: Sequence[_Source], draw: random.Random) -> Iterator[Example]:
+        """Documents of one chunk, joined as the layouts say, in prompts of as many chunks as the layouts say."""
+        for passages, joined in self._joined(sources).items():
+            layouts = [layout for layout in self._config.layouts if layout[1] == passages]
+            weights = [share / segments for segments, _, share in layouts]  # shares are of documents
+            draw.shuffle(joined)
+            at = 0
+            while at < len(joined):
+                segments, *_ = draw.choices(layouts, weights)[0]
+                together = joined[at : at + segments]
+                at += segments
+                records = [source.record for chunk in together for source in chunk]
+                yield self._example([self._tokens(chunk) for chunk in together], records, draw)
+
+    def _joined(self, sources: Sequence[_Source]) -> dict[int, list[list[_Source]]]:
+        """Documents that are read as one chunk, by how many the layouts want in it; equal in all epochs."""
+        draw = random.Random(self._config.seed)
+        ordered = list(sources)
+        draw.shuffle(ordered)
+        shares: dict[int, float] = {}
+        for _, passages, share in self._config.layouts:
+            shares[passages] = shares.get(passages, 0.0) + share
+        made: dict[int, list[list[_Source]]] = {passages: [] for passages in shares}
         at = 0
-        while at < len(sources):
-            segments, passages, _ = draw.choices(layouts, weights)[0]
-            chunks: list[Ids] = []
-            records: list[Record] = []
-            for _ in range(segments):
-                joined = self._join(sources[at : at + passages])
-                if joined:
-                    at += len(joined)
-                    records += [source.record for source in joined]
-                    chunks.append(self._tokens(joined))
-            yield self._example(chunks, records, draw)
+        while at < len(ordered):
+            (passages,) = draw.choices(list(shares), [share / passages for passages, share in shares.items()])
+            joined = self._join(ordered[at : at + passages])
+            at += len(joined)
+            made[passages].append(joined)
+        return made
 
     def _join(self, sources: Sequence[_Source]) -> list[_Source]:
         """As many as fit one segment."""

@@ -33,6 +33,8 @@ class AnswerLogits:
 class _Trail(Cache):
     """Live keys and values of one row that keep their graph: appending makes new tensors.
 
+    What a pass appends is before the next one: until that begins, a layer can be run again (``recompute``).
+
     Args:
         decoder: whose.
     """
@@ -41,9 +43,11 @@ class _Trail(Cache):
         shape, runner = decoder.shape, decoder.runner
         super().__init__(shape.layers, 1, shape.kv_heads, shape.head_dim, 0, device=runner.device, dtype=runner.dtype)
         self.hidden: torch.Tensor | None = None  # (T, S) bool, what the next tokens must not see; None: causality
+        self._after = list(zip(self.keys, self.values, strict=True))
 
     def begin(self, tokens: int) -> torch.Tensor | None:
         """As `Cache.begin`."""
+        self.keys, self.values = map(list, zip(*self._after, strict=True))
         if self.hidden is None:
             return None  # only the first tokens are run so
         mask = torch.zeros(self.hidden.shape, device=self.hidden.device, dtype=self.keys[0].dtype)
@@ -51,13 +55,20 @@ class _Trail(Cache):
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Cache.append`."""
-        self.keys[layer] = torch.cat((self.keys[layer], keys), dim=2)
-        self.values[layer] = torch.cat((self.values[layer], values), dim=2)
-        return self.keys[layer], self.values[layer]
+        self._after[layer] = (
+            torch.cat((self.keys[layer], keys), dim=2),
+            torch.cat((self.values[layer], values), dim=2),
+        )
+        return self._after[layer]
 
 
 def answer_logits(
-    decoder: LocalDecoder, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], adapter: str | None
+    decoder: LocalDecoder,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[int]],
+    adapter: str | None,
+    *,
+    recompute: bool = False,
 ) -> AnswerLogits:
     """Run questions over one prefix or one context, with gradients where they are enabled.
 
@@ -66,6 +77,7 @@ def answer_logits(
         prompts: at least one, all with the same prefix object (or none) and the same context.
         answers: token ids of each answer, its end token included.
         adapter: what is trained, or None.
+        recompute: as in `lloco_engine.decoder.runner.Runner.forward`: slower, for less memory.
 
     Raises:
         PromptTooLong: a prompt with its answer does not fit the window.
@@ -86,7 +98,7 @@ def answer_logits(
     packed = asked[0][:shared] + [token for row in rows for token in row]
     # `_step` adds the place in the cache, which packing has moved
     offset = start + decoder._tensor(places) - torch.arange(len(places), device=decoder.runner.device) - len(template)
-    hidden = decoder._step([packed], offset, trail, decoder._memory(prompts), adapter)[0]
+    hidden = decoder._step([packed], offset, trail, decoder._memory(prompts), adapter, recompute=recompute)[0]
     wanted: list[int] = []
     at = shared
     for row, answer in zip(rows, answers, strict=True):

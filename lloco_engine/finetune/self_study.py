@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from lloco_engine.adapters.loading import facts_of
+from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import Config, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.template import encode
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.finetune.teacher import teach
-from lloco_engine.types import Hit
+from lloco_engine.types import Hit, Prefix
 
 __all__ = ["KINDS", "SelfStudy", "SelfStudyConfig"]
 
@@ -136,10 +137,13 @@ class SelfStudy:
         context = encode(decoder.tokenizer, chunk.text)
         room = decoder.shape.window - decoder.template_tokens - config.answer_tokens - 128
         context = context[: max(room, 0)]
+        # uncompressed, so every question reads all of the text, and it is run only once
+        (segment,) = Uncompressed().compress(decoder, context, [1])
+        text = Prefix((segment,), (0,), decoder.template_tokens + len(context))
         dropped: Counter[str] = Counter()
-        asked = list(self._fresh(self._ask(context, number), seen, dropped))
+        asked = list(self._fresh(self._ask(text, number), seen, dropped))
         tried = len(asked) + sum(dropped.values())
-        kept = list(self._answered(context, asked, dropped))
+        kept = list(self._answered(text, asked, dropped))
         questions = [
             {"id": f"{chunk.tenant}/{chunk.doc_id}/{chunk.ordinal}/{index}", "kind": kind, **found}
             for index, (kind, found) in enumerate(kept)
@@ -154,10 +158,10 @@ class SelfStudy:
             "dropped": dict(dropped),
         }
 
-    def _ask(self, context: Sequence[int], number: int) -> list[tuple[str, str]]:
+    def _ask(self, text: Prefix, number: int) -> list[tuple[str, str]]:
         config = self._config
         kinds = [kind for kind in KINDS for _ in range(config.per_kind)]
-        prompts = [Prompt(KINDS[kind], context=context, verbatim=True) for kind in kinds]
+        prompts = [Prompt(KINDS[kind], text, verbatim=True) for kind in kinds]
         sampling = GenerateConfig(40, config.temperature, 0.95, seed=1000 * config.seed + number)
         made = self._decoder.generate(prompts, sampling)
         return [(kind, generation.text) for kind, generation in zip(kinds, made, strict=True)] + [("about", _SUMMARY)]
@@ -184,13 +188,13 @@ class SelfStudy:
                 yield kind, question
 
     def _answered(
-        self, context: Sequence[int], asked: Sequence[tuple[str, str]], dropped: Counter[str]
+        self, text: Prefix, asked: Sequence[tuple[str, str]], dropped: Counter[str]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Those whose answer the text makes likelier, with the answer and its teacher."""
         decoder, config = self._decoder, self._config
         if not asked:
             return
-        prompts = [Prompt(question, context=context) for _, question in asked]
+        prompts = [Prompt(question, text) for _, question in asked]
         answers = decoder.generate(prompts, GenerateConfig(config.answer_tokens))
         ended = [
             (kind, prompt, answer.text.strip())
@@ -200,23 +204,23 @@ class SelfStudy:
         dropped["no answer that ends"] += len(asked) - len(ended)
         if not ended:
             return
-        texts = [text for _, _, text in ended]
+        texts = [answer for _, _, answer in ended]
         with_text = decoder.answer_losses([prompt for _, prompt, _ in ended], texts)
         without = decoder.answer_losses([Prompt(prompt.question) for _, prompt, _ in ended], texts)
-        end = decoder.tokenizer.eos_token_id
-        for (kind, prompt, text), (loss, tokens), (bare, _) in zip(ended, with_text, without, strict=True):
-            if (bare - loss) / tokens < config.gain:
-                dropped["the text does not help"] += 1
-                continue
-            ids = [*encode(decoder.tokenizer, text), end]
-            (teacher,) = teach(decoder, context, [prompt.question], [ids])
-            gain = round((bare - loss) / tokens, 3)
+        gains = [(bare - loss) / tokens for (loss, tokens), (bare, _) in zip(with_text, without, strict=True)]
+        helped = [(*one, gain) for one, gain in zip(ended, gains, strict=True) if gain >= config.gain]
+        dropped["the text does not help"] += len(ended) - len(helped)
+        if not helped:
+            return
+        questions = [prompt.question for _, prompt, _, _ in helped]
+        ids = [[*encode(decoder.tokenizer, answer), decoder.tokenizer.eos_token_id] for _, _, answer, _ in helped]
+        for (kind, prompt, answer, gain), teacher in zip(helped, teach(decoder, text, questions, ids), strict=True):
             yield (
                 kind,
                 {
                     "question": prompt.question,
-                    "answers": [text],
-                    "gain": gain,
+                    "answers": [answer],
+                    "gain": round(gain, 3),
                     "teacher": teacher.to_json(),
                 },
             )

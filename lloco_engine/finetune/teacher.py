@@ -13,6 +13,7 @@ import torch
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import DocumentError
 from lloco_engine.finetune.passes import answer_logits
+from lloco_engine.types import Prefix
 
 __all__ = ["TOP_K", "Teacher", "distillation_loss", "read_teachers", "teach"]
 
@@ -57,10 +58,13 @@ class Teacher:
 
 @torch.no_grad()
 def teach(
-    decoder: LocalDecoder, context: Sequence[int], questions: Sequence[str], answers: Sequence[Sequence[int]]
+    decoder: LocalDecoder, text: Prefix, questions: Sequence[str], answers: Sequence[Sequence[int]]
 ) -> list[Teacher]:
-    """The base weights' expectations over answers (token ids, end token included), reading the text itself."""
-    prompts = [Prompt(question, context=context) for question in questions]
+    """The base weights' expectations over answers (token ids, end token included).
+
+    ``text`` is an uncompressed segment, so that all of it is read, and run only once for all questions.
+    """
+    prompts = [Prompt(question, text) for question in questions]
     made = answer_logits(decoder, prompts, answers, None)
     top = torch.softmax(made.logits, dim=-1).topk(min(TOP_K, made.logits.shape[-1]), dim=-1)
     weights = (top.values / top.values.sum(dim=-1, keepdim=True)).cpu()

@@ -180,7 +180,7 @@ class Training:
         prompts = [Prompt(question.question, prefix, context) for question in example.questions]
         answers = self._answers(example)
         sizes = [len(answer) for answer in answers]
-        made = answer_logits(self._decoder, prompts, answers, self._name)
+        made = answer_logits(self._decoder, prompts, answers, self._name, recompute=self._config.gradient_checkpointing)
         taught = [self._teachers.get(question.id) for question in example.questions]
         loss = made.logits.new_zeros(())
         parts = torch.split(made.logits, sizes), torch.split(made.targets, sizes), taught
