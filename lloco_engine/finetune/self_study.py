@@ -39,6 +39,7 @@ KINDS: dict[str, str] = {
 }
 _SUMMARY = "What is the text about? Answer in one sentence."
 _WORD = re.compile(r"\w+")
+_PROMPT = re.compile(r"\b(texts?|questions?|answers?|sentences?)\b", re.IGNORECASE)  # a small decoder asks about these
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ class SelfStudy:
                     dropped["not a question"] += 1
                     continue
                 question = question[: end + 1]
+                if _PROMPT.search(question):
+                    dropped["about the prompt"] += 1
+                    continue
                 if _normal(question) in seen:
                     dropped["asked before"] += 1
                     continue
