@@ -101,6 +101,16 @@ def test_what_is_no_question_or_was_asked_before_is_dropped(decoder, scripted, t
     assert len(record.questions) == 2  # and what the text is about
 
 
+def test_questions_about_the_prompt_are_dropped_and_those_about_its_words_are_not(decoder, scripted, tmp_path):
+    scripted.questions["who"] = "Who answers this question?"
+    scripted.questions["what"] = "What is the text above about?"
+    scripted.questions["when"] = "When was the prison sentence passed?"
+    report = SelfStudy(decoder, ALL).run([chunk(0)], tmp_path / "out.jsonl")
+    assert report["dropped"] == {"about the prompt": 2}
+    (record,) = read_records(tmp_path / "out.jsonl")
+    assert scripted.questions["when"] in [question.question for question in record.questions]
+
+
 def test_an_answer_must_end_and_be_likelier_with_the_text(decoder, scripted, tmp_path, monkeypatch):
     scripted.finish = "length"
     report = SelfStudy(decoder, ALL).run([chunk(0)], tmp_path / "cut.jsonl")

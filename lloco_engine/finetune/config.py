@@ -32,7 +32,7 @@ class FinetuneConfig(Config):
         patience: measurements without a better one after which the run ends.
         max_minutes: wall time by which the learning rate has reached 0; 0 is no limit.
         rows: most questions in one pass.
-        gradient_checkpointing: run each layer again for its gradients: a third slower, for a fraction of the memory.
+        gradient_checkpointing: run each layer again for its gradients: slower, for less memory.
         seed: of the order, the draws and the first weights.
     """
 

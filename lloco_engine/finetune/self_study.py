@@ -24,6 +24,7 @@ from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.template import encode
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.finetune.teacher import teach
+from lloco_engine.prefix import assemble
 from lloco_engine.types import Hit, Prefix
 
 __all__ = ["KINDS", "SelfStudy", "SelfStudyConfig"]
@@ -39,7 +40,8 @@ KINDS: dict[str, str] = {
 }
 _SUMMARY = "What is the text about? Answer in one sentence."
 _WORD = re.compile(r"\w+")
-_PROMPT = re.compile(r"\b(texts?|questions?|answers?|sentences?)\b", re.IGNORECASE)  # a small decoder asks about these
+# a small decoder asks about what it was told to do
+_PROMPT = re.compile(r"\btext above\b|\bthe text\b|\bth(e|is) question\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ class SelfStudy:
         context = context[: max(room, 0)]
         # uncompressed, so every question reads all of the text, and it is run only once
         (segment,) = Uncompressed().compress(decoder, context, [1])
-        text = Prefix((segment,), (0,), decoder.template_tokens + len(context))
+        window = decoder.shape.window
+        text = assemble(
+            [segment], template_tokens=decoder.template_tokens, room=config.answer_tokens, window=window
+        ).prefix
         dropped: Counter[str] = Counter()
         asked = list(self._fresh(self._ask(text, number), seen, dropped))
         tried = len(asked) + sum(dropped.values())
