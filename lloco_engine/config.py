@@ -92,10 +92,12 @@ class RetrieveConfig(Config):
     top_k: int = 4
     neighbours: int = 0  # segments before and after each hit, same document
     min_score: float = -1.0
+    lexical: float = 0.5  # share of the question's own words in a score: docs/decisions/0008
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 1, "top_k must be at least 1", self.top_k)
         _require(self.neighbours >= 0, "neighbours must not be negative", self.neighbours)
+        _require(0 <= self.lexical <= 1, "lexical must be between 0 and 1", self.lexical)
 
 
 @dataclass(frozen=True)

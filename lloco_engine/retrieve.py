@@ -55,7 +55,13 @@ class Retriever:
             raise ConfigError(f"a question must not be empty, not {question!r}")
         vector = self._embedder.encode([question])[0]
         hits = self._store.search(
-            vector, top_k=config.top_k, tenant=tenant, filters=filters, min_score=config.min_score
+            vector,
+            top_k=config.top_k,
+            tenant=tenant,
+            filters=filters,
+            min_score=config.min_score,
+            question=question,
+            lexical=config.lexical,
         )
         if not config.neighbours:
             return hits

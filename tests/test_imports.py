@@ -19,7 +19,7 @@ STAGES = (
     ("errors",),
     ("config", "types", "tokens", "weights"),
     ("fingerprints", "models"),
-    ("embedder", "chunking", "readers"),
+    ("embedder", "chunking", "readers", "lexical"),
     ("store",),
     ("retrieve",),
     ("prefix",),

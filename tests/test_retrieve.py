@@ -31,7 +31,7 @@ def test_the_segment_that_holds_the_passage_comes_first(store):
     hits = retriever.retrieve(question)
     assert len(hits) == 4 and (hits[0].doc_id, hits[0].ordinal) == ("b", 2)
     assert hits[0].quote(hits[0].windows[0]) == question
-    assert hits == store.search(text_vector(question), top_k=4)
+    assert hits == store.search(text_vector(question), top_k=4, question=question, lexical=RetrieveConfig.lexical)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 

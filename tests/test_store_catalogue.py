@@ -49,6 +49,8 @@ def test_a_store_of_format_1_opens_answers_and_takes_documents(tmp_path, dtype):
         (first,) = store.hits_of_text("  ...beta000...beta001\n", "red")  # a column that format 1 did not have
         assert first == store.chunks("beta", "red")[0] == store.hits_of_segment(first.segment_id, "red")[0]
         assert first.slots > 0 and not store.hits_of_text("...beta000...beta001", "blue")
+        words = {"question": "beta002", "lexical": 1.0, "tenant": "red"}  # nor a table of words
+        assert [hit.ordinal for hit in store.search(text_vector("else"), top_k=1, **words)] == [1]
         got = store.load_segment(store.chunks("beta", "red")[0].segment_id, verify=True)
         assert got.lengths.tolist() == LENGTHS and got.source_tokens == 20
         assert got.keys[0].tolist() == pytest.approx(KEY, abs=0.02)
@@ -117,7 +119,7 @@ def test_a_newer_catalogue_is_refused(tmp_path):
     connection = sqlite3.connect(tmp_path / "s" / "catalogue.sqlite")
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StoreMismatch, match=r"user_version .* is 99; this engine reads up to 3: upgrade"):
+    with pytest.raises(StoreMismatch, match=r"user_version .* is 99; this engine reads up to 4: upgrade"):
         Store.open(tmp_path / "s")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +26,27 @@ def slowly(store, vector, top_k, wanted=lambda info: True, tenant="", min_score=
                 score = float(text_vector(hit.text[at : at + 10]) @ vector)
                 if score >= min_score:
                     best[hit.segment_id] = max(score, best.get(hit.segment_id, -2.0))
+    return sorted(best.items(), key=lambda pair: -pair[1])[:top_k]
+
+
+def slowly_with_words(store, vector, top_k, question, lexical, wanted=lambda info: True, tenant=""):
+    """As `slowly`, by the vector and by the question's words, each window gone through for each word."""
+    windows = [
+        (hit.segment_id, hit.text[at : at + 10])
+        for info in store.documents(tenant)
+        for hit in (store.chunks(info.doc_id, tenant) if wanted(info) else ())
+        for at in range(0, len(hit.text), 10)
+    ]
+    weights = {}
+    for word in question.lower().split():
+        count = sum(word in re.split(r"[^a-z0-9]+", text.lower()) for _, text in windows)
+        if count <= len(windows) / 4:
+            weights[word] = math.log(1 + (len(windows) - count + 0.5) / (count + 0.5))
+    best = {}
+    for segment_id, text in windows:
+        having = sum(weights[word] for word in weights if word in re.split(r"[^a-z0-9]+", text.lower()))
+        score = (1 - lexical) * float(text_vector(text) @ vector) + lexical * having / sum(weights.values())
+        best[segment_id] = max(score, best.get(segment_id, -2.0))
     return sorted(best.items(), key=lambda pair: -pair[1])[:top_k]
 
 
@@ -133,6 +157,67 @@ def graph_store(path, count=40):
     return store
 
 
+@pytest.mark.parametrize("lexical", [0.1, 0.5, 1.0])
+def test_words_of_the_question_count_beside_the_vector(store, lexical):
+    for seed in range(4):
+        for question in (f"d{seed}003 D7001 nowhere", "d1000", "absent d2004 d2005 d3005"):
+            for top_k in (1, 4, 12):
+                hits = store.search(unit(seed), top_k=top_k, question=question, lexical=lexical)
+                if lexical == 1.0:  # windows without any of the words are equal, in whichever order
+                    hits = [hit for hit in hits if hit.score > 0]
+                expected = slowly_with_words(store, unit(seed), max(top_k, len(hits)), question, lexical)
+                assert same(hits, expected[: len(hits)])
+            odd = store.search(unit(seed), top_k=3, question=question, lexical=0.5, filters={"kind": "odd"})
+            assert same(
+                odd, slowly_with_words(store, unit(seed), 3, question, 0.5, lambda i: i.metadata["kind"] == "odd")
+            )
+
+
+def test_a_name_is_found_that_the_vector_misses(store):
+    far = -text_vector("d7003".rjust(10, "."))  # nothing is further from the window than this
+    hits = store.search(far, top_k=1, question="D7003?", lexical=0.7)
+    assert hits[0].doc_id == "d7" and "d7003" in hits[0].quote(hits[0].windows[0])
+
+
+def test_words_of_other_tenants_and_of_deleted_documents_are_nothing(tmp_path):
+    alone = make_store(tmp_path / "alone", *corpus())
+    shared = make_store(tmp_path / "shared", *corpus(), document("t", 60, tenant="other"), document("gone", 60))
+    with alone, shared:
+        with shared.writer() as writer:
+            writer.delete_document("gone")
+            put(writer, replace(corpus()[3], text="another " + corpus()[3].text[8:]))
+            put(writer, corpus()[3])
+        for question in ("t003 d1001 gone002", "another d1001", "gone001"):
+            hits = [
+                [
+                    (hit.doc_id, hit.ordinal, hit.score)
+                    for hit in each.search(unit(1), top_k=5, question=question, lexical=0.5)
+                ]
+                for each in (alone, shared)
+            ]
+            assert hits[0] == hits[1]
+
+
+def test_a_question_is_no_query_language(store):
+    for question in (
+        '"',
+        'd1001" OR "d2001',
+        "NEAR(d1001 d2001)",
+        "text: d1001 AND *",
+        "(",
+        "d1001'; DROP TABLE words",
+        "\x00",
+    ):
+        store.search(unit(0), top_k=3, question=question, lexical=0.5)
+    hits = store.search(unit(0), top_k=1, question="d1001 AND NOT d1001", lexical=1.0)
+    assert hits[0].doc_id == "d1"
+
+
+def test_a_word_of_too_many_windows_is_not_looked_at(store, monkeypatch):
+    monkeypatch.setattr("lloco_engine.store.index._MOST_WITH", 0)
+    assert same(store.search(unit(0), top_k=4, question="d1001", lexical=0.5), slowly(store, unit(0), 4))
+
+
 def is_graph(store):
     import faiss
 
@@ -154,6 +239,8 @@ def test_a_large_store_is_searched_by_graph(tmp_path):
             # among few windows the search is exact, graph or no graph
             rare = store.search(unit(seed), top_k=9, filters={"rare": True})
             assert same(rare, slowly(store, unit(seed), 9, lambda i: i.doc_id == "d7"))
+            with_word = store.search(unit(seed), top_k=1, question=f"d{seed}002", lexical=0.7)
+            assert with_word[0].doc_id == f"d{seed}", "its vector comes from the graph"
         assert is_graph(store) and recalled / found > 0.95
         assert same(store.search(unit(0), top_k=500), slowly(store, unit(0), 500))
 
@@ -233,5 +320,7 @@ def test_a_lost_or_damaged_index_is_made_again(tmp_path, caplog):
 def test_a_vector_of_another_embedder_is_refused(store):
     with pytest.raises(StoreMismatch, match=rf"embedder_dim .* is {DIM}, not \(9,\)"):
         store.search(unit(0, 9), top_k=1)
+    with pytest.raises(ConfigError, match="lexical must be between 0 and 1, not 2"):
+        store.search(unit(0), top_k=1, lexical=2)
     with pytest.raises(ConfigError, match="top_k must be at least 1, not 0"):
         store.search(unit(0), top_k=0)

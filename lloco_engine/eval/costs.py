@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lloco_engine.config import GenerateConfig
+from lloco_engine.config import GenerateConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.demo import questions as demo_questions
@@ -23,6 +23,9 @@ from lloco_engine.store import Store
 from lloco_engine.types import Hit, Prefix
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from lloco_engine.eval.bench import BenchConfig
     from lloco_engine.eval.progress import Report
 
@@ -100,12 +103,15 @@ class QuestionCosts:
         began = time.perf_counter()
         vector = self.embedder.encode([question])[0]
         embedded = time.perf_counter()
-        hits = self.corpus.retrieved.search(vector, top_k=self.config.top_k)
+        hits = self._search(self.corpus.retrieved, vector, question)
         found = time.perf_counter()
         prefix = self._place(self.corpus.retrieved, hits)
         loaded = time.perf_counter()
         parts = {"embed_s": embedded - began, "search_s": found - embedded, "open_s": loaded - found}
         return self._ask(question, prefix, parts=parts)
+
+    def _search(self, store: Store, vector: npt.NDArray[np.float32], question: str) -> list[Hit]:
+        return store.search(vector, top_k=self.config.top_k, question=question, lexical=RetrieveConfig.lexical)
 
     def _ask_whole(self, question: str, length: int, new_tokens: int | None = None) -> _Cost:
         began = time.perf_counter()
@@ -240,8 +246,7 @@ class QuestionCosts:
         runner = self.decoder.runner
         parts = {name: median(cost.parts[name] for cost in costs) for name in costs[0].parts}
         if length is None:
-            vector = self.embedder.encode([self.questions[0]])[0]
-            hits = store.search(vector, top_k=self.config.top_k)
+            hits = self._search(store, self.embedder.encode(self.questions[:1])[0], self.questions[0])
         else:
             hits = store.chunks(self.corpus.whole_id(length))
         files = [store.path / "segments" / hit.segment_id[:2] / f"{hit.segment_id}.safetensors" for hit in hits]

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from lloco_engine import lexical
 from lloco_engine.baselines import keep_ends
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.eviction import keep_slots
-from lloco_engine.config import ChunkConfig
+from lloco_engine.config import ChunkConfig, RetrieveConfig
 from lloco_engine.decoder.template import encode
 from lloco_engine.eval.data import JOINT, Group
 from lloco_engine.prefix import assemble
@@ -154,7 +155,7 @@ class Material:
 
     @cached_property
     def ranked(self) -> list[list[tuple[int, str]]]:
-        """Of each question, the search windows, best first: the number of the chunk and the text."""
+        """Of each question, the search windows as a store ranks them: the number of the chunk and the text."""
         import numpy as np
 
         windows = [
@@ -162,8 +163,19 @@ class Material:
             for number, chunk in enumerate(self.chunks)
             for window in chunk.windows
         ]
-        asked = self._embedder.encode([question.question for question in self.group.questions])
-        scores = asked @ self._embedder.encode([text for _, text in windows]).T
+        questions = [question.question for question in self.group.questions]
+        texts = [text for _, text in windows]
+        scores = self._embedder.encode(questions) @ self._embedder.encode(texts).T
+        having: dict[str, list[int]] = {}
+        for number, text in enumerate(texts):
+            for word in lexical.words(text):
+                having.setdefault(word, []).append(number)
+        share = RetrieveConfig.lexical
+        for number, question in enumerate(questions):
+            found = [np.array(having.get(word, ()), np.int64) for word in lexical.words(question)[: lexical.MOST]]
+            if (covered := lexical.coverage(found, len(texts))) is not None:
+                scores[number] *= 1 - share
+                scores[number, covered[0]] += share * covered[1]
         return [[windows[at] for at in order] for order in np.argsort(-scores, axis=1, kind="stable")]
 
     def chain_starts(self, compressor: Compressor, decoder: LocalDecoder) -> list[int]:

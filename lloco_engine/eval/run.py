@@ -14,7 +14,7 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, CompressConfig, Config
+from lloco_engine.config import ChunkConfig, CompressConfig, Config, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.errors import ConfigError, DocumentError
@@ -257,6 +257,7 @@ class _Evaluation:
         return config.to_json() | {
             "methods": list(config.methods),
             "ratios": [int(ratio) if ratio == int(ratio) else ratio for ratio in config.ratios],
+            "lexical": RetrieveConfig.lexical,
             "task_settings": self.task.settings,
             "max_new_tokens": config.max_new_tokens or self.task.max_new_tokens,
             "decoder": {

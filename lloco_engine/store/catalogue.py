@@ -214,6 +214,12 @@ class Catalogue:
             )
         ]
 
+    def window_ids_with(self, word: str, most: int) -> list[int] | None:
+        """Ids of all windows, of whichever tenant, that have a word of letters and digits; None when over ``most``."""
+        rows = self.connection.execute("SELECT rowid FROM words WHERE words MATCH ? LIMIT ?", (f'"{word}"', most + 1))
+        found = [row[0] for row in rows]
+        return found if len(found) <= most else None
+
     def vectors(self, window_ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Id and float32 vector of each window."""
         return self._by_ids("SELECT window_id, vector FROM windows WHERE window_id", window_ids)

@@ -1,7 +1,8 @@
 """The FAISS index over search windows: derived from the catalogue, kept in step with it, saved by generation.
 
-Exact inner product up to ``hnsw_above`` windows, HNSW beyond. Under HNSW a search among at most ``hnsw_above``
-windows (a small tenant, a narrow filter) still scans them exactly, in the vectors that HNSW keeps anyway.
+A window's score is its inner product with the question's vector and the share of the question's words that it has
+(lexical.py). Exact inner product up to ``hnsw_above`` windows, HNSW beyond. Under HNSW a search among at most
+``hnsw_above`` windows (a small tenant, a narrow filter) still scans them exactly, in the vectors that HNSW keeps.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.errors import StoreError
+from lloco_engine.lexical import MOST, coverage, words
 from lloco_engine.store.catalogue import Catalogue, Filters, filter_options
 from lloco_engine.store.files import Layout, write_atomic
 
@@ -24,14 +27,32 @@ if TYPE_CHECKING:
 
     Ids = npt.NDArray[np.int64]
     Vectors = npt.NDArray[np.float32]
+    Shares = npt.NDArray[np.float32]
 
-__all__ = ["SearchIndex", "remove_index_files"]
+__all__ = ["Query", "SearchIndex", "remove_index_files"]
 
 _log = logging.getLogger(__name__)
 _LINKS = 32  # neighbours of a window in the HNSW graph
 _BUILD_WIDTH = 80
 _SEARCH_WIDTH = 64
 _CACHED_FILTERS = 64
+_MOST_WITH = 10_000  # a word that more windows have is not looked at, so that a search stays quick
+_CANDIDATES = 256  # windows with the most of a question's words that are looked at beside the nearest
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for.
+
+    Args:
+        vector: (dim,) float32, L2-normalised.
+        text: whose words windows may have.
+        lexical: the share of the score that having them makes up, from 0 to 1; the rest is the inner product.
+    """
+
+    vector: Vectors
+    text: str = ""
+    lexical: float = 0.0
 
 
 class SearchIndex:
@@ -52,18 +73,53 @@ class SearchIndex:
         self._allowed: OrderedDict[tuple[Any, ...], Ids] = OrderedDict()
 
     def search(
-        self, catalogue: Catalogue, vector: Vectors, k: int, tenant: str, filters: Filters
+        self, catalogue: Catalogue, query: Query, k: int, tenant: str, filters: Filters
     ) -> tuple[list[tuple[int, float]], int]:
         """The best windows among those of a tenant that meet the filters.
 
         Returns:
-            up to ``k`` pairs of window id and inner product, best first; and how many windows could be found at all.
+            up to ``k`` pairs of window id and score, best first; and how many windows could be found at all.
         """
         with self._lock:
             self._follow(catalogue)
             allowed = self._allowed_ids(catalogue, tenant, filters)
             k = min(k, len(allowed))
-            return (self._search(vector, k, allowed) if k else []), len(allowed)
+            near = self._search(query.vector, k, allowed) if k else []
+            having = self._having(catalogue, query, allowed)
+            return (near if having is None else self._blend(query, near, *having)), len(allowed)
+
+    def _having(self, catalogue: Catalogue, query: Query, allowed: Ids) -> tuple[Ids, Shares] | None:
+        """Which allowed windows have how much of the query's words; what others' windows hold does not count."""
+        import numpy as np
+
+        if not query.lexical or not len(allowed):
+            return None
+        everything = len(allowed) == len(self._held())
+        most = min(_MOST_WITH, len(allowed) // 4) if everything else _MOST_WITH
+        found = (catalogue.window_ids_with(word, most) for word in words(query.text)[:MOST])
+        ids = [np.array(each, np.int64) for each in found if each is not None]
+        if not everything:
+            ids = [np.intersect1d(each, allowed, assume_unique=True) for each in ids]
+        return coverage(ids, len(allowed))
+
+    def _blend(
+        self, query: Query, near: list[tuple[int, float]], having: Ids, shares: Shares
+    ) -> list[tuple[int, float]]:
+        """As many as there are near by vector, of them and of those that have the query's words, by both."""
+        import numpy as np
+
+        ids, cosine = np.array([row for row, _ in near]), np.array([score for _, score in near])
+        most = having[np.argsort(-shares, kind="stable")[:_CANDIDATES]]
+        if len(others := np.setdiff1d(most, ids, assume_unique=True)):
+            ids = np.concatenate([ids, others])
+            cosine = np.concatenate([cosine, self._index.reconstruct_batch(others) @ query.vector])
+        share = np.zeros(len(ids))
+        place = np.searchsorted(having, ids).clip(max=max(len(having) - 1, 0))
+        has = having[place] == ids if len(having) else np.zeros(len(ids), np.bool_)
+        share[has] = shares[place[has]]
+        scores = (1 - query.lexical) * cosine + query.lexical * share
+        best = np.lexsort((ids, -scores))[: len(near)]
+        return list(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
 
     def publish(self, catalogue: Catalogue) -> None:
         """Save the index for the catalogue's state, record it there, and remove older files.

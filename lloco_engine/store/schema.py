@@ -90,6 +90,21 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE segments ADD COLUMN previous TEXT REFERENCES segments DEFERRABLE INITIALLY DEFERRED;
     CREATE INDEX segments_by_previous ON segments (previous);
     """,
+    # 4: search windows are found by their words
+    """
+    CREATE VIRTUAL TABLE words USING fts5 (text, columnsize = 0);  -- rowid: the window's id
+    INSERT INTO words (rowid, text)
+        SELECT w.window_id, substr(c.text, w.start - c.start + 1, w.end - w.start)
+        FROM windows w JOIN chunks c USING (chunk_key);
+    CREATE TRIGGER words_of_new_window AFTER INSERT ON windows BEGIN
+        INSERT INTO words (rowid, text)
+            SELECT new.window_id, substr(c.text, new.start - c.start + 1, new.end - new.start)
+            FROM chunks c WHERE c.chunk_key = new.chunk_key;
+    END;
+    CREATE TRIGGER words_of_gone_window AFTER DELETE ON windows BEGIN
+        DELETE FROM words WHERE rowid = old.window_id;
+    END;
+    """,
 )
 
 

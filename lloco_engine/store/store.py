@@ -21,7 +21,7 @@ from lloco_engine.errors import (
 from lloco_engine.store import segments
 from lloco_engine.store.catalogue import Catalogue, Filters
 from lloco_engine.store.files import Layout, write_atomic
-from lloco_engine.store.index import SearchIndex
+from lloco_engine.store.index import Query, SearchIndex
 from lloco_engine.store.lock import write_lock
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import DocumentInfo, Problem
@@ -265,8 +265,13 @@ class Store:
         tenant: str = "",
         filters: Filters | None = None,
         min_score: float = -1.0,
+        question: str = "",
+        lexical: float = 0.0,
     ) -> list[Hit]:
         """Segments of a tenant by their best search window (small to big), best first.
+
+        A window's score is ``(1 - lexical) * cosine + lexical * coverage``: the cosine similarity of its vector, and
+        the share of the question's words that it has, rare ones weighing more (`lloco_engine.lexical`).
 
         Args:
             vector: (embedder_dim,) float32, L2-normalised.
@@ -274,7 +279,9 @@ class Store:
             tenant: whose documents are searched; no other's are ever seen.
             filters: metadata key, or doc_id, source or title, to the value that it must have, or to a collection
                 of which it must have one. Types count: 1 is not "1". Applied inside the search.
-            min_score: windows below this cosine similarity do not count.
+            min_score: windows with a lower score do not count.
+            question: whose words windows may have; without one the score is the cosine similarity.
+            lexical: the share of the score that these words make up, from 0 to 1.
 
         Returns:
             hits with the matching windows that the search met, best first. A segment that several documents share
@@ -285,14 +292,17 @@ class Store:
         """
         import numpy as np
 
-        query = np.ascontiguousarray(vector, dtype=np.float32)
-        if query.shape != (self.manifest.embedder_dim,):
+        near = np.ascontiguousarray(vector, dtype=np.float32)
+        if near.shape != (self.manifest.embedder_dim,):
             raise StoreMismatch(
                 f"embedder_dim of the store at {self.path} is {self.manifest.embedder_dim}, "
-                f"not {query.shape}: search with the embedder {self.manifest.embedder!r}"
+                f"not {near.shape}: search with the embedder {self.manifest.embedder!r}"
             )
         if top_k < 1:
             raise ConfigError(f"top_k must be at least 1, not {top_k!r}")
+        if not 0 <= lexical <= 1:
+            raise ConfigError(f"lexical must be between 0 and 1, not {lexical!r}")
+        query = Query(near, question, lexical)
         width = max(32, 4 * top_k)
         with self._reading() as catalogue:
             while True:

@@ -248,7 +248,7 @@ class LLoCOVectorStore(VectorStore):
     def similarity_search_with_score(
         self, query: str, k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """As `similarity_search`, each with its cosine similarity."""
+        """As `similarity_search`, each with its score, at most 1: `lloco_engine.lexical`."""
         return [(from_hit(hit), hit.score) for hit in self.search_hits(query, k, filter)]
 
     def similarity_search_by_vector(
@@ -293,5 +293,5 @@ class LLoCOVectorStore(VectorStore):
         return _relevance
 
 
-def _relevance(cosine: float) -> float:
-    return min(1.0, max(0.0, cosine))  # LangChain wants 0 to 1; opposite is as good as unrelated
+def _relevance(score: float) -> float:
+    return min(1.0, max(0.0, score))  # LangChain wants 0 to 1; opposite is as good as unrelated

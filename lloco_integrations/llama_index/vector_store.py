@@ -114,7 +114,7 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         return [self._node(doc_id, known[doc_id]) for doc_id in self._matching(node_ids, filters)]
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """The nodes whose segments the engine finds for ``query_str``, best first, with cosine similarities.
+        """The nodes whose segments the engine finds for ``query_str``, best first, with their scores.
 
         Raises:
             ConfigError: the query has no text, or asks for another mode than the default.
