@@ -63,6 +63,28 @@ def test_a_prefill_in_pieces_is_the_prefill_in_one(family, changes, steps):
     assert cache.length == 40
 
 
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+@torch.inference_mode()
+def test_the_last_token_alone_is_what_it_is_among_all(family, changes):
+    decoder = tiny(family, **changes)
+    prefix = place(decoder, [whole(decoder), whole(decoder)])
+    for rows, pad in ((1, None), (2, torch.tensor([0, 5]))):
+        for memory in (None, decoder._memory([Prompt("", prefix)] * rows)):
+            found = []
+            for wanted in (None, 1):
+                cache = decoder.new_cache(rows, 31)
+                cache.pad = pad
+                for at, size in ((0, 12), (12, 18)):
+                    ids = random_ids(rows, 30)[:, at : at + size]
+                    places = torch.arange(at, at + size) + prefix.start
+                    hidden = decoder.runner.forward(ids, places, cache, memory, wanted=wanted)
+                    found.append(hidden[:, -1:])
+                    assert hidden.shape[1] == (wanted or size)
+                found.append(decoder.runner.forward(ids[:, :1], places[-1:] + 1, cache, memory))
+            for all_of_them, alone in zip(found[:3], found[3:], strict=True):
+                torch.testing.assert_close(alone, all_of_them, **CLOSE)
+
+
 @pytest.mark.parametrize("longest", [8, 30])  # two matrix products, and the fused kernel
 @torch.inference_mode()
 def test_left_padding_changes_no_row(longest):

@@ -270,7 +270,7 @@ class LocalDecoder:
     @torch.inference_mode()
     def follow(self, token_ids: Sequence[int], cache: Cache, attention: Attention) -> None:
         """Run tokens after a cache with the base weights, their attention computed by ``attention``."""
-        self._step([list(token_ids)], 0, cache, None, None, attention)
+        self._step([list(token_ids)], 0, cache, None, None, attention, wanted=0)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt's text: all that follows the template prefix and the segments.
@@ -315,7 +315,7 @@ class LocalDecoder:
             1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix, memory=memory
         )
         position = self._position(prompt) - cache.length
-        hidden = self._step([ids], position, cache, memory, adapter)
+        hidden = self._step([ids], position, cache, memory, adapter, wanted=1)
         accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
         generation.ttft_s = time.perf_counter() - began
         drafting = config.lookup and config.temperature == 0
@@ -383,7 +383,7 @@ class LocalDecoder:
         offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
         step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
         while True:
-            hidden = self._step(step, offset[:, None], cache, memory, adapter)
+            hidden = self._step(step, offset[:, None], cache, memory, adapter, wanted=1)
             tokens = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
             now = time.perf_counter() - began
             for token, generation, text in zip(tokens, generations, texts, strict=True):
@@ -409,6 +409,7 @@ class LocalDecoder:
         adapter: str | None,
         attention: Attention | None = None,
         *,
+        wanted: int | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
         """Run token ids or (B, T, E) embeddings that follow the cache.
@@ -421,7 +422,9 @@ class LocalDecoder:
         inputs = inputs if isinstance(inputs, torch.Tensor) else self._tensor(inputs)
         with self._lock:
             self._use(adapter)
-            return self.runner.forward(inputs, places + offset, cache, memory, attention, recompute=recompute)
+            return self.runner.forward(
+                inputs, places + offset, cache, memory, attention, wanted=wanted, recompute=recompute
+            )
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:
         if config.seed is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from lloco_engine.decoder.attention import Cache, attend
+from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.runner import Attention, Runner
@@ -76,6 +76,7 @@ class OptRunner(Runner):
         memory: Memory | None = None,
         attention: Attention | None = None,
         *,
+        wanted: int | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
         """One pass, as `Runner.forward`; returns (B, T, E) states after the final norm and the output projection."""
@@ -91,10 +92,8 @@ class OptRunner(Runner):
                 for part in (layer.q, layer.k, layer.v)
             )
             keys, values = cache.append(index, k, v)
-            if attention is not None:
-                read = attention(index, q, keys, values)
-            else:
-                read = attend(q, keys, values, mask, cache.slots(index, memory), self.scale)
+            slots = cache.slots(index, memory)
+            hidden, read = self._read(index, hidden, q, keys, values, mask, slots, attention, wanted)
             hidden = hidden + layer.o(read, adapted)
             hidden = hidden if layer.norm_first else layer.norm_attention(hidden)
             x = layer.norm_mlp(hidden) if layer.norm_first else hidden

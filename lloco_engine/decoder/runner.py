@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lloco_engine.decoder.attention import Cache, attend
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.lora import LowRank, Product, adapted, read_adapter
-from lloco_engine.decoder.memory import Memory
+from lloco_engine.decoder.memory import LayerMemory, Memory
 from lloco_engine.decoder.shape import DecoderShape
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Runner:
         memory: Memory | None = None,
         attention: Attention | None = None,
         *,
+        wanted: int | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
         """One pass; the new keys and values are appended to ``cache``.
@@ -100,12 +101,14 @@ class Runner:
             cache: live keys and values before these tokens, of the same B.
             memory: compressed prefix that every token attends to, or None.
             attention: what reads the live keys and values in place of `attend`; it sees to causality itself.
+            wanted: 1 or 0 tokens, the last, whose hidden states are asked for: the last layer is run to its end for no
+                other. None: all of them.
             recompute: keep what goes into each layer alone for the gradients, and run the layer again to take them
                 (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"); the cache must bear being
                 appended to twice.
 
         Returns:
-            (B, T, hidden) hidden states after the final norm.
+            (B, T or wanted, hidden) hidden states after the final norm.
         """
         shape = self.shape
         rows, tokens = inputs.shape[:2]
@@ -129,10 +132,8 @@ class Runner:
             qk = torch.addcmul(qk * cos, torch.roll(qk, shape.head_dim // 2, -1), sin).transpose(1, 2)
             q = qk[:, : shape.query_heads]
             keys, values = cache.append(index, qk[:, shape.query_heads :], qkv[:, :, -shape.kv_heads :].transpose(1, 2))
-            if attention is not None:
-                read = attention(index, q, keys, values)
-            else:
-                read = attend(q, keys, values, mask, cache.slots(index, memory), layer.scale)
+            slots = cache.slots(index, memory)
+            hidden, read = self._read(index, hidden, q, keys, values, mask, slots, attention, wanted)
             hidden = hidden + o_product(read)
             x = _rms_norm(hidden, layer.weight_out, layer.epsilon)
             gate, up = torch.chunk(gate_up_product(x), 2, dim=-1)
@@ -142,6 +143,25 @@ class Runner:
         hidden = self._through_all(through, hidden, recompute)
         cache.end(tokens)
         return F.rms_norm(hidden, (shape.hidden,), self.norm.weight, self.norm.variance_epsilon)
+
+    def _read(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        slots: LayerMemory | torch.Tensor | None,
+        attention: Attention | None,
+        wanted: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states that a layer goes on with and what its attention read for them: in the last, those wanted."""
+        first = 0 if wanted is None or index < self.shape.layers - 1 else q.shape[2] - wanted
+        if attention is not None:
+            return hidden[:, first:], attention(index, q, keys, values)[:, first:]
+        mask = None if mask is None else mask[:, :, first:]
+        return hidden[:, first:], attend(q[:, :, first:], keys, values, mask, slots, self.scale)
 
     def _through_all(
         self, through: Callable[[int, torch.Tensor], torch.Tensor], hidden: torch.Tensor, recompute: bool
