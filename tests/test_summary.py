@@ -516,6 +516,7 @@ def test_a_store_from_before_chains_opens(tmp_path):
     make_store(tmp_path / "s", document("old", 60)).close()
     connection = sqlite3.connect(tmp_path / "s" / "catalogue.sqlite")
     connection.executescript(
+        "DROP TRIGGER words_of_new_window; DROP TRIGGER words_of_gone_window; DROP TABLE words;"
         "DROP INDEX segments_by_previous; ALTER TABLE segments DROP COLUMN previous; PRAGMA user_version = 2;"
     )
     connection.close()
