@@ -6,7 +6,7 @@ full                            the text of all chunks, as far as it fits the wi
 text_slots                      the best search windows, as many tokens of text as ``kv`` has slots
 kv                              the segments of all chunks, of whichever kind the compressor makes
 kvzip, snapkv                   the same, the KV cache evicted by another's rule at the same ratio, nothing fitted
-kv_retrieved, kvzip_retrieved,  the segments of the ``top_k`` chunks whose search windows are nearest to the question
+kv_retrieved, kvzip_retrieved,  the segments of the ``top_k`` chunks whose search windows score best, as in a store
 snapkv_retrieved
 text_retrieved                  the text of the same chunks, best first
 text_slots_retrieved            the best search windows, as many tokens of text as ``kv_retrieved`` has slots
@@ -188,7 +188,7 @@ class Material:
         return starts
 
     def hits(self, number: int) -> tuple[int, ...]:
-        """The chunks that a question retrieves, best first: a chunk is as near as its nearest window."""
+        """The chunks that a question retrieves, best first: a chunk scores as its best window."""
         return tuple(dict.fromkeys(chunk for chunk, _ in self.ranked[number]))[: self._top_k]
 
 
