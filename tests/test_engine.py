@@ -557,10 +557,10 @@ async def test_a_consumer_that_leaves_stops_the_producer(engine, decoder, monkey
     steps = []
     step = type(decoder)._step
 
-    def slow(self, *arguments):
+    def slow(self, *arguments, **named):
         steps.append(1)
         time.sleep(0.01)
-        return step(self, *arguments)
+        return step(self, *arguments, **named)
 
     monkeypatch.setattr(type(decoder), "_step", slow)
     long = GenerateConfig(max_new_tokens=400, temperature=1.0, seed=1)
