@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from decoder_cases import ragged, tiny
 
-from lloco_engine.decoder import memory
-from lloco_engine.decoder.attention import Cache, attend
+from lloco_engine.decoder import blocks, kernel, memory, slots
+from lloco_engine.decoder.attention import attend
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.store import segments
 from lloco_engine.types import Prefix, Segment
 
 DIM, HEADS, LAYERS = 8, 2, 2
-# one block per head; blocks of 4, 16 and 128 slots for heads that differ in length
-LAYOUTS = [(10**9, 128), (0, 4), (0, 16), (0, 128)]
+# one block per head; blocks of 4, 16 and 128 slots for heads that differ in length; those of the kernel
+LAYOUTS = {"one": (10**9, 128), "of4": (0, 4), "of16": (0, 16), "of128": (0, 128), "kernel": None}
 SEGMENTS = [
     ragged(1, [[3, 9], [1, 20]]),
     ragged(2, [[4, 4], [4, 4]]),
@@ -25,12 +26,30 @@ SEGMENTS = [
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(params=LAYOUTS, ids=["one", "of4", "of16", "of128"])
+needs_kernel = pytest.mark.skipif(not kernel.runs(), reason="the processor does not convert half precision")
+
+
+def without_kernel(monkeypatch) -> None:
+    """As on a machine that the kernel does not serve."""
+    monkeypatch.setattr(memory.ragged, "serves", lambda *_: False)
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    without_kernel(monkeypatch)
+
+
+@pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
-    worth, width = request.param
-    monkeypatch.setattr(memory, "_WORTH", worth)
-    monkeypatch.setattr(memory, "_WIDTHS", (width, width))
-    return request.param
+    if LAYOUTS[request.param] is not None:
+        worth, width = LAYOUTS[request.param]
+        monkeypatch.setattr(blocks, "_WORTH", worth)
+        monkeypatch.setattr(blocks, "_WIDTHS", (width, width))
+        without_kernel(monkeypatch)
+    elif not kernel.runs():
+        pytest.skip("the processor does not convert half precision")
+    with torch.no_grad():  # else the kernel does not serve
+        yield request.param
 
 
 def prefix(*segments: Segment) -> Prefix:
@@ -44,11 +63,7 @@ def make(prefixes, dtype=torch.float32) -> Memory:
 
 
 def read(made: Memory, layer: int, q, keys, values, mask, scale=0.3) -> torch.Tensor:
-    """What a decoder does: it keeps live keys and values in a cache, which may hold a layer's slots before them."""
-    rows, heads, live, dim = keys.shape
-    kind = {"device": keys.device, "dtype": keys.dtype}
-    cache = Cache(LAYERS, rows, heads, dim, live, leads=made.leads(rows), **kind)
-    return attend(q, *cache.append(layer, keys, values), mask, cache.slots(layer, made), scale)
+    return attend(q, keys, values, mask, made.layer(layer), scale)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -87,6 +102,10 @@ def naive(q, keys, values, mask, prefixes, layer, scale) -> torch.Tensor:
                     logits[: keys.shape[2]].masked_fill_(~may, -torch.inf)
                 read[row, t, query_head] = torch.softmax(logits, 0) @ seen
     return read.reshape(rows, count, -1).float()
+
+
+def halved(segment: Segment) -> Segment:
+    return replace(segment, keys=segment.keys.half(), values=segment.values.half())
 
 
 def live(rows: int, count: int, past: int, group: int = 2):
@@ -131,40 +150,36 @@ def test_rows_that_share_a_prefix_hold_it_once():
 
 def test_long_heads_do_not_pad_the_others(monkeypatch):
     uneven = prefix(ragged(5, [[2000, 10], [1000, 1000]]))
+    if kernel.runs():
+        with torch.no_grad():
+            assert make([uneven]).layer(0).owner.tolist() == [0] * 32 + [1]
+    without_kernel(monkeypatch)
     made = make([uneven])
     cut, even = made.layer(0), made.layer(1)
     assert cut.owner.tolist() == [0] * 32 + [1]
     assert cut.keys.shape == (33, 1, 64, DIM)
     assert even.owner.tolist() == [0, 1]
     assert even.keys.shape == (2, 1, 1000, DIM)
-    assert [lead is None for lead in made.leads(1)] == [True, False]
-    monkeypatch.setattr(memory, "_WORTH", 1990)
+    monkeypatch.setattr(blocks, "_WORTH", 1990)
     assert make([uneven]).layer(0).keys.shape == (2, 1, 2000, DIM)  # this much padding is worth one block per head
 
 
+@pytest.mark.usefixtures("no_kernel")
 def test_longer_heads_have_wider_blocks():
     made = make([prefix(ragged(5, [[9000, 10], [80000, 10]]))])
     assert [made.layer(layer).keys.shape[2] for layer in range(2)] == [512, 512]
     assert make([prefix(ragged(5, [[3000, 10], [6000, 10]]))]).layer(0).keys.shape[2] == 128
 
 
-def test_a_cache_holds_slots_only_where_the_rows_do_not_share_them():
-    same = prefix(*SEGMENTS)
-    assert make([same] * 3).leads(3) == [None] * LAYERS
-    (lead, _) = make([same, prefix(SEGMENTS[0])]).leads(2)
-    assert lead.keys.shape == lead.values.shape == (2, HEADS, 37, DIM)
-    assert lead.bias.shape == (2, HEADS, 1, 37)
-
-
-def test_what_fills_a_block_up_is_never_read(layout):
+@pytest.mark.usefixtures("layout")
+def test_what_fills_a_block_up_is_never_read():
     made = make([prefix(*SEGMENTS), None])
     for layer in range(LAYERS):
         laid = made.layer(layer)
         real = sum(int(segment.lengths[layer].sum()) for segment in SEGMENTS)
         assert int((laid.bias > -1e30).sum()) == real
-        assert bool(laid.keys.isfinite().all())
-        assert bool(laid.values.isfinite().all())
-        assert bool(laid.bias.isfinite().all())
+        for held in (laid.keys, laid.values, laid.bias):
+            assert bool(torch.as_tensor(held).isfinite().all())
 
 
 @pytest.mark.usefixtures("layout")
@@ -188,8 +203,9 @@ def test_gradients_are_those_of_plain_attention(rows):
     q, keys, values, mask = live(len(prefixes), 3, 2)
     weight = random(len(prefixes), 3, HEADS * 2 * DIM, seed=3)
     leaves = [one.clone().requires_grad_(True) for one in (q, keys, values)]
-    expected = torch.autograd.grad((naive(*leaves, mask, prefixes, 0, 0.3) * weight).sum(), leaves)
-    found = torch.autograd.grad((read(made, 0, *leaves, mask) * weight).sum(), leaves)
+    with torch.enable_grad():
+        expected = torch.autograd.grad((naive(*leaves, mask, prefixes, 0, 0.3) * weight).sum(), leaves)
+        found = torch.autograd.grad((read(made, 0, *leaves, mask) * weight).sum(), leaves)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
@@ -197,20 +213,24 @@ def test_gradients_are_those_of_plain_attention(rows):
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_fold_puts_the_rows_side_by_side_and_unfold_takes_them_apart(rows):
     x = random(rows * HEADS, 5, 4)
-    folded = memory._fold(x, rows)
+    folded = slots._fold(x, rows)
     assert folded.shape == (HEADS, rows * 5, 4)
     for row in range(rows):
         for head in range(HEADS):
             assert torch.equal(folded[head, row * 5 : row * 5 + 5], x[row * HEADS + head])
-    assert torch.equal(memory._unfold(folded, rows), x)
+    assert torch.equal(slots._unfold(folded, rows), x)
 
 
+@pytest.mark.usefixtures("layout")
 def test_segments_in_half_precision_are_read_as_what_they_hold():
-    half = [Segment(one.keys.half(), one.values.half(), one.bias, one.lengths, one.source_tokens) for one in SEGMENTS]
+    half = [halved(one) for one in SEGMENTS]
     full = [Segment(one.keys.float(), one.values.float(), one.bias, one.lengths, one.source_tokens) for one in half]
-    q, keys, values, mask = live(1, 4, 2)
-    first = read(make([prefix(*half)]), 1, q, keys, values, mask)
-    assert torch.equal(first, read(make([prefix(*full)]), 1, q, keys, values, mask))
+    for count in (1, 4):
+        q, keys, values, mask = live(1, count, 2)
+        first = read(make([prefix(*half)]), 1, q, keys, values, mask)
+        assert torch.equal(first, read(make([prefix(*full)]), 1, q, keys, values, mask))
+        mixed = read(make([prefix(half[0], *full[1:])]), 1, q, keys, values, mask)
+        assert torch.equal(first, mixed)
     laid = make([prefix(*half)], torch.bfloat16).layer(0)
     assert {laid.keys.dtype, laid.values.dtype, laid.bias.dtype} == {torch.bfloat16}
 
@@ -229,30 +249,55 @@ def test_segments_out_of_a_store_are_read(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.usefixtures("layout")
 def test_a_sequence_turns_the_keys_by_their_offsets(stored):
     rotate = tiny().runner.rotate
-    placed_here = [
-        Segment(one.keys.to(stored), one.values.to(stored), one.bias, one.lengths, one.source_tokens)
-        for one in SEGMENTS
-    ]
+    placed_here = [replace(one, keys=one.keys.to(stored), values=one.values.to(stored)) for one in SEGMENTS]
     placed = Prefix(tuple(placed_here), (0, 50, 100), 160, "sequence")
     turned = [
-        Segment(rotate(one.keys, offset), one.values, one.bias, one.lengths, 50)
-        for one, offset in zip(placed_here, placed.offsets, strict=True)
+        replace(one, keys=rotate(one.keys, offset)) for one, offset in zip(placed_here, placed.offsets, strict=True)
     ]
+    q, keys, values, mask = live(1, 4, 2)
     for layer in range(LAYERS):
-        ours, theirs = make([placed]).layer(layer), make([prefix(*turned)]).layer(layer)
-        torch.testing.assert_close(ours.keys, theirs.keys)
-        assert torch.equal(ours.values, theirs.values)
-        assert torch.equal(ours.bias, theirs.bias)
+        ours, theirs = (read(make([one]), layer, q, keys, values, mask) for one in (placed, prefix(*turned)))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, naive(q, keys, values, mask, [prefix(*turned)], layer, 0.3), **CLOSE)
 
 
-def test_a_layer_is_laid_out_once_and_only_when_asked_for(monkeypatch):
-    made, seen = make([prefix(*SEGMENTS)]), []
-    lay_out = Memory._lay_out
-    monkeypatch.setattr(Memory, "_lay_out", lambda self, layers: seen.extend(layers) or lay_out(self, layers))
+@pytest.mark.usefixtures("layout")
+def test_a_layer_is_laid_out_once():
+    made = make([prefix(*SEGMENTS)])
     assert made.layer(1) is made.layer(1)
-    assert seen == [1]
+
+
+@needs_kernel
+@pytest.mark.parametrize("dim", [4, 64, 72, 128])
+@pytest.mark.parametrize("count", [1, 3, 40])
+@torch.no_grad()
+def test_the_kernel_reads_heads_of_any_size_alone_and_together(dim, count, monkeypatch):
+    long = halved(ragged(8, [[700, 1], [64, 128]], dim))
+    prefixes = [prefix(long, halved(ragged(9, [[1, 0], [0, 3]], dim)))]
+    q = random(1, HEADS * 3, count, dim, seed=1)
+    keys, values = (random(1, HEADS, count, dim, seed=seed) for seed in (2, 3))
+    mask = torch.zeros(1, 1, count, count)
+    mask.masked_fill_(torch.ones(count, count).triu(1).bool(), torch.finfo(mask.dtype).min)
+    found = []
+    for alone in (0, 10**9):
+        monkeypatch.setattr(memory.ragged, "_ALONE", alone)
+        made = make(prefixes)
+        for layer in range(LAYERS):
+            found.append(read(made, layer, q, keys, values, mask))
+            torch.testing.assert_close(found[-1], naive(q, keys, values, mask, prefixes, layer, 0.3), **CLOSE)
+    torch.testing.assert_close(found[:2], found[2:])
+
+
+@pytest.mark.usefixtures("layout")
+def test_slots_of_no_mass_are_not_read():
+    segment = ragged(7, [[5, 1], [1, 5]])
+    nothing = replace(segment, bias=torch.full_like(segment.bias, -torch.inf))
+    q, keys, values, mask = live(1, 4, 2)
+    found = read(make([prefix(nothing)]), 0, q, keys, values, mask)
+    torch.testing.assert_close(found, naive(q, keys, values, mask, [None], 0, 0.3), **CLOSE)
 
 
 @pytest.mark.parametrize("prefixes", [[None], [None, None], [prefix()], [prefix(), None]])
@@ -260,15 +305,11 @@ def test_no_segments_need_no_memory(prefixes):
     assert Memory.of(prefixes, torch.device("cpu"), torch.float32, lambda keys, offset: keys) is None
 
 
+@pytest.mark.usefixtures("layout")
 def test_a_bias_is_the_logarithm_of_how_often_a_slot_counts():
     key, value = random(1, DIM, seed=1), random(1, DIM, seed=2)
     lengths = torch.tensor([[1]])
     three = prefix(Segment(key, value, torch.tensor([math.log(3)]), lengths, 3))
     often = Segment(key.repeat(3, 1), value.repeat(3, 1), torch.zeros(3), lengths * 3, 3)
     q, keys, values = random(1, 1, 2, DIM), random(1, 1, 2, DIM, seed=4), random(1, 1, 2, DIM, seed=5)
-    kind = {"device": q.device, "dtype": q.dtype}
-    found = []
-    for made in (make([three]), make([prefix(often)])):
-        cache = Cache(1, 1, 1, DIM, 2, leads=made.leads(1), **kind)
-        found.append(attend(q, *cache.append(0, keys, values), None, cache.slots(0, made), 0.5))
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*(read(make([one]), 0, q, keys, values, None, 0.5) for one in (three, prefix(often))))

@@ -5,21 +5,17 @@ Shapes: ``B`` rows, ``H`` KV heads, ``G`` query heads per KV head, ``T`` new tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
-from lloco_engine.decoder.memory import LayerMemory, Lead, Memory
 from lloco_engine.decoder.partial import read_part
+from lloco_engine.decoder.slots import LayerSlots
 
 __all__ = ["Cache", "attend"]
 
 
 class Cache:
     """Keys and values of the live tokens: template prefix, question and what was generated.
-
-    A layer's slots may lie before them (``leads``), so that one product reads both.
 
     Args:
         layers, rows, kv_heads, head_dim: sizes.
@@ -40,23 +36,10 @@ class Cache:
         dtype: torch.dtype,
         pad: torch.Tensor | None = None,
         pad_from: int = 0,
-        leads: Sequence[Lead | None] = (),
     ) -> None:
-        self.bias: list[torch.Tensor | None] = [None] * layers  # (B, H, 1, slots + capacity), 0 for live tokens
-        self._led = [0] * layers  # places before the live tokens
-        for layer, lead in enumerate(leads):
-            if lead is not None:
-                self.bias[layer] = F.pad(lead.bias, (0, capacity))
-                self._led[layer] = lead.bias.shape[-1]
-        sizes = [(rows, kv_heads, led + capacity, head_dim) for led in self._led]
-        self._keys = [torch.empty(size, device=device, dtype=dtype) for size in sizes]
-        self._values = [torch.empty(size, device=device, dtype=dtype) for size in sizes]
-        for keys, values, lead in zip(self._keys, self._values, leads, strict=False):
-            if lead is not None:
-                keys[:, :, : lead.keys.shape[2]] = lead.keys
-                values[:, :, : lead.values.shape[2]] = lead.values
-        self.keys = [keys[:, :, led:] for keys, led in zip(self._keys, self._led, strict=True)]
-        self.values = [values[:, :, led:] for values, led in zip(self._values, self._led, strict=True)]
+        size = (rows, kv_heads, capacity, head_dim)
+        self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
         self.length = 0
         self.capacity = capacity
         self.pad = pad
@@ -79,22 +62,16 @@ class Cache:
         return mask
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add (B, H, T, D) of one layer; returns what lies before the live tokens and all these, (B, H, S, D)."""
-        start = self._led[layer] + self.length
-        end = start + keys.shape[2]
+        """Add (B, H, T, D) of one layer; returns all live keys and values (B, H, S, D)."""
+        start, end = self.length, self.length + keys.shape[2]
         if torch.is_grad_enabled() and keys.requires_grad:  # writing into the buffer would lose the graph
             return (
-                torch.cat((self._keys[layer][:, :, :start], keys), dim=2),
-                torch.cat((self._values[layer][:, :, :start], values), dim=2),
+                torch.cat((self.keys[layer][:, :, :start], keys), dim=2),
+                torch.cat((self.values[layer][:, :, :start], values), dim=2),
             )
-        self._keys[layer][:, :, start:end] = keys
-        self._values[layer][:, :, start:end] = values
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-    def slots(self, layer: int, memory: Memory | None) -> LayerMemory | torch.Tensor | None:
-        """What `attend` is to know of a layer's slots: their bias where they lie in here, else those of ``memory``."""
-        bias = self.bias[layer]
-        return memory.layer(layer) if bias is None and memory is not None else bias
+        self.keys[layer][:, :, start:end] = keys
+        self.values[layer][:, :, start:end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def end(self, tokens: int) -> None:
         """All layers have appended."""
@@ -112,15 +89,14 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    memory: LayerMemory | torch.Tensor | None,
+    slots: LayerSlots | None,
     scale: float,
 ) -> torch.Tensor:
     """Softmax attention of the new tokens over the prefix's slots and the live tokens together.
 
     Args:
-        q: (B, H*G, T, D); keys, values: (B, H, S, D); mask: additive (B or 1, 1, T, live tokens) or None.
-        memory: the prefix's slots in this layer; or where they lie before the live tokens, the bias (B, H, 1, S or
-            more) of all; or None.
+        q: (B, H*G, T, D); keys, values: (B, H, S, D); mask: additive (B or 1, 1, T, S) or None.
+        slots: the prefix's slots in this layer, or None.
         scale: factor of the logits.
 
     Returns:
@@ -128,31 +104,23 @@ def attend(
     """
     rows, query_heads, tokens, dim = q.shape
     heads = keys.shape[1]
-    if memory is None:
+    if slots is None:
         causal = mask is None and tokens > 1
         read = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
         return read.transpose(1, 2).reshape(rows, tokens, -1)
-    before = keys.shape[2] - (tokens if mask is None else mask.shape[-1])  # slots, or live tokens that all may read
+    if mask is None and tokens == 1 and (stepped := slots.step(q, keys, values, scale)) is not None:
+        return stepped.reshape(rows, 1, -1)
     if mask is None and tokens > 1:
         mask = _causal(tokens, tokens, q.device, q.dtype)
+    if mask is not None and rows > 1 and mask.shape[0] > 1:
+        mask = mask.repeat_interleave(heads, 0)
     # the query heads of one KV head side by side; those of a single token read the same: they are rows of one product
-    group = query_heads // heads
+    q, group = q.contiguous(), query_heads // heads
     one = (rows * heads, 1, -1, dim)
     asked = q.reshape(one if tokens == 1 else (rows * heads, group, tokens, dim))
-    keys, values = keys.reshape(one), values.reshape(one)
-    if isinstance(memory, torch.Tensor):
-        bias = memory.flatten(0, 1)[:, None, :, : keys.shape[2]]
-        if mask is not None:
-            masks = mask.expand(rows, heads, -1, -1).reshape(rows * heads, 1, *mask.shape[2:])
-            bias = torch.cat((bias[..., :before].expand(-1, -1, tokens, -1), masks), dim=-1)
-        keys, values = (x.expand(-1, asked.shape[1], -1, -1) for x in (keys, values))
-        read = F.scaled_dot_product_attention(asked, keys, values, attn_mask=bias, scale=scale)
-    else:
-        if mask is not None and rows > 1 and mask.shape[0] > 1:
-            mask = mask.repeat_interleave(heads, 0)
-        live, mass = read_part(asked, keys, values, mask, scale)
-        flat = (rows * heads, group * tokens)
-        read = memory.attend(q.reshape(*flat, dim), live.reshape(*flat, dim), mass.reshape(flat), scale)
+    live, mass = read_part(asked, keys.reshape(one), values.reshape(one), mask, scale)
+    flat = (rows * heads, group * tokens)
+    read = slots.attend(q.reshape(*flat, dim), live.reshape(*flat, dim), mass.reshape(flat), scale)
     return read.reshape(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)

@@ -14,6 +14,7 @@ import torch
 
 from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder import kernel, ragged
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
 from lloco_engine.decoder.lora import adapter_source
@@ -73,6 +74,8 @@ class LocalDecoder:
         model, tokenizer = models.load_causal_lm(name, device=device, dtype=dtype), models.load_tokenizer(name)
         decoder = cls(model, tokenizer, name, template)
         decoder.fingerprint = fingerprints.model_fingerprint(models.decoder_folder(name))
+        if ragged.serves(decoder.runner.device, decoder.runner.dtype):
+            kernel.prepare()  # now, and not while a first question waits
         return decoder
 
     @property
@@ -164,8 +167,8 @@ class LocalDecoder:
 
     # -- passes -----------------------------------------------------------------------------------------------
 
-    def new_cache(self, rows: int, capacity: int, memory: Memory | None = None) -> Cache:
-        """An empty cache for live tokens, with what slots it can hold before them."""
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for live tokens."""
         shape, runner = self.shape, self.runner
         return Cache(
             shape.layers,
@@ -175,7 +178,6 @@ class LocalDecoder:
             capacity,
             device=runner.device,
             dtype=runner.dtype,
-            leads=() if memory is None else memory.leads(rows),
         )
 
     def template_cache(self, adapter: str | None = None) -> Cache:
@@ -196,14 +198,13 @@ class LocalDecoder:
         adapter: str | None,
         pad: list[int] | None = None,
         prefix: Prefix | None = None,
-        memory: Memory | None = None,
     ) -> Cache:
         """A cache that holds, in every row, what the text follows, and has room for ``room`` tokens more.
 
-        That is the template prefix; or, where ``prefix`` is of summaries, these. Slots of ``memory`` lie before it.
+        That is the template prefix; or, where ``prefix`` is of summaries, these.
         """
         lead = self._lead_cache(prefix, adapter)
-        cache = self.new_cache(rows, lead.length + room, memory)
+        cache = self.new_cache(rows, lead.length + room)
         for layer in range(self.shape.layers):
             cache.keys[layer][:, :, : lead.length] = lead.keys[layer]
             cache.values[layer][:, :, : lead.length] = lead.values[layer]
@@ -311,9 +312,7 @@ class LocalDecoder:
         text = TextStream(self.tokenizer, config.stop)
         sampler = self._generator(config)
         memory = self._memory([prompt])
-        cache = self._start(
-            1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix, memory=memory
-        )
+        cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
         position = self._position(prompt) - cache.length
         hidden = self._step([ids], position, cache, memory, adapter, wanted=1)
         accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
@@ -378,7 +377,7 @@ class LocalDecoder:
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
         memory = self._memory(prompts)
-        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix, memory)
+        cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
         offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
         step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
@@ -459,7 +458,7 @@ class LocalDecoder:
         longest = max(len(ids) + len(answer) for ids, answer in zip(asked, gold, strict=True))
         rows = [ids + answer for ids, answer in zip(asked, gold, strict=True)]
         memory = self._memory(prompts)
-        cache = self._start(len(rows), longest, adapter, prefix=prompts[0].prefix, memory=memory)
+        cache = self._start(len(rows), longest, adapter, prefix=prompts[0].prefix)
         offset = self._tensor([self._position(prompt) - cache.length for prompt in prompts])
         padded = [row + [end] * (longest - len(row)) for row in rows]  # causal: padding at the right is not read
         hidden = self._step(padded, offset[:, None], cache, memory, adapter)

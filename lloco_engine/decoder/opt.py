@@ -92,7 +92,7 @@ class OptRunner(Runner):
                 for part in (layer.q, layer.k, layer.v)
             )
             keys, values = cache.append(index, k, v)
-            slots = cache.slots(index, memory)
+            slots = None if memory is None else memory.layer(index)
             hidden, read = self._read(index, hidden, q, keys, values, mask, slots, attention, wanted)
             hidden = hidden + layer.o(read, adapted)
             hidden = hidden if layer.norm_first else layer.norm_attention(hidden)

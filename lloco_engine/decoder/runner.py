@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from lloco_engine.decoder.attention import Cache, attend
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.lora import LowRank, Product, adapted, read_adapter
-from lloco_engine.decoder.memory import LayerMemory, Memory
+from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.shape import DecoderShape
+from lloco_engine.decoder.slots import LayerSlots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +133,7 @@ class Runner:
             qk = torch.addcmul(qk * cos, torch.roll(qk, shape.head_dim // 2, -1), sin).transpose(1, 2)
             q = qk[:, : shape.query_heads]
             keys, values = cache.append(index, qk[:, shape.query_heads :], qkv[:, :, -shape.kv_heads :].transpose(1, 2))
-            slots = cache.slots(index, memory)
+            slots = None if memory is None else memory.layer(index)
             hidden, read = self._read(index, hidden, q, keys, values, mask, slots, attention, wanted)
             hidden = hidden + o_product(read)
             x = _rms_norm(hidden, layer.weight_out, layer.epsilon)
@@ -152,7 +153,7 @@ class Runner:
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
-        slots: LayerMemory | torch.Tensor | None,
+        slots: LayerSlots | None,
         attention: Attention | None,
         wanted: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:

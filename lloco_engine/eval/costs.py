@@ -254,9 +254,8 @@ class QuestionCosts:
         def place() -> None:
             memory = Memory.of([self._place(store, hits)], runner.device, runner.dtype, runner.rotate)
             assert memory is not None
-            for layer, lead in enumerate(memory.leads(1)):
-                if lead is None:
-                    memory.layer(layer)
+            for layer in range(self.decoder.shape.layers):
+                memory.layer(layer)
 
         repeats = min(self.config.repeats, SLOW)
         read_s = median(seconds(lambda: [file.read_bytes() for file in files]) for _ in range(repeats))

@@ -1,0 +1,76 @@
+"""Compiled functions run by the threads that torch keeps.
+
+torch's threads wait for their next task by spinning, so a second pool beside them (numba's own) would fight for the
+cores: attention took a third longer. On Linux torch's pool is GNU OpenMP's, which takes a function by its address;
+elsewhere the calling thread does all parts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import binding
+from numba import cfunc, types
+
+__all__ = ["Task", "number", "size", "threads"]
+
+# of OpenMP: this thread's number in its team, and the team's size; a compiled function calls them
+number: Any = types.ExternalFunction("lloco_team_number", types.int32())
+size: Any = types.ExternalFunction("lloco_team_size", types.int32())
+
+
+def _number_of_one() -> int:
+    return 0
+
+
+def _size_of_one() -> int:
+    return 1
+
+
+@cache
+def _openmp() -> Any:
+    """torch's OpenMP, or None; what `number` and `size` stand for is settled here, once."""
+    try:
+        library: Any = ctypes.CDLL("libgomp.so.1")  # the name finds the copy that torch has loaded
+        functions = library.omp_get_thread_num, library.omp_get_num_threads
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+        library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        library.GOMP_parallel.restype = None
+    except (OSError, AttributeError):
+        library, addresses = None, [cfunc(types.int32())(of_one).address for of_one in (_number_of_one, _size_of_one)]
+    for name, address in zip(("lloco_team_number", "lloco_team_size"), addresses, strict=True):
+        binding.add_symbol(name, address)
+    return library
+
+
+def threads() -> int:
+    """How many threads may take part in a task."""
+    return torch.get_num_threads() if _openmp() is not None else 1
+
+
+class Task:
+    """A function of one address, compiled.
+
+    It does the parts of the work whose number is `number` and every `size`-th from there: a team may be smaller than
+    was asked for.
+
+    Args:
+        function: of the module's top level, so that numba can keep what it compiles.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._openmp = _openmp()
+        self._compiled: Any = cfunc(types.void(types.voidptr), cache=True)(function)
+        self._address = self._compiled.address
+        self._alone = self._compiled.ctypes
+
+    def __call__(self, call: ctypes.Structure, threads: int) -> None:
+        """Run it on a call's address, by a team of so many threads at most; other Python threads go on."""
+        if threads > 1 and self._openmp is not None:
+            self._openmp.GOMP_parallel(self._address, ctypes.addressof(call), threads, 0)
+        else:
+            self._alone(ctypes.addressof(call))
