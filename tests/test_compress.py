@@ -188,7 +188,7 @@ def value_problem(
 
 
 def rereading(decoder: LocalDecoder, model, ids: list[int], heads, keep, slots, again: list[int]):
-    """Yields head, kept positions, made values and their problem, as the segment's own slots are read layer by layer."""
+    """Yields head, kept positions, made values and their problem, as the segment's slots are read layer by layer."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     repeat = [*decoder.template.repeat_ids(), *ids]
@@ -229,7 +229,7 @@ def check(decoder: LocalDecoder, model, ids: list[int], ratios: list[float], fit
     """Every head of the segments at ``ratios`` is what the reference makes of it."""
     nnls_exact = pytest.importorskip("scipy.optimize").nnls
     heads = reference_heads(decoder, model, ids)
-    method = AttentionMatching(ridge=RIDGE, fit_rows=EVERY_ROW, fit_tokens=fit_tokens)
+    method = AttentionMatching(ridge=RIDGE, fit_rows=EVERY_ROW, fit_tokens=fit_tokens, iterations=400)
     again = list(range(min(len(heads[0][0].own_keys), fit_tokens)))
     for ratio, segment in zip(ratios, method.compress(decoder, ids, ratios), strict=True):
         slots = head_slots(segment)
@@ -266,6 +266,11 @@ def nearest(keys: np.ndarray, key: np.ndarray) -> int:
 def test_every_head_is_what_plain_loops_make_of_it(family, changes):
     decoder = tiny(family, **changes)
     check(decoder, spiced(tiny_decoder(family, **changes)), tokens(decoder, TEXT), [2, 8, 30])
+
+
+def test_values_are_fitted_on_the_beginning_of_the_repetition():
+    decoder = tiny()
+    check(decoder, spiced(tiny_decoder()), tokens(decoder, TEXT), [8], fit_tokens=24)
 
 
 def same(one: Segment, other: Segment, **close) -> None:

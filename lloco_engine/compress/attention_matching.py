@@ -48,8 +48,8 @@ class AttentionMatching(Compressor):
         *,
         ridge: float = 0.3,
         fit_rows: int = 1024,
-        fit_tokens: int = 768,
-        iterations: int = 200,
+        fit_tokens: int = 640,
+        iterations: int = 60,
         floor: float = 0.1,
     ) -> None:
         if not isinstance(ridge, int | float) or not ridge > 0:

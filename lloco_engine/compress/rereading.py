@@ -1,8 +1,8 @@
 """Values fitted while the compacted decoder itself repeats the chunk, layer by layer.
 
-Source: the least squares of Attention Matching (Zweiger et al. 2026, arXiv 2602.16284) with the asymmetric reconstruction
-of Zhang et al. 2016 (arXiv 1505.06798): a layer is given what the layers before it make of their fitted slots, and aims
-at what it gave with the whole cache, so that it mends what they left undone.
+Source: the least squares of Attention Matching (Zweiger et al. 2026, arXiv 2602.16284) with the asymmetric
+reconstruction of Zhang et al. 2016 (arXiv 1505.06798): a layer is given what the layers before it make of their fitted
+slots, and aims at what it gave with the whole cache, so that it mends what they left undone.
 """
 
 from __future__ import annotations
