@@ -68,7 +68,9 @@ class Repetition:
         rows, lse = rows[:, kept], lse[:, kept, None]
         fixed = torch.bmm(rows, keys[:, : self._first].transpose(1, 2)) - lse.to(keys.dtype)
         mass = (1 - fixed.exp_().sum(dim=-1)).clamp_min_(0)
-        self.seen.append(Seen(importance[:, self._first :], rows, lse, mass, read[:, :, : self._fit_tokens]))
+        self.seen.append(
+            Seen(importance[:, self._first :], rows, lse, mass, read[:, :, : self._fit_tokens].contiguous())
+        )
         return read.transpose(1, 2).reshape(1, tokens, -1)
 
     def _read(
