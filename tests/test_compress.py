@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from decoder_cases import TEXT, place, spiced, tiny, tokens, whole
 
-from lloco_engine.compress import attention_matching, registry
-from lloco_engine.compress.attention_matching import AttentionMatching, nnls, select
+from lloco_engine.compress import attention_matching, registry, repetition
+from lloco_engine.compress.attention_matching import AttentionMatching, select
+from lloco_engine.compress.least_squares import nnls
+from lloco_engine.compress.repetition import causal_attention, spread
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError
@@ -53,6 +56,9 @@ class Head:
     values: np.ndarray
     logits: np.ndarray  # (M, P + n) of every reference query
     importance: np.ndarray  # (n,)
+    own_keys: np.ndarray  # (R, D) of the repetition
+    own_values: np.ndarray
+    read: np.ndarray  # (query heads, R, D) attention output over everything
 
     @property
     def attention(self) -> np.ndarray:
@@ -105,7 +111,7 @@ def reference_heads(decoder: LocalDecoder, model, ids: list[int]) -> list[list[H
         row = []
         for head in range(keys.shape[0]):
             importance, mean = np.zeros(len(ids)), np.zeros(len(ids))
-            logits = []
+            logits, read = [], np.zeros((group, count, q.shape[-1]))
             for query_head in range(head * group, (head + 1) * group):
                 for t in range(count):
                     seen = keys[head] @ q[query_head, t] / np.sqrt(q.shape[-1])
@@ -113,8 +119,10 @@ def reference_heads(decoder: LocalDecoder, model, ids: list[int]) -> list[list[H
                     weights = softmax(np.where(visible[t], seen, -np.inf))
                     importance = np.maximum(importance, weights[first:past])
                     mean += weights[first:past] / (group * count)
+                    read[query_head - head * group, t] = weights @ values[head]
             importance = importance * mean**0.15 * np.linalg.norm(values[head, first:past], axis=-1) ** 0.35
-            row.append(Head(first, keys[head, :past], values[head, :past], np.stack(logits), importance))
+            context, own = (keys[head, :past], values[head, :past]), (keys[head, past:], values[head, past:])
+            row.append(Head(first, *context, np.stack(logits), importance, *own, read))
         heads.append(row)
     return heads
 
@@ -143,21 +151,69 @@ def mass_problem(head: Head, kept: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.vstack((a, pull * np.eye(len(kept)))), np.concatenate((b, np.full(len(kept), pull)))
 
 
-def value_problem(head: Head, kept: list[int], w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def value_problem(
+    head: Head, kept: list[int], bias: np.ndarray, made: np.ndarray, queries: np.ndarray, own: tuple, again: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows x, y such that the ridge least squares |x d - y|^2 is what the values' change d minimises.
 
-    That is: what the full output lacks after the kept, re-weighted attention has read the original values.
+    That is: what the first reading's output lacks after template prefix, original values and repetition have been read.
+
+    Args:
+        made: the values that the segment has. queries: (G, T, D) of the tokens ``again`` as the compacted decoder asks.
+        own: keys and values (T, D) of these tokens, which take the place of the first reading's.
+
+    Returns:
+        x, y, and what is read with ``made``, (G, T, D).
     """
     at = [head.first + one for one in kept]
-    attention = head.attention
-    output = attention @ head.values
-    fixed, kept_weights = attention[:, : head.first], attention[:, at] * w
-    total = fixed.sum(-1, keepdims=True) + kept_weights.sum(-1, keepdims=True)
-    x = kept_weights / total
-    missing = output - (fixed / total) @ head.values[: head.first] - x @ head.values[at]
+    own_keys, own_values = head.own_keys.copy(), head.own_values.copy()
+    own_keys[again], own_values[again] = own
+    x, y, read = [], [], np.zeros_like(queries)
+    for one in range(len(queries)):
+        for t, place_of_t in enumerate(again):
+            live = place_of_t + 1
+            keys = np.concatenate((head.keys[: head.first], head.keys[at], own_keys[:live]))
+            logits = keys @ queries[one, t] / np.sqrt(keys.shape[-1])
+            logits[head.first : head.first + len(kept)] += bias
+            weights = softmax(logits)
+            slots = weights[head.first : head.first + len(kept)]
+            values = np.concatenate((head.values[: head.first], head.values[at], own_values[:live]))
+            lacks = head.read[one, place_of_t] - weights @ values
+            x.append(slots)
+            y.append(lacks)
+            read[one, t] = weights @ values + slots @ (made - head.values[at])
+    x, y = np.stack(x), np.stack(y)
     pull = np.sqrt(max(RIDGE * (x**2).sum() / len(kept), 1e-9))
-    rows = np.vstack((x, pull * np.eye(len(kept))))
-    return rows, np.vstack((missing, np.zeros((len(kept), missing.shape[1]))))
+    return np.vstack((x, pull * np.eye(len(kept)))), np.vstack((y, np.zeros((len(kept), y.shape[1])))), read
+
+
+def rereading(decoder: LocalDecoder, model, ids: list[int], heads, keep, slots, again: list[int]):
+    """Yields head, kept positions, made values and their problem, as the segment's slots are read layer by layer."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    repeat = [*decoder.template.repeat_ids(), *ids]
+    body = copy.deepcopy(model).double().model
+    places = torch.tensor([again]) + decoder.template_tokens + len(ids)
+    hidden = body.embed_tokens(torch.tensor([[repeat[at] for at in again]]))
+    for layer, row, kept_row, slots_row in zip(body.layers, heads, keep, slots, strict=True):
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        q, k, v = (part(x).view(len(again), -1, attention.head_dim) for part in projections(attention))
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *body.rotary_emb(x, places))
+        group, read = q.shape[1] // len(row), []
+        for number, (head, kept, (_, made, bias)) in enumerate(zip(row, kept_row, slots_row, strict=True)):
+            own = k[0, number].numpy(), v[:, number].numpy()
+            queries = q[0, number * group : (number + 1) * group].numpy()
+            problem_x, problem_y, head_read = value_problem(head, kept, bias, made, queries, own, again)
+            read += list(head_read)
+            yield head, kept, made, problem_x, problem_y
+        hidden = hidden + attention.o_proj(torch.from_numpy(np.concatenate(read, axis=-1))[None])
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def projections(attention) -> tuple:
+    return attention.q_proj, attention.k_proj, attention.v_proj
 
 
 def head_slots(segment: Segment) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
@@ -169,12 +225,13 @@ def head_slots(segment: Segment) -> list[list[tuple[np.ndarray, np.ndarray, np.n
     return [flat[start : start + heads] for start in range(0, len(flat), heads)]
 
 
-def check(decoder: LocalDecoder, model, ids: list[int], ratios: list[float]) -> None:
+def check(decoder: LocalDecoder, model, ids: list[int], ratios: list[float], fit_tokens: int = EVERY_ROW) -> None:
     """Every head of the segments at ``ratios`` is what the reference makes of it."""
     nnls_exact = pytest.importorskip("scipy.optimize").nnls
     heads = reference_heads(decoder, model, ids)
-    segments = AttentionMatching(ridge=RIDGE, fit_rows=EVERY_ROW).compress(decoder, ids, ratios)
-    for ratio, segment in zip(ratios, segments, strict=True):
+    method = AttentionMatching(ridge=RIDGE, fit_rows=EVERY_ROW, fit_tokens=fit_tokens, iterations=400)
+    again = list(range(min(len(heads[0][0].own_keys), fit_tokens)))
+    for ratio, segment in zip(ratios, method.compress(decoder, ids, ratios), strict=True):
         slots = head_slots(segment)
         keep = [
             [[nearest(head.keys[head.first :], key) for key in keys] for head, (keys, _, _) in zip(*pair, strict=True)]
@@ -182,11 +239,12 @@ def check(decoder: LocalDecoder, model, ids: list[int], ratios: list[float]) -> 
         ]
         check_selection(heads, keep, ratio)
         for row, kept_row, slots_row in zip(heads, keep, slots, strict=True):
-            for head, kept, (_, values, bias) in zip(row, kept_row, slots_row, strict=True):
+            for head, kept, (_, _, bias) in zip(row, kept_row, slots_row, strict=True):
                 a, b = mass_problem(head, kept)
                 best = nnls_exact(a, b)[1] ** 2
                 assert ((a @ np.exp(bias) - b) ** 2).sum() <= 1.01 * best + 1e-6 * (b**2).sum()
-                x, y = value_problem(head, kept, np.exp(bias))
+        with torch.inference_mode():
+            for head, kept, values, x, y in rereading(decoder, model, ids, heads, keep, slots, again):
                 original = head.values[[head.first + at for at in kept]]
                 expected = original + np.linalg.lstsq(x, y, rcond=None)[0]
                 np.testing.assert_allclose(values, expected, rtol=2e-2, atol=1e-2 * np.abs(expected).max())
@@ -210,6 +268,11 @@ def test_every_head_is_what_plain_loops_make_of_it(family, changes):
     check(decoder, spiced(tiny_decoder(family, **changes)), tokens(decoder, TEXT), [2, 8, 30])
 
 
+def test_values_are_fitted_on_the_beginning_of_the_repetition():
+    decoder = tiny()
+    check(decoder, spiced(tiny_decoder()), tokens(decoder, TEXT), [8], fit_tokens=24)
+
+
 def same(one: Segment, other: Segment, **close) -> None:
     assert torch.equal(one.lengths, other.lengths)
     assert one.source_tokens == other.source_tokens
@@ -222,7 +285,7 @@ def test_the_size_of_the_blocks_changes_nothing(monkeypatch, rows, batch):
     decoder, method = tiny(), AttentionMatching(fit_rows=EVERY_ROW)
     ids = tokens(decoder, TEXT)
     plain = method.compress(decoder, ids, [6])[0]
-    monkeypatch.setattr(attention_matching, "_ROWS", rows)
+    monkeypatch.setattr(repetition, "_ROWS", rows)
     monkeypatch.setattr(attention_matching, "_BATCH", batch)
     made = method.compress(decoder, ids, [6])[0]
     if rows == 512:  # the same rows in the same order
@@ -248,7 +311,7 @@ def test_rows_left_out_of_the_fits_are_spread_over_the_repetition():
 
 @pytest.mark.parametrize(("group", "tokens", "most"), [(3, 624, 1024), (3, 625, 1024), (4, 100, 200), (2, 64, 64)])
 def test_no_token_of_the_repetition_is_left_out_of_the_fits_by_all_query_heads(group, tokens, most):
-    rows = attention_matching.spread(group, tokens, most).tolist()
+    rows = spread(group, tokens, most).tolist()
     assert rows == sorted(set(rows))
     assert max(rows) < group * tokens
     assert len(rows) <= most + group
@@ -258,9 +321,9 @@ def test_no_token_of_the_repetition_is_left_out_of_the_fits_by_all_query_heads(g
 def test_the_repetition_reads_itself_alike_with_and_without_the_fused_kernel(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     three = [torch.randn(1, 2, 600, 16, generator=generator) for _ in range(3)]
-    fused = attention_matching.causal_attention(*three, 0.25)
-    monkeypatch.setattr(attention_matching, "_FUSED", None)
-    for one, other in zip(attention_matching.causal_attention(*three, 0.25), fused, strict=True):
+    fused = causal_attention(*three, 0.25)
+    monkeypatch.setattr(repetition, "_FUSED", None)
+    for one, other in zip(causal_attention(*three, 0.25), fused, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -503,7 +566,8 @@ def test_the_longest_chunk_leaves_room_to_be_repeated():
         ({"ridge": 0}, "ridge must be a number above 0, not 0"),
         ({"ridge": -1.0}, "ridge must be a number above 0"),
         ({"ridge": float("nan")}, "ridge must be a number above 0"),
-        ({"fit_rows": 15}, "fit_rows must be at least 16"),
+        ({"fit_rows": 15}, "fit_rows and fit_tokens must be at least 16"),
+        ({"fit_tokens": 15}, "fit_rows and fit_tokens must be at least 16"),
         ({"iterations": 0}, "iterations at least 1"),
         ({"floor": 1.5}, "floor must be a number from 0 to 1, not 1.5"),
         ({"speed": 3}, "'attention_matching'.*speed"),

@@ -269,9 +269,15 @@ class LocalDecoder:
         return cache
 
     @torch.inference_mode()
-    def follow(self, token_ids: Sequence[int], cache: Cache, attention: Attention) -> None:
-        """Run tokens after a cache with the base weights, their attention computed by ``attention``."""
-        self._step([list(token_ids)], 0, cache, None, None, attention, wanted=0)
+    def follow(
+        self, token_ids: Sequence[int], cache: Cache, attention: Attention, offset: int = 0, in_bf16: bool = False
+    ) -> None:
+        """Run tokens after a cache with the base weights, their attention computed by ``attention``.
+
+        Their positions are ``offset`` beyond their places in the cache; ``in_bf16`` the linear layers run in bfloat16.
+        """
+        with torch.autocast(self.runner.device.type, torch.bfloat16, enabled=in_bf16):
+            self._step([list(token_ids)], offset, cache, None, None, attention, wanted=0)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt's text: all that follows the template prefix and the segments.
