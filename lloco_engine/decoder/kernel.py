@@ -40,7 +40,7 @@ FOURS = 4  # queries and inner numbers that a product takes at once
 _SHARES = 16  # into which a layer is divided to be laid out by several threads
 
 # what is read is finite (`place` makes it so), which lets sums and maxima be taken in any order
-_EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": True}
+_EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": team.can_keep()}
 _OPTIONS: dict[str, Any] = _EXACT | {"fastmath": True}
 NONE = np.float32(-1e30)  # logit of what is not there; finite, so that differences are no NaN
 _ZERO, _ONE, _LEAST = np.float32(0), np.float32(1), np.float32(-126)  # the least: 2**-126 is float32's smallest

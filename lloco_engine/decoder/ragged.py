@@ -130,7 +130,7 @@ class Layout:
     def __init__(self, rows: Sequence[Sequence[Segment]]) -> None:
         half = all(t.dtype == torch.float16 for row in rows for one in row for t in (one.keys, one.values))
         self._dtype = torch.float16 if half else torch.float32
-        given = [[(s.keys.to(self._dtype), s.values.to(self._dtype), s.bias) for s in row] for row in rows]
+        given = [[(s.keys.to(self._dtype), s.values.to(self._dtype), s.bias.float()) for s in row] for row in rows]
         # held, since what copies them is given addresses
         self._held = [[[tensor.contiguous() for tensor in one] for one in row] for row in given]
         some = next(one for row in rows for one in row)

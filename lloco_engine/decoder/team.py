@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from llvmlite import binding
-from numba import cfunc, types
+from numba import cfunc, njit, types
 
-__all__ = ["Task", "number", "size", "threads"]
+__all__ = ["Task", "can_keep", "number", "size", "threads"]
 
 # of OpenMP: this thread's number in its team, and the team's size; a compiled function calls them
 number: Any = types.ExternalFunction("lloco_team_number", types.int32())
@@ -32,6 +32,12 @@ def _size_of_one() -> int:
 
 
 @cache
+def _of_one() -> list[Any]:
+    """What stands for `number` and `size` without OpenMP, held here: compiled functions know but the addresses."""
+    return [cfunc(types.int32())(function) for function in (_number_of_one, _size_of_one)]
+
+
+@cache
 def _openmp() -> Any:
     """torch's OpenMP, or None; what `number` and `size` stand for is settled here, once."""
     try:
@@ -41,10 +47,20 @@ def _openmp() -> Any:
         library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         library.GOMP_parallel.restype = None
     except (OSError, AttributeError):
-        library, addresses = None, [cfunc(types.int32())(of_one).address for of_one in (_number_of_one, _size_of_one)]
+        library, addresses = None, [each.address for each in _of_one()]
     for name, address in zip(("lloco_team_number", "lloco_team_size"), addresses, strict=True):
         binding.add_symbol(name, address)
     return library
+
+
+@cache
+def can_keep() -> bool:
+    """Whether numba has a folder to keep what it compiles: beside the code, or in the user's cache folder."""
+    try:
+        njit(cache=True)(_number_of_one)
+    except RuntimeError:
+        return False
+    return True
 
 
 def threads() -> int:
@@ -64,7 +80,7 @@ class Task:
 
     def __init__(self, function: Callable[[Any], None]) -> None:
         self._openmp = _openmp()
-        self._compiled: Any = cfunc(types.void(types.voidptr), cache=True)(function)
+        self._compiled: Any = cfunc(types.void(types.voidptr), cache=can_keep())(function)
         self._address = self._compiled.address
         self._alone = self._compiled.ctypes
 
