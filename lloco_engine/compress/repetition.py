@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Repetition", "Seen", "causal_attention", "spread"]
 
-_ROWS = 256  # query rows scored at once, which bounds memory at _ROWS * n floats per KV head
+_ROWS = 1024  # query rows scored at once, which bounds memory at _ROWS * n floats; fewer wait for threads more often
 _SPREAD = 0.15  # power of the mean attention in a position's importance; this and the next: docs/decisions/0003
 _LENGTH = 0.35  # power of the value's length in it
 _FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lloco_engine.config import GenerateConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.memory import Memory
@@ -251,6 +253,7 @@ class QuestionCosts:
             hits = store.chunks(self.corpus.whole_id(length))
         files = [store.path / "segments" / hit.segment_id[:2] / f"{hit.segment_id}.safetensors" for hit in hits]
 
+        @torch.inference_mode()  # as when an answer is made: else it would be laid out for gradients
         def place() -> None:
             memory = Memory.of([self._place(store, hits)], runner.device, runner.dtype, runner.rotate)
             assert memory is not None
