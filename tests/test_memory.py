@@ -281,14 +281,18 @@ def test_the_kernel_reads_heads_of_any_size_alone_and_together(dim, count, monke
     keys, values = (random(1, HEADS, count, dim, seed=seed) for seed in (2, 3))
     mask = torch.zeros(1, 1, count, count)
     mask.masked_fill_(torch.ones(count, count).triu(1).bool(), torch.finfo(mask.dtype).min)
+    monkeypatch.setattr(memory.ragged, "_ALONE", 0)
     found = []
-    for alone in (0, 10**9):
-        monkeypatch.setattr(memory.ragged, "_ALONE", alone)
+    for threads in (1, 2, 5):  # whatever torch was told
+        monkeypatch.setattr(memory.ragged.team, "threads", lambda threads=threads: threads)
         made = make(prefixes)
         for layer in range(LAYERS):
             found.append(read(made, layer, q, keys, values, mask))
             torch.testing.assert_close(found[-1], naive(q, keys, values, mask, prefixes, layer, 0.3), **CLOSE)
-    torch.testing.assert_close(found[:2], found[2:])
+        step = read(made, 0, q[:, :, -1:], keys, values, None)
+        torch.testing.assert_close(step, naive(q[:, :, -1:], keys, values, None, prefixes, 0, 0.3), **CLOSE)
+    for other in (found[2:4], found[4:]):
+        torch.testing.assert_close(found[:2], other)
 
 
 @pytest.mark.usefixtures("layout")
