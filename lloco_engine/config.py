@@ -102,16 +102,29 @@ class RetrieveConfig(Config):
 
 @dataclass(frozen=True)
 class PrefixConfig(Config):
-    """How segments are placed; ``max_slots`` is the budget (0: no limit but the decoder's window)."""
+    """How segments are placed and read (docs/decisions/0009).
+
+    Args:
+        placement: ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (one after another).
+        max_slots: the budget (0: no limit but the decoder's window).
+        focus: segments that each query of each head reads of those placed in parallel, the ones that it looks at most
+            (0: all of them).
+        relevance: of a whole document, by how much a segment's largest logit counts for more where it is compared, for
+            each point of its score in search.
+    """
 
     placement: Literal["parallel", "sequence"] = "parallel"
     max_slots: int = 0
+    focus: int = 1
+    relevance: float = 20.0
 
     def __post_init__(self) -> None:
         _require(
             self.placement in ("parallel", "sequence"), "placement must be 'parallel' or 'sequence'", self.placement
         )
         _require(self.max_slots >= 0, "max_slots must not be negative (0 is no limit)", self.max_slots)
+        _require(self.focus >= 0, "focus must not be negative (0 is all segments)", self.focus)
+        _require(self.relevance >= 0, "relevance must not be negative (0 is none)", self.relevance)
 
 
 @dataclass(frozen=True)

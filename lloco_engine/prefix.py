@@ -9,7 +9,7 @@ from lloco_engine.config import PrefixConfig
 from lloco_engine.errors import ConfigError, PromptTooLong
 from lloco_engine.types import AnySegment, Hit, Prefix, SummarySegment
 
-__all__ = ["Assembly", "assemble"]
+__all__ = ["Assembly", "assemble", "place"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ def assemble(
     window: int,
     hits: Sequence[Hit] | None = None,
     needs: Sequence[Sequence[int]] | None = None,
+    scores: Sequence[float] | None = None,
     rotary: bool = True,
 ) -> Assembly:
     """Place segments for one prompt.
@@ -52,6 +53,7 @@ def assemble(
         hits: where the segments come from, one each, in the same order; without, the given order is kept.
         needs: for each segment that is wanted, the places of those it is read after; the segments beyond
             ``len(needs)`` are not wanted by themselves. None: all are wanted and none needs another.
+        scores: what search thinks of each segment, for whole documents: ``config.relevance`` makes priors of them.
         rotary: whether a summary vector takes a position, as it does where positions are rotary.
 
     Raises:
@@ -73,7 +75,8 @@ def assemble(
         placed = _within_budget(segments, needs, config.max_slots)
         if config.placement == "sequence" and hits is not None:
             placed = _in_document_order(placed, hits)
-        prefix = _compact([segments[number] for number in placed], config, template_tokens)
+        told = None if scores is None else [scores[number] for number in placed]
+        prefix = place([segments[number] for number in placed], config, template_tokens=template_tokens, scores=told)
         extent = prefix.start - template_tokens
     total = template_tokens + extent + room
     if total > window:
@@ -86,14 +89,23 @@ def assemble(
     return Assembly(prefix, tuple(placed), dropped)
 
 
-def _compact(segments: Sequence[AnySegment], config: PrefixConfig, template_tokens: int) -> Prefix:
+def place(
+    segments: Sequence[AnySegment],
+    config: PrefixConfig | None = None,
+    *,
+    template_tokens: int,
+    scores: Sequence[float] | None = None,
+) -> Prefix:
+    """All of some segments of compact KV for one prompt, whatever the window holds; arguments as `assemble` has them."""
+    config = PrefixConfig() if config is None else config
     lengths = [segment.source_tokens for segment in segments]
-    if config.placement == "parallel":
-        offsets, extent = [0] * len(segments), max(lengths, default=0)
-    else:
-        offsets = [sum(lengths[:number]) for number in range(len(segments))]
-        extent = sum(lengths)
-    return Prefix(tuple(segments), tuple(offsets), template_tokens + extent, config.placement)
+    if config.placement == "sequence":
+        offsets = tuple(sum(lengths[:number]) for number in range(len(segments)))
+        return Prefix(tuple(segments), offsets, template_tokens + sum(lengths), "sequence")
+    best = max(scores, default=0.0) if scores is not None else 0.0
+    prior = () if scores is None else tuple(config.relevance * (score - best) for score in scores)
+    start = template_tokens + max(lengths, default=0)
+    return Prefix(tuple(segments), (0,) * len(segments), start, focus=config.focus, prior=prior)
 
 
 def _summaries(segments: Sequence[AnySegment], rotary: bool) -> Prefix:

@@ -169,13 +169,17 @@ class Prefix:
     ``segments`` in placement order; ``start`` is the position of the first text token after them; ``placement`` is
     ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another, or summaries,
     which stand one after another before all text, the template prefix too); ``offsets`` are the positions added to each
-    segment's own (all 0 in parallel and for summaries).
+    segment's own (all 0 in parallel and for summaries). ``focus`` is how many segments of compact KV each query reads,
+    those in which the largest of its logits lie (0: all); ``prior`` is added to a segment's largest logit where they are
+    compared, one number a segment (empty: 0 for all).
     """
 
     segments: tuple[AnySegment, ...]
     offsets: tuple[int, ...]
     start: int
     placement: Literal["parallel", "sequence"] = "parallel"
+    focus: int = 0
+    prior: tuple[float, ...] = ()
 
     @property
     def compact(self) -> tuple[Segment, ...]:

@@ -38,6 +38,8 @@ class Memory:
             else []
             for prefix in prefixes
         ]
+        self._focus = [0 if prefix is None else prefix.focus for prefix in prefixes]
+        self._prior = [() if prefix is None else prefix.prior for prefix in prefixes]
         self._heads = next(segment.lengths.shape[1] for row in self._rows for segment in row)
         self._layers: dict[tuple[int, bool], LayerSlots] = {}
         self._layout: ragged.Layout | None = None
@@ -54,14 +56,17 @@ class Memory:
 
     def layer(self, index: int) -> LayerSlots:
         """The slots of one layer, laid out when it is first asked for: for the kernel where it serves, or in blocks."""
-        compiled = not torch.is_grad_enabled() and ragged.serves(self._device, self._dtype)
+        focused = any(0 < most < len(row) for most, row in zip(self._focus, self._rows, strict=True))
+        compiled = not torch.is_grad_enabled() and not focused and ragged.serves(self._device, self._dtype)
         if (index, compiled) not in self._layers:
             self._layers[index, compiled] = self._lay_out(index, compiled)
         return self._layers[index, compiled]
 
     def _lay_out(self, index: int, compiled: bool) -> LayerSlots:
         if not compiled:
-            return blocks.lay_out(self._pieces(index), self._device, self._dtype)
+            limit = [most for most in self._focus for _ in range(self._heads)]
+            prior = [of_row for of_row in self._prior for _ in range(self._heads)]
+            return blocks.lay_out(self._pieces(index), self._device, self._dtype, limit=limit, prior=prior)
         self._layout = self._layout or ragged.Layout(self._rows)
         return self._layout.layer(index)
 

@@ -21,6 +21,7 @@ from lloco_engine.demo import questions as demo_questions
 from lloco_engine.eval.corpus import Corpus, Encoder
 from lloco_engine.eval.machine import PeakMemory
 from lloco_engine.eval.timing import forget_files, median_ratio, seconds
+from lloco_engine.prefix import place
 from lloco_engine.store import Store
 from lloco_engine.types import Hit, Prefix
 
@@ -126,8 +127,7 @@ class QuestionCosts:
     def _place(self, store: Store, hits: Sequence[Hit]) -> Prefix:
         """Segments in parallel; their files are mapped here and read when the decoder first comes to a layer."""
         segments = tuple(store.load_segment(hit.segment_id) for hit in hits)
-        start = self.decoder.template_tokens + max(segment.source_tokens for segment in segments)
-        return Prefix(segments, (0,) * len(segments), start)
+        return place(segments, template_tokens=self.decoder.template_tokens)
 
     # -- measurements -------------------------------------------------------------------------------------------
 

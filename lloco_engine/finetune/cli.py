@@ -1,4 +1,4 @@
-"""``lloco finetune`` and ``lloco self-study``: teach the decoder to read compressed documents."""
+"""``lloco finetune``, ``lloco practice`` and ``lloco self-study``: teach the decoder to read compressed documents."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(finetune)
     app.command("self-study")(self_study)
+    app.command()(practice)
 
 
 def finetune(
@@ -237,6 +238,50 @@ def self_study(
     )
     for reason, count in report["dropped"].items():
         typer.echo(f"dropped, {reason}: {count}")
+
+
+def practice(
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="JSON Lines, one document with its questions a line; repeatable.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSON Lines file to write.", show_default=False)],
+    fact_every: Annotated[
+        int, typer.Option(metavar="CHARS", help="Characters of text to a sown fact, at least one a text; 0: none.")
+    ] = 1500,
+    choices: Annotated[float, typer.Option(metavar="SHARE", help="Questions that become multiple choice.")] = 0.3,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")] = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Make practice in reading of questions and documents, for finetune.
+
+    Facts about invented places are sown into the texts and asked for, and some
+    of the questions become multiple choice, by an option's text or its letter.
+    The decoder is not needed, and the questions are not checked by anyone.
+
+    \b
+    Examples:
+      lloco practice --data questions.jsonl --out practice.jsonl
+      lloco practice --data meetings.jsonl --fact-every 6000 --out practice.jsonl
+      lloco finetune --data practice.jsonl --out adapter
+    """
+    from lloco_engine.finetune.practice import PracticeConfig, practise, write
+    from lloco_engine.readers.records import read_records
+
+    config = PracticeConfig(fact_every=fact_every, choices=choices, seed=seed)
+    records = [record for path in data for record in read_records(path)]
+    report = write(out, practise(records, config))
+    typer.echo(
+        json.dumps(report)
+        if as_json
+        else f"{report['documents']} documents with {report['questions']} questions, {report['facts']} of them about "
+        f"sown facts and {report['choices']} multiple choice, in {out}"
+    )
 
 
 def _own_device() -> str | None:

@@ -13,6 +13,7 @@ from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.finetune.examples import Example, Ids
+from lloco_engine.prefix import place
 from lloco_engine.store import Store
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store import segments as files
@@ -60,8 +61,7 @@ class Segments:
     def prefix(self, example: Example) -> Prefix:
         """The example's chunks, placed in parallel as at question time."""
         segments = tuple(self.get(ids, example.ratio) for ids in example.chunks)
-        start = self._decoder.template_tokens + max(map(len, example.chunks))
-        return Prefix(segments, (0,) * len(segments), start)
+        return place(segments, template_tokens=self._decoder.template_tokens)
 
     def get(self, ids: Ids, ratio: float) -> Segment:
         """One segment, found or made."""
