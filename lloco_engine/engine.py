@@ -289,7 +289,7 @@ class Engine:
         generate = asked.generate or GenerateConfig()
         decoder = self.decoder
         self.adapters.check(asked.adapter)
-        if asked.hits is None and asked.whole_document is None:
+        if asked.hits is None:
             _ = self.embedder.dim  # loads it: no cost of one question
         began = time.perf_counter()
         text = Prompt(question, context=asked.context or None, history=tuple(asked.history), verbatim=asked.verbatim)

@@ -96,7 +96,7 @@ def place(
     template_tokens: int,
     scores: Sequence[float] | None = None,
 ) -> Prefix:
-    """All of some segments of compact KV for one prompt, whatever the window holds; arguments as `assemble` has them."""
+    """All of some segments of compact KV for one prompt, whatever the window holds; arguments as `assemble` has."""
     config = PrefixConfig() if config is None else config
     lengths = [segment.source_tokens for segment in segments]
     if config.placement == "sequence":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -150,6 +150,7 @@ class Recall:
             window=decoder.shape.window,
             hits=[own.hit for own in read],
             needs=[[places[earlier.hit.segment_id] for earlier in own.after] for own in wanted],
+            scores=None if asked.whole_document is None else [own.hit.score for own in read],
             rotary=decoder.shape.rotary,
         )
         if assembly.dropped:
@@ -167,7 +168,7 @@ class Recall:
                     f"hits must be of the tenant that asks, {asked.tenant!r}, and one is of {strangers[0].tenant!r}"
                 )
         elif asked.whole_document is not None:
-            hits = self._store.chunks(asked.whole_document, asked.tenant)
+            hits = self._whole(question, asked.whole_document, asked.tenant, search)
         else:
             hits = search(
                 question,
@@ -180,6 +181,20 @@ class Recall:
         for hit in hits:
             once.setdefault(hit.segment_id, hit)
         return list(once.values())
+
+    def _whole(self, question: str, doc_id: str, tenant: str, search: Callable[..., list[Hit]]) -> list[Hit]:
+        """Every segment of a document, in order, with what search thinks of it: 0 where it has no window to find."""
+        hits = self._store.chunks(doc_id, tenant)
+        if len(hits) == 1:
+            return hits
+        found = search(question, top_k=len(hits), filters={"doc_id": doc_id}, tenant=tenant)
+        of = {hit.segment_id: hit for hit in found}
+        return [
+            replace(hit, score=of[hit.segment_id].score, windows=of[hit.segment_id].windows)
+            if hit.segment_id in of
+            else replace(hit, score=0.0)
+            for hit in hits
+        ]
 
     def _load(self, hits: Sequence[Hit]) -> tuple[list[_Read], list[str]]:
         """The hits whose segments can be used, with these, and a warning for each of the others."""

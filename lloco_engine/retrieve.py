@@ -71,7 +71,3 @@ class Retriever:
             for other in self._store.neighbours(hit, config.neighbours):
                 found.setdefault(other.segment_id, other)
         return list(found.values())
-
-    def whole_document(self, doc_id: str, tenant: str = "") -> list[Hit]:
-        """Every segment of a document, in order; `NotInStore` when the tenant has no such document."""
-        return self._store.chunks(doc_id, tenant)

@@ -170,8 +170,8 @@ class Prefix:
     ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another, or summaries,
     which stand one after another before all text, the template prefix too); ``offsets`` are the positions added to each
     segment's own (all 0 in parallel and for summaries). ``focus`` is how many segments of compact KV each query reads,
-    those in which the largest of its logits lie (0: all); ``prior`` is added to a segment's largest logit where they are
-    compared, one number a segment (empty: 0 for all).
+    those in which the largest of its logits lie (0: all); ``prior``, one number a segment, is added to its largest
+    logit where they are compared (empty: 0 for all).
     """
 
     segments: tuple[AnySegment, ...]

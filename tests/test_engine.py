@@ -445,7 +445,7 @@ def test_a_damaged_segment_is_left_out_and_named(engine, damage):
         data = file.read_bytes()
         file.write_bytes(data[:-9] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
     answer = engine.ask("Sum it up.", whole_document="pumps.md", generate=SHORT)
-    assert answer.hits == (hits[-1],)
+    assert [hit.segment_id for hit in answer.hits] == [hits[-1].segment_id]
     assert len(answer.warnings) == len(hits) - 1
     assert "segment 0 of 'pumps.md' was left out" in answer.warnings[0]
     segment_file(engine, hits[-1].segment_id).unlink()

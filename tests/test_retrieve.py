@@ -7,7 +7,7 @@ import pytest
 from store_cases import document, make_store, text_vector
 
 from lloco_engine.config import RetrieveConfig
-from lloco_engine.errors import ConfigError, NotInStore, StoreMismatch
+from lloco_engine.errors import ConfigError, StoreMismatch
 from lloco_engine.retrieve import Retriever
 
 
@@ -52,15 +52,6 @@ def test_neighbours_follow_the_hits_once_each(store):
     every = retriever.retrieve(question, RetrieveConfig(top_k=3, neighbours=9))
     assert len({hit.segment_id for hit in every}) == len(every)
     assert every[:3] == retriever.retrieve(question, RetrieveConfig(top_k=3))
-
-
-def test_whole_document_mode(store):
-    retriever = Retriever(store, TextEmbedder())
-    hits = retriever.whole_document("b")
-    assert "".join(hit.text for hit in hits) == store.document_text("b") and {hit.score for hit in hits} == {1.0}
-    assert len(retriever.whole_document("a", "t")) == 2
-    with pytest.raises(NotInStore):
-        retriever.whole_document("b", "t")
 
 
 def test_an_empty_question_and_another_embedder_are_refused(store):

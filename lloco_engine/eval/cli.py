@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from lloco_engine.config import PrefixConfig
 from lloco_engine.eval.cli_data import data
 from lloco_engine.eval.cli_memories import memories
 from lloco_engine.eval.cli_report import report
@@ -70,6 +71,9 @@ def evaluate(
         int, typer.Option(metavar="K", min=1, help="Compress K consecutive chunks apart and place them together.")
     ] = 1,
     top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Chunks that the _retrieved methods read.")] = 4,
+    focus: Annotated[
+        int, typer.Option(metavar="K", min=0, help="Segments of a prompt that each query reads; 0: all of them.")
+    ] = PrefixConfig.focus,
     adapter: Annotated[
         str,
         typer.Option(
@@ -112,6 +116,7 @@ def evaluate(
       full             the whole text in the prompt; beyond the window its middle is cut
       text_slots       the best search windows, as much text as kv has slots
       kv               every segment of the document, compressed
+      kv_guided        the same, search saying which of them count for more
       kvzip, snapkv    the same, evicted by another's rule
       text_retrieved, text_slots_retrieved, kv_retrieved, kvzip_retrieved,
       snapkv_retrieved  the same, of the --top-k best chunks only
@@ -148,6 +153,7 @@ def evaluate(
         passages_per_chunk=passages_per_chunk,
         segments=segments,
         top_k=top_k,
+        focus=focus,
         adapter=adapter,
         answers=answers,
         max_new_tokens=max_new_tokens,

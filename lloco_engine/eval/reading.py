@@ -5,6 +5,8 @@ none                            nothing
 full                            the text of all chunks, as far as it fits the window: both ends are kept
 text_slots                      the best search windows, as many tokens of text as ``kv`` has slots
 kv                              the segments of all chunks, of whichever kind the compressor makes
+kv_guided                       the same, what search thinks of each weighing in where queries choose among them, as it
+                                does for a whole document
 kvzip, snapkv                   the same, the KV cache evicted by another's rule at the same ratio, nothing fitted
 kv_retrieved, kvzip_retrieved,  the segments of the ``top_k`` chunks whose search windows score best, as in a store
 snapkv_retrieved
@@ -28,10 +30,10 @@ from lloco_engine import lexical
 from lloco_engine.baselines import keep_ends
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.eviction import keep_slots
-from lloco_engine.config import ChunkConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.decoder.template import encode
 from lloco_engine.eval.data import JOINT, Group
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import assemble, place
 from lloco_engine.types import AnySegment, Chunk, Document, Prefix
 
 if TYPE_CHECKING:
@@ -53,11 +55,13 @@ class Method:
         name: as in the table above.
         memory: ``"none"``, ``"text"``, ``"slots"`` (as much text as a memory has slots) or a kind of compressor.
         retrieved: read the best chunks only.
+        guided: have search weigh in where queries choose among segments.
     """
 
     name: str
     memory: str
     retrieved: bool = False
+    guided: bool = False
 
     @property
     def by_ratio(self) -> bool:
@@ -78,6 +82,7 @@ METHODS = {
         Method("text_retrieved", "text", retrieved=True),
         Method("text_slots", "slots"),
         Method("text_slots_retrieved", "slots", retrieved=True),
+        Method("kv_guided", "kv", guided=True),
         *(
             Method(kind + ("_retrieved" if retrieved else ""), kind, retrieved)
             for kind in ("kv", "kvzip", "snapkv")
@@ -154,17 +159,21 @@ class Material:
         self._pieces = [len(pieces) for pieces in made]
 
     @cached_property
-    def ranked(self) -> list[list[tuple[int, str]]]:
-        """Of each question, the search windows as a store ranks them: the number of the chunk and the text."""
-        import numpy as np
-
-        windows = [
+    def _windows(self) -> list[tuple[int, str]]:
+        """Every search window: the number of the chunk and the text."""
+        return [
             (number, chunk.text[window.start - chunk.span.start : window.end - chunk.span.start])
             for number, chunk in enumerate(self.chunks)
             for window in chunk.windows
         ]
+
+    @cached_property
+    def _scores(self) -> npt.NDArray[np.float32]:
+        """(questions, windows) float32, as a store scores them."""
+        import numpy as np
+
         questions = [question.question for question in self.group.questions]
-        texts = [text for _, text in windows]
+        texts = [text for _, text in self._windows]
         scores = self._embedder.encode(questions) @ self._embedder.encode(texts).T
         having: dict[str, list[int]] = {}
         for number, text in enumerate(texts):
@@ -176,7 +185,22 @@ class Material:
             if (covered := lexical.coverage(found, len(texts))) is not None:
                 scores[number] *= 1 - share
                 scores[number, covered[0]] += share * covered[1]
-        return [[windows[at] for at in order] for order in np.argsort(-scores, axis=1, kind="stable")]
+        return scores
+
+    @cached_property
+    def ranked(self) -> list[list[tuple[int, str]]]:
+        """Of each question, the search windows best first: the number of the chunk and the text."""
+        import numpy as np
+
+        order = np.argsort(-self._scores, axis=1, kind="stable")
+        return [[self._windows[at] for at in of_question] for of_question in order]
+
+    def scores(self, number: int) -> list[float]:
+        """What search thinks of every chunk for a question: the score of its best window."""
+        best = [0.0] * len(self.chunks)
+        for (chunk, _), score in zip(self._windows, self._scores[number].tolist(), strict=True):
+            best[chunk] = max(best[chunk], score)
+        return best
 
     def chain_starts(self, compressor: Compressor, decoder: LocalDecoder) -> list[int]:
         """For each chunk, the first of those that its segment builds on: chains end where a text ends."""
@@ -199,10 +223,18 @@ class Reader:
         decoder: reads and answers.
         segments: by kind of memory (``"kv"``, ``"kvzip"``, ...), what makes its segments.
         ratios: all that will be asked for, so that one compression serves them.
+        placing: how segments are placed and read.
     """
 
-    def __init__(self, decoder: LocalDecoder, segments: Mapping[str, SegmentCache], ratios: Sequence[float]) -> None:
+    def __init__(
+        self,
+        decoder: LocalDecoder,
+        segments: Mapping[str, SegmentCache],
+        ratios: Sequence[float],
+        placing: PrefixConfig | None = None,
+    ) -> None:
         self.decoder, self.segments, self.ratios = decoder, segments, tuple(ratios)
+        self._placing = PrefixConfig() if placing is None else placing
 
     def readings(
         self, material: Material, method: Method, ratio: float | None, adapter: str | None, tails: Sequence[int]
@@ -226,7 +258,7 @@ class Reader:
             elif method.compresses:
                 assert ratio is not None
                 prefix = self._compressed(material, method.memory, ratio, chosen, max(tails[n] for n in numbers))
-                yield Reading(tuple(numbers), prefix)
+                yield from self._asked_by(material, method, numbers, prefix)
             elif method.memory == "text":
                 yield self._text(material, method, chosen, numbers, adapter, max(tails[n] for n in numbers))
             else:
@@ -241,8 +273,19 @@ class Reader:
         if self.segments[kind].compressor.memory == "summary":
             return self._summaries(material, self.segments[kind], ratio, chosen, tail)
         made = [self.segments[kind].get(material.chunks[n].token_ids, ratio, self.ratios) for n in chosen]
-        start = self.decoder.template_tokens + max(len(material.chunks[number].token_ids) for number in chosen)
-        return Prefix(tuple(made), (0,) * len(made), start)
+        return place(made, self._placing, template_tokens=self.decoder.template_tokens)
+
+    def _asked_by(
+        self, material: Material, method: Method, numbers: Sequence[int], prefix: Prefix
+    ) -> Iterator[Reading]:
+        """The prefix as each question reads it: where it is guided, with what search thinks of all chunks."""
+        if not method.guided or len(prefix.compact) < 2:
+            yield Reading(tuple(numbers), prefix)
+            return
+        template = self.decoder.template_tokens
+        for number in numbers:
+            scores = material.scores(number)
+            yield Reading((number,), place(prefix.segments, self._placing, template_tokens=template, scores=scores))
 
     def _summaries(
         self, material: Material, cache: SegmentCache, ratio: float, chosen: Sequence[int], tail: int

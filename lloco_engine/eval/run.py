@@ -14,7 +14,7 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, CompressConfig, Config, RetrieveConfig
+from lloco_engine.config import ChunkConfig, CompressConfig, Config, PrefixConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.errors import ConfigError, DocumentError
@@ -46,6 +46,7 @@ class EvalConfig(Config):
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
         top_k: chunks that the ``_retrieved`` methods read.
+        focus: segments of a prompt that each query reads, as `PrefixConfig` has it.
         adapter: adapters with commas between them: ``"none"`` (the base weights), ``"default"`` (the shipped one), the
             name of a loaded one, or a folder; ``"auto"`` is the shipped one where it is for this decoder, else none.
         answers: also generate answers and score them.
@@ -66,6 +67,7 @@ class EvalConfig(Config):
     passages_per_chunk: int = 1
     segments: int = 1
     top_k: int = 4
+    focus: int = PrefixConfig.focus
     adapter: str = "auto"
     answers: bool = True
     max_new_tokens: int | None = None
@@ -93,6 +95,7 @@ class EvalConfig(Config):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 unit = "document" if name == "limit" else "token"
                 raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
+        PrefixConfig(focus=self.focus)  # raises where it breaks its rule
         if not self.adapters:
             raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
 
@@ -213,7 +216,10 @@ class _Evaluation:
         self.segments = segments
         new = config.max_new_tokens or task.max_new_tokens
         self._scorer = Scorer(
-            task, Reader(decoder, segments, config.ratios), answers=config.answers, max_new_tokens=new
+            task,
+            Reader(decoder, segments, config.ratios, PrefixConfig(focus=config.focus)),
+            answers=config.answers,
+            max_new_tokens=new,
         )
         self._longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
         if config.passages_per_chunk == 1:  # else the caller has said what a chunk is
