@@ -115,7 +115,7 @@ class PrefixConfig(Config):
 
     placement: Literal["parallel", "sequence"] = "parallel"
     max_slots: int = 0
-    focus: int = 1
+    focus: int = 2
     relevance: float = 20.0
 
     def __post_init__(self) -> None:

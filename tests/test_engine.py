@@ -430,6 +430,16 @@ def test_tenants_do_not_see_each_other(engine):
         engine.ask("Where?", whole_document="secret")
 
 
+def test_a_whole_document_is_read_with_what_search_thinks_of_its_segments(engine):
+    answer = engine.ask("Where does the pump number 3 stand?", whole_document="pumps.md", generate=SHORT)
+    plain = engine.store.chunks("pumps.md")
+    assert [hit.segment_id for hit in answer.hits] == [hit.segment_id for hit in plain]
+    found = engine.retrieve("Where does the pump number 3 stand?", filters={"doc_id": "pumps.md"}, top_k=1)
+    best = max(answer.hits, key=lambda hit: hit.score)
+    assert (best.segment_id, best.score, best.windows) == (found[0].segment_id, found[0].score, found[0].windows)
+    assert len({hit.score for hit in answer.hits}) > 1
+
+
 def test_nothing_found_is_said(empty):
     answer = empty.ask("Where?", generate=SHORT)
     assert answer.hits == ()

@@ -11,6 +11,7 @@ from decoder_cases import ragged, tiny
 
 from lloco_engine.decoder import blocks, kernel, memory, slots
 from lloco_engine.decoder.attention import attend
+from lloco_engine.decoder.focus import TIE
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.store import segments
 from lloco_engine.types import Prefix, Segment
@@ -52,8 +53,8 @@ def layout(request, monkeypatch):
         yield request.param
 
 
-def prefix(*segments: Segment) -> Prefix:
-    return Prefix(segments, (0,) * len(segments), 60)
+def prefix(*segments: Segment, focus: int = 0, prior: tuple[float, ...] = ()) -> Prefix:
+    return Prefix(segments, (0,) * len(segments), 60, focus=focus, prior=prior)
 
 
 def make(prefixes, dtype=torch.float32) -> Memory:
@@ -81,6 +82,19 @@ def slots_of(segment: Segment, layer: int, head: int) -> slice:
     raise AssertionError
 
 
+def read_by(query, prefix, layer, head, scale) -> list[Segment]:
+    """The segments that a query reads: those in which the largest of its logits lie, and those that tie with them."""
+    if prefix is None or not 0 < prefix.focus < len(prefix.segments):
+        return [] if prefix is None else list(prefix.segments)
+    scores = []
+    for segment, prior in zip(prefix.segments, prefix.prior or [0.0] * len(prefix.segments), strict=True):
+        here = slots_of(segment, layer, head)
+        logits = scale * (segment.keys[here].double() @ query.double()) + segment.bias[here]
+        scores.append(float(logits.max()) + prior)
+    last = sorted(scores, reverse=True)[prefix.focus - 1]
+    return [one for one, score in zip(prefix.segments, scores, strict=True) if score >= last - TIE]
+
+
 def naive(q, keys, values, mask, prefixes, layer, scale) -> torch.Tensor:
     """One query at a time: the slots of its head, then the live tokens it may read."""
     rows, query_heads, count, dim = q.shape
@@ -88,14 +102,14 @@ def naive(q, keys, values, mask, prefixes, layer, scale) -> torch.Tensor:
     for row in range(rows):
         for query_head in range(query_heads):
             head = query_head * keys.shape[1] // query_heads
-            slots, biases, seen = [keys[row, head]], [torch.zeros(keys.shape[2])], [values[row, head]]
-            for segment in prefixes[row].segments if prefixes[row] is not None else ():
-                here = slots_of(segment, layer, head)
-                slots.append(segment.keys[here])
-                biases.append(segment.bias[here])
-                seen.append(segment.values[here])
-            slots, biases, seen = (torch.cat(parts).double() for parts in (slots, biases, seen))
             for t in range(count):
+                slots, biases, seen = [keys[row, head]], [torch.zeros(keys.shape[2])], [values[row, head]]
+                for segment in read_by(q[row, query_head, t], prefixes[row], layer, head, scale):
+                    here = slots_of(segment, layer, head)
+                    slots.append(segment.keys[here])
+                    biases.append(segment.bias[here])
+                    seen.append(segment.values[here])
+                slots, biases, seen = (torch.cat(parts).double() for parts in (slots, biases, seen))
                 logits = scale * (slots @ q[row, query_head, t].double()) + biases
                 if mask is not None:
                     may = mask[row if mask.shape[0] > 1 else 0, 0, t] == 0
@@ -122,6 +136,15 @@ ROWS = {
     "own": [prefix(*SEGMENTS), prefix(SEGMENTS[1]), prefix(SEGMENTS[2], SEGMENTS[0])],
     "none among them": [None, prefix(SEGMENTS[0]), prefix(), prefix(*SEGMENTS)],
     "shared": [prefix(*SEGMENTS)] * 3,
+    "focus on one": [prefix(*SEGMENTS, focus=1)],
+    "focus, shared": [prefix(*SEGMENTS, SEGMENTS[0], focus=2, prior=(0.5, -1.0, 2.0, 0.0))] * 3,
+    "focus, own": [
+        prefix(*SEGMENTS, focus=1, prior=(3.0, 0.0, -2.0)),
+        prefix(SEGMENTS[1], focus=1),
+        None,
+        prefix(*SEGMENTS),
+        prefix(SEGMENTS[2], SEGMENTS[0], SEGMENTS[1], focus=2),
+    ],
 }
 
 
@@ -233,6 +256,18 @@ def test_segments_in_half_precision_are_read_as_what_they_hold():
         assert torch.equal(first, mixed)
     laid = make([prefix(*half)], torch.bfloat16).layer(0)
     assert {laid.keys.dtype, laid.values.dtype, laid.bias.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.usefixtures("layout")
+def test_segments_that_tie_are_read_together_in_any_order():
+    q, keys, values, mask = live(1, 3, 2)
+    alike = [SEGMENTS[0], SEGMENTS[1], replace(SEGMENTS[0], values=SEGMENTS[0].values + 1)]
+    found = [
+        read(make([prefix(*(alike[n] for n in order), focus=1)]), 0, q, keys, values, mask)
+        for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0))
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

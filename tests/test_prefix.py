@@ -46,6 +46,22 @@ def test_sequence_puts_each_after_the_one_before():
     assert made.prefix.start == 7 + 240
 
 
+def test_scores_become_priors_and_only_parallel_segments_are_chosen_among():
+    made = place(config=PrefixConfig(focus=1, relevance=10), scores=[0.5, 0.9, 0.2]).prefix
+    assert made.focus == 1 and made.prior == pytest.approx((-4.0, 0.0, -7.0))
+    assert place().prefix.prior == () and place().prefix.focus == PrefixConfig.focus
+    kept = place(config=PrefixConfig(max_slots=16), scores=[0.5, 0.4, 0.9])
+    assert kept.kept == (0, 1) and kept.prefix.prior == pytest.approx((0.0, -0.1 * PrefixConfig.relevance))
+    in_sequence = place(config=SEQUENCE, scores=[0.5, 0.9, 0.2]).prefix
+    assert (in_sequence.focus, in_sequence.prior) == (0, ())
+
+
+@pytest.mark.parametrize("wrong", [{"focus": -1}, {"relevance": -0.5}])
+def test_a_focus_or_relevance_below_zero_is_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        PrefixConfig(**wrong)
+
+
 def test_a_sequence_follows_the_documents_documents_by_their_best_hit():
     made = place(config=SEQUENCE, hits=[hit("b", 2), hit("a", 5), hit("b", 0)])
     assert made.kept == (2, 0, 1)

@@ -22,7 +22,7 @@ from lloco_engine.cli.options import (
     parse_filters,
 )
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
-from lloco_engine.config import GenerateConfig
+from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.types import Answer
 
 __all__ = ["register"]
@@ -41,6 +41,10 @@ Filters = Annotated[
 Neighbours = Annotated[int, typer.Option("--neighbours", min=0, help="Segments to add before and after each hit.")]
 Whole = Annotated[
     str | None, typer.Option("--whole-document", metavar="ID", help="Read all of one document instead of searching.")
+]
+Focus = Annotated[
+    int,
+    typer.Option("--focus", metavar="K", min=0, help="Segments that each query of attention reads; 0: all of them."),
 ]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
@@ -62,6 +66,7 @@ def ask(
     filters: Filters = None,
     neighbours: Neighbours = 0,
     whole_document: Whole = None,
+    focus: Focus = PrefixConfig.focus,
     max_new_tokens: MaxNew = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -87,7 +92,7 @@ def ask(
       lloco ask "Sum it up." --whole-document report.pdf --max-new-tokens 300
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
-    wanted = _wanted(top_k, filters, neighbours, whole_document, tenant, adapter)
+    wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
     wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop)
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
@@ -110,6 +115,7 @@ def compare(
     filters: Filters = None,
     neighbours: Neighbours = 0,
     whole_document: Whole = None,
+    focus: Focus = PrefixConfig.focus,
     max_new_tokens: MaxNew = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -135,7 +141,7 @@ def compare(
       lloco compare "Who repaired the crane?"
       lloco compare "Who repaired the crane?" --top-k 2 --json
     """
-    wanted = _wanted(top_k, filters, neighbours, whole_document, tenant, adapter)
+    wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
     wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop)
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
@@ -164,6 +170,7 @@ def _wanted(
     filters: list[str] | None,
     neighbours: int,
     whole_document: str | None,
+    focus: int,
     tenant: str,
     adapter: str,
 ) -> dict[str, Any]:
@@ -174,6 +181,7 @@ def _wanted(
         "filters": parse_filters(filters or []) or None,
         "neighbours": neighbours,
         "whole_document": whole_document,
+        "prefix": PrefixConfig(focus=focus),
         "tenant": tenant,
         "adapter": adapter,
     }
