@@ -22,7 +22,7 @@ from lloco_engine.cli import app, factory
 from lloco_engine.cli.ingest import _progress
 from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
-from lloco_engine.config import GenerateConfig
+from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
 from lloco_engine.readers import read_paths
 from lloco_engine.store import DocumentInfo, Problem, Store
@@ -257,7 +257,7 @@ def test_ask_streams_and_shows_sources_and_cost(engine):
 def test_ask_passes_every_option_on(engine):
     run(
         "ask", "q", "--top-k", "2", "--filter", "year=2024", "--filter", "team=pumps", "--neighbours", "1",
-        "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
+        "--focus", "3", "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
         "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
         "--template", "lloco-nqa",
     )  # fmt: skip
@@ -268,6 +268,7 @@ def test_ask_passes_every_option_on(engine):
     assert engine.calls == [
         ("stream", "q", {
             "top_k": 2, "filters": {"year": (2024, "2024"), "team": "pumps"}, "neighbours": 1, "whole_document": None,
+            "prefix": PrefixConfig(focus=3),
             "tenant": "acme", "adapter": "law",
             "generate": GenerateConfig(max_new_tokens=9, temperature=0.7, top_p=0.9, stop=("\n",), seed=3),
         }),
