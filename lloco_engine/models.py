@@ -433,3 +433,13 @@ def pick_dtype(device: str | torch.device, requested: str | torch.dtype | None =
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
+
+
+def quicker_in_bf16(device: str | torch.device, dtype: torch.dtype) -> bool:
+    """Whether the linear layers of a decoder of ``dtype`` run faster in bfloat16: in float32 on a CPU that multiplies
+    bfloat16 matrices in hardware."""
+    import torch
+
+    on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
+    can = torch.cpu.get_capabilities() if on_cpu else {}
+    return bool(can.get("amx_bf16", False) or can.get("avx512_bf16", False))

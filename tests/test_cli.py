@@ -257,7 +257,8 @@ def test_ask_streams_and_shows_sources_and_cost(engine):
 def test_ask_passes_every_option_on(engine):
     run(
         "ask", "q", "--top-k", "2", "--filter", "year=2024", "--filter", "team=pumps", "--neighbours", "1",
-        "--focus", "3", "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
+        "--focus", "3",
+        "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
         "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
         "--template", "lloco-nqa",
     )  # fmt: skip

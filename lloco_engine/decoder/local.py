@@ -416,6 +416,7 @@ class LocalDecoder:
         *,
         wanted: int | None = None,
         recompute: bool = False,
+        in_bf16: bool = False,
     ) -> torch.Tensor:
         """Run token ids or (B, T, E) embeddings that follow the cache.
 
@@ -428,7 +429,14 @@ class LocalDecoder:
         with self._lock:
             self._use(adapter)
             return self.runner.forward(
-                inputs, places + offset, cache, memory, attention, wanted=wanted, recompute=recompute
+                inputs,
+                places + offset,
+                cache,
+                memory,
+                attention,
+                wanted=wanted,
+                recompute=recompute,
+                in_bf16=in_bf16,
             )
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:

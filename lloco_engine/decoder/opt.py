@@ -6,6 +6,7 @@ queries and keys. Its published AutoCompressors give summary vectors no position
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.memory import Memory
-from lloco_engine.decoder.runner import Attention, Runner
+from lloco_engine.decoder.runner import Attention, Runner, in_bfloat16
 from lloco_engine.decoder.shape import DecoderShape
 from lloco_engine.errors import ConfigError
 
@@ -78,26 +79,30 @@ class OptRunner(Runner):
         *,
         wanted: int | None = None,
         recompute: bool = False,
+        in_bf16: bool = False,
     ) -> torch.Tensor:
         """One pass, as `Runner.forward`; returns (B, T, E) states after the final norm and the output projection."""
         shape, adapted, body = self.shape, self.adapter is not None, self.body
         rows, tokens = inputs.shape[:2]
         mask = cache.begin(tokens)
 
+        def run(part: _Linear, x: torch.Tensor) -> torch.Tensor:
+            return in_bfloat16(partial(part, adapted=adapted))(x) if in_bf16 else part(x, adapted)
+
         def through(index: int, hidden: torch.Tensor) -> torch.Tensor:
             layer = self.blocks[index]
             x = layer.norm_attention(hidden) if layer.norm_first else hidden
             q, k, v = (
-                part(x, adapted).view(rows, tokens, -1, shape.head_dim).transpose(1, 2)
+                run(part, x).view(rows, tokens, -1, shape.head_dim).transpose(1, 2)
                 for part in (layer.q, layer.k, layer.v)
             )
             keys, values = cache.append(index, k, v)
             slots = None if memory is None else memory.layer(index)
             hidden, read = self._read(index, hidden, q, keys, values, mask, slots, attention, wanted)
-            hidden = hidden + layer.o(read, adapted)
+            hidden = hidden + run(layer.o, read)
             hidden = hidden if layer.norm_first else layer.norm_attention(hidden)
             x = layer.norm_mlp(hidden) if layer.norm_first else hidden
-            hidden = hidden + layer.down(layer.activation(layer.up(x, adapted)), adapted)
+            hidden = hidden + run(layer.down, layer.activation(run(layer.up, x)))
             return hidden if layer.norm_first else layer.norm_mlp(hidden)
 
         hidden = inputs if inputs.is_floating_point() else self.embed(inputs)

@@ -24,7 +24,7 @@ from lloco_engine.decoder.slots import LayerSlots
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Attention", "Runner"]
+__all__ = ["Attention", "Runner", "in_bfloat16"]
 
 # (layer, queries (B, query heads, T, D), keys (B, KV heads, S, D), values) -> (B, T, query heads * D)
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,6 +61,17 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Te
     return x * torch.rsqrt(length.square() / x.shape[-1] + epsilon) * weight
 
 
+def in_bfloat16(product: Product) -> Product:
+    """A product taken in bfloat16, its result in single precision."""
+
+    def taken(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            made: torch.Tensor = product(x)
+        return made.float()
+
+    return taken
+
+
 class Runner:
     """Runs token ids through the model, reading a compressed prefix and a cache of live tokens.
 
@@ -93,6 +104,7 @@ class Runner:
         *,
         wanted: int | None = None,
         recompute: bool = False,
+        in_bf16: bool = False,
     ) -> torch.Tensor:
         """One pass; the new keys and values are appended to ``cache``.
 
@@ -107,6 +119,7 @@ class Runner:
             recompute: keep what goes into each layer alone for the gradients, and run the layer again to take them
                 (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"); the cache must bear being
                 appended to twice.
+            in_bf16: run the linear layers of a float32 decoder in bfloat16; what they give is float32 like all else.
 
         Returns:
             (B, T or wanted, hidden) hidden states after the final norm.
@@ -114,6 +127,8 @@ class Runner:
         shape = self.shape
         rows, tokens = inputs.shape[:2]
         products = self._products(few=rows * tokens <= _FEW)
+        if in_bf16:
+            products = list(map(in_bfloat16, products))
         if positions.dim() == 1:
             positions = positions[None]
         cos, sin = self._rotary(positions)

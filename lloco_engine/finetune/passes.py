@@ -69,6 +69,7 @@ def answer_logits(
     adapter: str | None,
     *,
     recompute: bool = False,
+    in_bf16: bool = False,
 ) -> AnswerLogits:
     """Run questions over one prefix or one context, with gradients where they are enabled.
 
@@ -78,6 +79,7 @@ def answer_logits(
         answers: token ids of each answer, its end token included.
         adapter: what is trained, or None.
         recompute: as in `lloco_engine.decoder.runner.Runner.forward`: slower, for less memory.
+        in_bf16: as there: run the linear layers in bfloat16.
 
     Raises:
         PromptTooLong: a prompt with its answer does not fit the window.
@@ -92,13 +94,14 @@ def answer_logits(
     rows = [[*ids[shared:], *answer[:-1]] for ids, answer in zip(asked, answers, strict=True)]
     trail, template = _Trail(decoder), decoder.template.prefix_ids
     if template:
-        decoder._step([template], 0, trail, None, adapter)
+        decoder._step([template], 0, trail, None, adapter, in_bf16=in_bf16)
     trail.hidden = _hidden(len(template), shared, [len(row) for row in rows]).to(decoder.runner.device)
     places = [*range(shared), *(shared + place for row in rows for place in range(len(row)))]
     packed = asked[0][:shared] + [token for row in rows for token in row]
     # `_step` adds the place in the cache, which packing has moved
     offset = start + decoder._tensor(places) - torch.arange(len(places), device=decoder.runner.device) - len(template)
-    hidden = decoder._step([packed], offset, trail, decoder._memory(prompts), adapter, recompute=recompute)[0]
+    memory = decoder._memory(prompts)
+    hidden = decoder._step([packed], offset, trail, memory, adapter, recompute=recompute, in_bf16=in_bf16)[0]
     wanted: list[int] = []
     at = shared
     for row, answer in zip(rows, answers, strict=True):

@@ -22,6 +22,7 @@ from lloco_engine.finetune.examples import Example
 from lloco_engine.finetune.passes import answer_logits
 from lloco_engine.finetune.segments import Segments
 from lloco_engine.finetune.teacher import Teacher, distillation_loss
+from lloco_engine.models import quicker_in_bf16
 
 __all__ = ["Progress", "Training", "rate"]
 
@@ -80,6 +81,7 @@ class Training:
         self._decoder, self._name, self._config = decoder, name, config
         self._batches, self._held_out, self._segments = batches, held_out, segments
         self._work, self._key, self._progress, self._teachers = work, key, progress, teachers or {}
+        self._in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
         self._accelerator: Any = Accelerator(cpu=decoder.runner.device.type == "cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -180,7 +182,14 @@ class Training:
         prompts = [Prompt(question.question, prefix, context) for question in example.questions]
         answers = self._answers(example)
         sizes = [len(answer) for answer in answers]
-        made = answer_logits(self._decoder, prompts, answers, self._name, recompute=self._config.gradient_checkpointing)
+        made = answer_logits(
+            self._decoder,
+            prompts,
+            answers,
+            self._name,
+            recompute=self._config.gradient_checkpointing,
+            in_bf16=self._in_bf16,
+        )
         taught = [self._teachers.get(question.id) for question in example.questions]
         loss = made.logits.new_zeros(())
         parts = torch.split(made.logits, sizes), torch.split(made.targets, sizes), taught
