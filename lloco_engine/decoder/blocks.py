@@ -36,16 +36,43 @@ class Blocks(LayerSlots):
     def __init__(
         self, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, *, owner: torch.Tensor, heads: int
     ) -> None:
-        super().__init__(heads)
-        self.keys, self.values, self.bias = keys, values, bias
+        self.heads, self.keys, self.values, self.bias = heads, keys, values, bias
         self.owner = owner.to(keys.device)
         strange = torch.cat((torch.arange(heads), owner)) != torch.arange(heads)[:, None, None]
         # (R, 1, R + blocks), 0 where a head's live tokens and blocks are its own, else -inf
         self._owned = torch.zeros(strange.shape, dtype=keys.dtype).masked_fill_(strange, -torch.inf).to(keys.device)
 
-    def _attend(self, q: torch.Tensor, read: torch.Tensor, mass: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """See `LayerSlots.attend`."""
+        rows, query_heads, tokens, dim = q.shape
+        heads = keys.shape[1]
+        if mask is not None and rows > 1 and mask.shape[0] > 1:
+            mask = mask.repeat_interleave(heads, 0)
+        # the query heads of one KV head side by side; those of one token read the same: they are rows of one product
+        q, group = q.contiguous(), query_heads // heads
+        one = (rows * heads, 1, -1, dim)
+        asked = q.reshape(one if tokens == 1 else (rows * heads, group, tokens, dim))
+        live, mass = read_part(asked, keys.reshape(one), values.reshape(one), mask, scale)
+        # rows that share the slots ask side by side
+        q, live, mass = (_fold(x.reshape(rows * heads, group * tokens, -1), self.heads) for x in (q, live, mass))
         reads, masses = read_part(q.index_select(0, self.owner)[:, None], self.keys, self.values, self.bias, scale)
-        return merge(torch.cat((read, reads[:, 0])), torch.cat((mass, masses[:, 0])), self._owned)
+        read = merge(torch.cat((live, reads[:, 0])), torch.cat((mass[..., 0], masses[:, 0])), self._owned)
+        read = _unfold(read, rows * heads).reshape(rows, query_heads, tokens, dim)
+        return read.transpose(1, 2).reshape(rows, tokens, -1)
+
+
+def _fold(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(rows*heads, M, X) -> (heads, rows*M, X): the rows' queries side by side, for heads that all rows share."""
+    return x.reshape(-1, heads, *x.shape[1:]).transpose(0, 1).reshape(heads, -1, x.shape[-1])
+
+
+def _unfold(x: torch.Tensor, all_heads: int) -> torch.Tensor:
+    """The inverse of `_fold`, for so many heads of all rows together."""
+    heads, _, last = x.shape
+    rows = all_heads // heads
+    return x.reshape(heads, rows, -1, last).transpose(0, 1).reshape(all_heads, -1, last)
 
 
 def lay_out(slots: Sequence[Sequence[Piece]], device: torch.device, dtype: torch.dtype) -> Blocks:

@@ -1,4 +1,4 @@
-"""Prefixes made ready for attention: the ragged heads of many segments, laid out by layer."""
+"""Prefixes made ready for attention: the ragged heads of many segments, by layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Memory:
         ]
         self._heads = next(segment.lengths.shape[1] for row in self._rows for segment in row)
         self._layers: dict[tuple[int, bool], LayerSlots] = {}
-        self._layout: ragged.Layout | None = None
+        self._segments: ragged.Segments | None = None
 
     @classmethod
     def of(
@@ -53,7 +53,7 @@ class Memory:
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)
 
     def layer(self, index: int) -> LayerSlots:
-        """The slots of one layer, laid out when it is first asked for: for the kernel where it serves, or in blocks."""
+        """The slots of one layer, made ready when it is first asked for: for the kernel where it serves, or in blocks."""
         compiled = not torch.is_grad_enabled() and ragged.serves(self._device, self._dtype)
         if (index, compiled) not in self._layers:
             self._layers[index, compiled] = self._lay_out(index, compiled)
@@ -62,8 +62,8 @@ class Memory:
     def _lay_out(self, index: int, compiled: bool) -> LayerSlots:
         if not compiled:
             return blocks.lay_out(self._pieces(index), self._device, self._dtype)
-        self._layout = self._layout or ragged.Layout(self._rows)
-        return self._layout.layer(index)
+        self._segments = self._segments or ragged.Segments(self._rows)
+        return ragged.Ragged(self._segments, index)
 
     def _pieces(self, layer: int) -> list[list[blocks.Piece]]:
         """A layer's slots by head, rows one after another: of each segment its keys, values and biases there."""
