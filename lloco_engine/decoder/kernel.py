@@ -188,11 +188,13 @@ def _tile(rows: int, vectors: int, spread: int = 1, of_a: Any = _NUMBER, of_b: A
     """``out += a @ b`` of (rows, depth) and (depth, ``vectors * _LANES``), the sums in registers meanwhile.
 
     What is compiled from loops keeps the sums in memory, and takes twice as long. The arguments are addresses, and how
-    many numbers lie between rows and, of ``a``, between columns. With ``spread`` a column of ``a`` is so many numbers
-    side by side, one for every such lane in turn. ``of_a`` and ``of_b`` are the kinds of numbers.
+    many numbers lie between rows and, of ``a``, between columns. With ``spread`` a row of ``b`` is for so many numbers
+    of ``a`` side by side, one for every such lane in turn, and a step of the depth takes `_LANES` numbers of ``a``.
+    ``of_a`` and ``of_b`` are the kinds of numbers.
     """
-    some, column = ir.VectorType(of_a, spread), ir.VectorType(of_b, _LANES)
-    lanes = ir.VectorType(ir.IntType(32), _LANES)([lane % spread for lane in range(_LANES)])
+    taken = _LANES if spread > 1 else 1
+    some, column, index = ir.VectorType(of_a, taken), ir.VectorType(of_b, _LANES), ir.VectorType(ir.IntType(32), _LANES)
+    turns = [index([first + lane % spread for lane in range(_LANES)]) for first in range(0, taken, spread)]
 
     def product(
         context: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, out: Any, out_row: Any, depth: Any
@@ -207,15 +209,15 @@ def _tile(rows: int, vectors: int, spread: int = 1, of_a: Any = _NUMBER, of_b: A
             places = [place for r in range(rows) for place in row(out, _WORD(r), out_row, _VECTOR)]
             sums = [_variable(builder, builder.load(place, align=4)) for place in places]
             with cgutils.for_range(builder, depth) as loop:
-                columns = [_load(builder, place) for place in row(b, loop.index, b_row, column)]
                 begin = builder.ptrtoint(_at(builder, a, loop.index, a_column, some), _WORD)
-                for r in range(rows):
-                    few = builder.load(_at(builder, begin, _WORD(r), a_row, some), align=2)
-                    factor = builder.shuffle_vector(few, few, lanes)
-                    if of_a == _HALF:
-                        factor = builder.fpext(factor, _VECTOR)
-                    for part, one in zip(sums[r * vectors : (r + 1) * vectors], columns, strict=True):
-                        builder.store(_call(builder, "fma", factor, one, builder.load(part)), part)
+                factors = [_load(builder, _at(builder, begin, _WORD(r), a_row, some)) for r in range(rows)]
+                for turn, lanes in enumerate(turns):
+                    at = builder.add(builder.mul(loop.index, _WORD(len(turns))), _WORD(turn))
+                    columns = [_load(builder, place) for place in row(b, at, b_row, column)]
+                    for r, numbers in enumerate(factors):
+                        factor = builder.shuffle_vector(numbers, numbers, lanes)
+                        for part, one in zip(sums[r * vectors : (r + 1) * vectors], columns, strict=True):
+                            builder.store(_call(builder, "fma", factor, one, builder.load(part)), part)
             for place, part in zip(places, sums, strict=True):
                 builder.store(builder.load(part), place, align=4)
             return context.get_dummy_value()
@@ -263,7 +265,8 @@ def _add_product(a: int, a_row: int, a_column: int, b: Array, out: Array, rows: 
 def _ask_few(runs: Array, asked: Array, logits: Array) -> None:
     """Add to ``logits`` (WIDTH, P) the products of runs' keys, where they are, with few queries ``asked``."""
     columns, at = asked.shape[1], logits.ctypes.data
-    of, dim, depth = asked.ctypes.data, len(asked) * _SPREAD, len(asked)
+    of, dim = asked.ctypes.data, len(asked) * _SPREAD
+    depth = dim // _LANES
     for keys, values, count, half in runs:
         size = (2 if half else 4) * dim
         for slot in range(0, count - _ROWS + 1, _ROWS):
@@ -271,15 +274,15 @@ def _ask_few(runs: Array, asked: Array, logits: Array) -> None:
                 _fetch(keys + line)
                 _fetch(values + line)
             if half:
-                _dots_half(keys + 2 * slot * dim, dim, _SPREAD, of, columns, at, columns, depth)
+                _dots_half(keys + 2 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
             else:
-                _dots_single(keys + 4 * slot * dim, dim, _SPREAD, of, columns, at, columns, depth)
+                _dots_single(keys + 4 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
             at += 4 * _ROWS * columns
         for slot in range(count - count % _ROWS, count):
             if half:
-                _dots_of_one_half(keys + 2 * slot * dim, dim, _SPREAD, of, columns, at, columns, depth)
+                _dots_of_one_half(keys + 2 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
             else:
-                _dots_of_one_single(keys + 4 * slot * dim, dim, _SPREAD, of, columns, at, columns, depth)
+                _dots_of_one_single(keys + 4 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
             at += 4 * columns
 
 
@@ -351,8 +354,8 @@ class Attend(ctypes.Structure):
 
     ``tensors`` (segments, 3) int64: addresses of each segment's keys (N, D), values (N, D) and biases (N,). ``begins``
     (segments, H + 1) int64: where the slots of a segment's heads begin in them, and where the last's end. ``of_row``
-    (rows or 1, 2) int64: the first of a row's segments and the first that is no longer one; ``shared`` is 1 where all
-    rows have the same, ``half`` where keys and values are float16.
+    (rows or 1,) int64: the first of a row's segments; ``slots`` (rows or 1, H) int64: how many slots its heads have in
+    all of them. ``shared`` is 1 where all rows have the same, ``half`` where keys and values are float16.
 
     ``each``, ``filled`` and ``spread``: queries of a part, lanes that they fill (P), and lanes of a query.
     ``scratch``: ``room`` numbers of float32 for each thread.
@@ -361,7 +364,7 @@ class Attend(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("q", "q_row", "q_head", "q_token", "out")),
         *((name, ctypes.c_int64) for name in ("live_keys", "live_values", "live_row", "live_head", "mask", "mask_row")),
-        *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "segments", "shared", "half")),
+        *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "slots", "segments", "shared", "half")),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "group", "tokens", "live", "dim")),
         *((name, ctypes.c_int64) for name in ("each", "filled", "spread", "room", "scratch")),
         ("scale", ctypes.c_double),
@@ -386,15 +389,6 @@ def room(dim: int, filled: int) -> int:
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _slots(begins: Array, of_row: Array, row: int, head: int) -> Any:
-    """How many slots a head of a row has."""
-    count = 0
-    for segment in range(of_row[row, 0], of_row[row, 1]):
-        count += begins[segment, head + 1] - begins[segment, head]
-    return count
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _ask(call: Any, part: int, row: int, head: int, asked: Array) -> Any:
     """A part's queries to ``asked`` (D / spread, P), 0 where there are none; returns how many there are."""
     first = part * call.each
@@ -412,12 +406,21 @@ def _ask(call: Any, part: int, row: int, head: int, asked: Array) -> Any:
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _find(
-    call: Any, begins: Array, of_row: Array, row: int, head: int, first: int, count: int, runs: Array, logits: Array
-) -> int:
+    call: Any,
+    begins: Array,
+    cursor: Array,
+    row: int,
+    head: int,
+    first: int,
+    count: int,
+    runs: Array,
+    logits: Array,
+) -> Any:
     """Where ``count`` of a head's live tokens and slots from ``first`` on lie: ``runs`` (WIDTH, 4), returned how many.
 
-    A run is the addresses of its keys and values, how many they are, and whether they are in half precision. The
-    biases go to ``logits`` (WIDTH, P), divided among the lanes of a query.
+    ``cursor`` (2,) is the segment to look at first and which of the head's tokens and slots its first is; it
+    goes on from call to call. A run is the addresses of its keys and values, how many they are, and whether they are in
+    half precision. The biases go to ``logits`` (WIDTH, P), divided among the lanes of a query.
     """
     dim, live, number = call.dim, call.live, 0
     if first < live:
@@ -427,8 +430,9 @@ def _find(
         logits[:many] = _ZERO
         number = 1
     tensors = _array(_pointer(call.tensors), (call.segments, 3), np.int64)
-    at, of, size, part = live, 0 if call.shared else row, 2 if call.half else 4, _ONE / np.float32(call.spread)
-    for segment in range(of_row[of, 0], of_row[of, 1]):
+    size, part = 2 if call.half else 4, _ONE / np.float32(call.spread)
+    segment, at = cursor
+    while at < first + count and segment < call.segments:
         begin = begins[segment, head]
         after = at + begins[segment, head + 1] - begin
         low, high = max(first, at), min(first + count, after)
@@ -443,7 +447,10 @@ def _find(
             for place in range(high - low):
                 logits[low - first + place] = max(bias[place], _NONE) * part
             number += 1
-        at = after
+        if after > first + count:
+            break
+        segment, at = segment + 1, after
+    cursor[0], cursor[1] = segment, at
     return number
 
 
@@ -500,7 +507,8 @@ def _attend(call: Any) -> None:
     """A thread's part of a call (see `Attend`)."""
     rows, heads, dim, filled, live, spread = call.rows, call.heads, call.dim, call.filled, call.live, call.spread
     begins = _array(_pointer(call.begins), (call.segments, heads + 1), np.int64)
-    of_row = _array(_pointer(call.of_row), (1 if call.shared else rows, 2), np.int64)
+    of_row = _array(_pointer(call.of_row), (1 if call.shared else rows,), np.int64)
+    slots = _array(_pointer(call.slots), (len(of_row), heads), np.int64)
     size, thread, wide = team.size(), team.number(), dim + -dim % _LANES
     read, top, total = _held(call, thread)
     begin = 4 * (thread * call.room + 2 * filled * (wide + 2))
@@ -510,26 +518,24 @@ def _attend(call: Any) -> None:
     logits, scratch = scratch[: WIDTH * filled].reshape(WIDTH, filled), scratch[WIDTH * filled :]
     asked, shrink = scratch[: dim // spread * filled].reshape(dim // spread, filled), scratch[dim * filled :]
 
-    runs = np.empty((WIDTH, 4), np.int64)
+    runs, cursor = np.empty((WIDTH, 4), np.int64), np.empty(2, np.int64)
     number = (call.group * call.tokens + call.each - 1) // call.each
-    line = 0
-    for row in range(rows):
-        for head in range(heads):
-            line += number * (live + _slots(begins, of_row, 0 if call.shared else row, head))
+    line = number * (rows * heads * live + slots.sum() * (rows // len(of_row)))
     begin, end = line * thread // size, line * (thread + 1) // size
     at = 0
     for place in range(number * rows * heads):
         part, row, head = place // (rows * heads), place // heads % rows, place % heads
-        length = live + _slots(begins, of_row, 0 if call.shared else row, head)
+        length = live + slots[0 if call.shared else row, head]
         if at < end and begin < at + length:
             held = 0 if at <= begin else 1
             count = _ask(call, part, row, head, asked)
             read[held] = _ZERO
             top[held] = _NONE
             total[held] = _ZERO
+            cursor[0], cursor[1] = of_row[0 if call.shared else row], live
             for first in range(max(begin - at, 0), min(end - at, length), WIDTH):
                 some = min(min(end - at, length) - first, WIDTH)
-                found = runs[: _find(call, begins, of_row, row, head, first, some, runs, logits)]
+                found = runs[: _find(call, begins, cursor, row, head, first, some, runs, logits)]
                 if call.mask and first < live:
                     _hide(call, part, row, first, count, logits)
                 if spread > 1:  # read once, so there is nothing to keep
@@ -549,7 +555,7 @@ def _attend(call: Any) -> None:
     at = 0
     for place in range(number * rows * heads):
         part, row, head = place // (rows * heads), place // heads % rows, place % heads
-        length = live + _slots(begins, of_row, 0 if call.shared else row, head)
+        length = live + slots[0 if call.shared else row, head]
         if begin <= at < end < at + length:  # begun here, and gone on with by others
             held = 0 if at == begin else 1
             for other in range(thread + 1, size):

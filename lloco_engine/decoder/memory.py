@@ -53,7 +53,7 @@ class Memory:
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)
 
     def layer(self, index: int) -> LayerSlots:
-        """The slots of one layer, made ready when it is first asked for: for the kernel where it serves, or in blocks."""
+        """The slots of one layer, made ready when first asked for: for the kernel where it serves, or in blocks."""
         compiled = not torch.is_grad_enabled() and ragged.serves(self._device, self._dtype)
         if (index, compiled) not in self._layers:
             self._layers[index, compiled] = self._lay_out(index, compiled)

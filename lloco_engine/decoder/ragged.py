@@ -44,9 +44,10 @@ class Segments:
         ends = lengths.reshape(len(segments), -1).cumsum(1).reshape(lengths.shape)
         begins = np.concatenate((ends[:, :, :1] - lengths[:, :, :1], ends), 2)
         self._begins = np.ascontiguousarray(begins.swapaxes(0, 1))  # (layers, segments, heads + 1)
-        last = np.cumsum([len(row) for row in rows])
-        self._of_row = np.stack((last - [len(row) for row in rows], last), 1)
-        self.slots = lengths.sum((0, 2)).tolist()  # by layer
+        many = [len(row) for row in rows]
+        self._of_row = np.cumsum(many, dtype=np.int64) - many
+        of_rows = np.split(lengths, self._of_row[1:])
+        self._slots = np.stack([of_row.sum(0) for of_row in of_rows], 1)  # (layers, rows, heads)
         self._shapes: tuple[object, ...] = ()  # of what was last asked
         self._call = kernel.Attend(
             tensors=self._tensors.ctypes.data,
@@ -56,9 +57,10 @@ class Segments:
             half=half,
         )
 
-    def begins(self, layer: int) -> int:
-        """Where a layer's `kernel.Attend.begins` are."""
-        return int(self._begins[layer].ctypes.data)
+    def layer(self, index: int) -> tuple[int, int, int]:
+        """Where a layer's `kernel.Attend.begins` and ``slots`` are, and how many slots there are."""
+        slots = self._slots[index]
+        return self._begins[index].ctypes.data, slots.ctypes.data, int(slots.sum())
 
     def call(self, q: torch.Tensor, keys: torch.Tensor, scale: float, threads: int) -> kernel.Attend:
         """A call that says all but the layer, how many live tokens there are, and where they, mask and result are.
@@ -90,7 +92,7 @@ class Ragged(LayerSlots):
 
     def __init__(self, segments: Segments, layer: int) -> None:
         self._segments = segments
-        self._begins, self._slots = segments.begins(layer), segments.slots[layer]
+        self._begins, self._slots, self._total = segments.layer(layer)
 
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
@@ -100,7 +102,7 @@ class Ragged(LayerSlots):
         heads, live = keys.shape[1:3]
         threads = team.threads()
         call = self._segments.call(q, keys, scale, threads)
-        call.begins, call.live = self._begins, live
+        call.begins, call.slots, call.live = self._begins, self._slots, live
         call.live_keys, call.live_values = keys.data_ptr(), values.data_ptr()
         call.mask, call.mask_row = 0, 0
         if mask is not None:
@@ -108,6 +110,6 @@ class Ragged(LayerSlots):
             call.mask, call.mask_row = mask.data_ptr(), 0 if len(mask) == 1 else tokens * live
         out = torch.empty(rows, tokens, query_heads * dim)
         call.out = out.data_ptr()
-        much = query_heads // heads * tokens * (rows * heads * live + self._slots) >= _ALONE
+        much = query_heads // heads * tokens * (rows * heads * live + self._total) >= _ALONE
         kernel.attend(call, threads if much else 1)
         return out
