@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from lloco_engine.decoder import kernel, team
 
@@ -35,26 +34,6 @@ def test_without_openmp_one_thread_does_all_parts(request):
     assert "passed" in done.stdout
 
 
-@needs_kernel
-def test_every_part_is_done_by_any_number_of_threads():
-    segments, heads, dim = 1, 1, kernel.WIDTH
-    slots = 5 * kernel.WIDTH
-    given, bias = torch.randn(slots, dim), torch.randn(slots)
-    addresses = torch.tensor([[given.data_ptr(), given.data_ptr(), bias.data_ptr()]])
-    begins, first, number = torch.tensor([[0, slots]]), torch.tensor([0]), torch.tensor([5])
-    for threads in (1, 2, 3, 40):
-        keys, values = (torch.full((5, 1, kernel.WIDTH, kernel.WIDTH), torch.nan) for _ in range(2))
-        biases = torch.full((5, kernel.WIDTH), torch.nan)
-        call = kernel.Place(segments=segments, heads=heads, dim=dim, blocks=5)
-        parts = {"tensors": addresses, "begins": begins, "first": first, "number": number}
-        for name, part in (parts | {"keys": keys, "values": values, "bias": biases}).items():
-            setattr(call, name, part.data_ptr())
-        kernel.place(call, False, threads)
-        assert torch.equal(values.view(slots, dim), given)
-        assert torch.equal(keys[:, 0].transpose(1, 2).reshape(slots, dim), given)
-        assert torch.equal(biases.view(slots), bias)
-
-
 def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch):
     def refused(**options):
         raise RuntimeError("cannot cache function: no locator available")
@@ -64,5 +43,4 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch):
 
 
 def test_fields_of_calls_are_words_of_eight_bytes():
-    for call in (kernel.Attend, kernel.Place):
-        assert ctypes.sizeof(call) == 8 * len(call._fields_)
+    assert ctypes.sizeof(kernel.Attend) == 8 * len(kernel.Attend._fields_)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lloco_engine.decoder.partial import read_part
 from lloco_engine.decoder.slots import LayerSlots
 
 __all__ = ["Cache", "attend"]
@@ -102,25 +101,13 @@ def attend(
     Returns:
         (B, T, H*G*D), ready for the output projection.
     """
-    rows, query_heads, tokens, dim = q.shape
-    heads = keys.shape[1]
+    tokens = q.shape[2]
     if slots is None:
         causal = mask is None and tokens > 1
         read = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
-        return read.transpose(1, 2).reshape(rows, tokens, -1)
-    if mask is None and tokens == 1 and (stepped := slots.step(q, keys, values, scale)) is not None:
-        return stepped.reshape(rows, 1, -1)
+        return read.transpose(1, 2).flatten(2)
     if mask is None and tokens > 1:
         mask = _causal(tokens, tokens, q.device, q.dtype)
-    if mask is not None and rows > 1 and mask.shape[0] > 1:
-        mask = mask.repeat_interleave(heads, 0)
-    # the query heads of one KV head side by side; those of a single token read the same: they are rows of one product
-    q, group = q.contiguous(), query_heads // heads
-    one = (rows * heads, 1, -1, dim)
-    asked = q.reshape(one if tokens == 1 else (rows * heads, group, tokens, dim))
-    live, mass = read_part(asked, keys.reshape(one), values.reshape(one), mask, scale)
-    flat = (rows * heads, group * tokens)
-    read = slots.attend(q.reshape(*flat, dim), live.reshape(*flat, dim), mass.reshape(flat), scale)
-    return read.reshape(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)
+    return slots.attend(q, keys, values, mask, scale)

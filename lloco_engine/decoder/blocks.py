@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from lloco_engine.decoder.focus import Focus
 from lloco_engine.decoder.partial import merge, read_part
 from lloco_engine.decoder.slots import LayerSlots
 
@@ -32,76 +31,72 @@ class Blocks(LayerSlots):
         bias: (blocks, 1, 1, width), hugely negative where a block is filled up.
         owner: (blocks,) int64 index in R of each block.
         heads: R.
-        focus: where queries do not read every segment; then each block is of one.
     """
 
     def __init__(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        bias: torch.Tensor,
-        *,
-        owner: torch.Tensor,
-        heads: int,
-        focus: Focus | None = None,
+        self, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, *, owner: torch.Tensor, heads: int
     ) -> None:
-        super().__init__(heads)
-        self._focus = focus
-        self.keys, self.values, self.bias = keys, values, bias
+        self.heads, self.keys, self.values, self.bias = heads, keys, values, bias
         self.owner = owner.to(keys.device)
         strange = torch.cat((torch.arange(heads), owner)) != torch.arange(heads)[:, None, None]
         # (R, 1, R + blocks), 0 where a head's live tokens and blocks are its own, else -inf
         self._owned = torch.zeros(strange.shape, dtype=keys.dtype).masked_fill_(strange, -torch.inf).to(keys.device)
 
-    def _attend(self, q: torch.Tensor, read: torch.Tensor, mass: torch.Tensor, scale: float) -> torch.Tensor:
-        asked = q.index_select(0, self.owner)
-        reads, masses = (part[:, 0] for part in read_part(asked[:, None], self.keys, self.values, self.bias, scale))
-        if self._focus is not None:
-            ignored = self._focus.ignored(asked, self.keys[:, 0], self.bias[:, 0], scale)
-            masses = masses.masked_fill(ignored, -torch.inf)
-        return merge(torch.cat((read, reads)), torch.cat((mass, masses)), self._owned)
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """See `LayerSlots.attend`."""
+        rows, query_heads, tokens, dim = q.shape
+        heads = keys.shape[1]
+        if mask is not None and rows > 1 and mask.shape[0] > 1:
+            mask = mask.repeat_interleave(heads, 0)
+        # the query heads of one KV head side by side; those of one token read the same: they are rows of one product
+        q, group = q.contiguous(), query_heads // heads
+        one = (rows * heads, 1, -1, dim)
+        asked = q.reshape(one if tokens == 1 else (rows * heads, group, tokens, dim))
+        live, mass = read_part(asked, keys.reshape(one), values.reshape(one), mask, scale)
+        # rows that share the slots ask side by side
+        q, live, mass = (_fold(x.reshape(rows * heads, group * tokens, -1), self.heads) for x in (q, live, mass))
+        reads, masses = read_part(q.index_select(0, self.owner)[:, None], self.keys, self.values, self.bias, scale)
+        read = merge(torch.cat((live, reads[:, 0])), torch.cat((mass[..., 0], masses[:, 0])), self._owned)
+        read = _unfold(read, rows * heads).reshape(rows, query_heads, tokens, dim)
+        return read.transpose(1, 2).reshape(rows, tokens, -1)
 
 
-def lay_out(
-    slots: Sequence[Sequence[Piece]],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    limit: Sequence[int] = (),
-    prior: Sequence[Sequence[float]] = (),
-) -> Blocks:
+def _fold(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(rows*heads, M, X) -> (heads, rows*M, X): the rows' queries side by side, for heads that all rows share."""
+    return x.reshape(-1, heads, *x.shape[1:]).transpose(0, 1).reshape(heads, -1, x.shape[-1])
+
+
+def _unfold(x: torch.Tensor, all_heads: int) -> torch.Tensor:
+    """The inverse of `_fold`, for so many heads of all rows together."""
+    heads, _, last = x.shape
+    rows = all_heads // heads
+    return x.reshape(heads, rows, -1, last).transpose(0, 1).reshape(all_heads, -1, last)
+
+
+def lay_out(slots: Sequence[Sequence[Piece]], device: torch.device, dtype: torch.dtype) -> Blocks:
     """Blocks of a layer.
 
     Args:
         slots: for each of R heads its pieces, one of each segment.
         device, dtype: of the decoder.
-        limit, prior: for each of R heads how many segments a query reads (0: all), and the priors of its segments, as
-            `Prefix` has them. Without, all are read.
     """
-    focused = any(0 < most < len(head) for most, head in zip(limit, slots, strict=False))
-    runs = [[piece] for head in slots for piece in head] if focused else slots  # no two of them share a block
-    cut = _Cut.of([sum(len(bias) for *_, bias in run) for run in runs])
+    counts = [sum(len(bias) for *_, bias in head) for head in slots]
+    cut = _Cut.of(counts)
     laid = []
     least = torch.finfo(dtype).min / 2  # finite, so that a block of nothing else gives no NaN
     for which, filler in enumerate((0, 0, least)):
-        some = next(piece for run in runs for piece in run)[which]
+        some = next(piece for head in slots for piece in head)[which]
         pieces: list[torch.Tensor] = []
-        for run, lacking in zip(runs, cut.short, strict=True):
-            pieces += [piece[which] for piece in run]
+        for head, lacking in zip(slots, cut.short, strict=True):
+            pieces += [piece[which] for piece in head]
             if lacking:
                 pieces.append(some.new_full((lacking, *some.shape[1:]), filler))
         laid.append(torch.cat(pieces).to(device, dtype))
     keys, values = (flat.view(-1, 1, cut.width, flat.shape[1]) for flat in laid[:2])
     bias = laid[2].clamp_min(least).view(-1, 1, 1, cut.width)
-    of_run = torch.repeat_interleave(torch.tensor(cut.number))
-    if not focused:
-        return Blocks(keys, values, bias, owner=of_run, heads=len(slots))
-    most = max(map(len, slots))
-    part = torch.tensor([most * number + at for number, head in enumerate(slots) for at in range(len(head))])[of_run]
-    priors = torch.tensor([[*given, *[0.0] * (most - len(given))] for given in prior], device=device)
-    limits = torch.tensor([one or most for one in limit], device=device)
-    focus = Focus(part.to(device), limits, priors)
-    return Blocks(keys, values, bias, owner=part // most, heads=len(slots), focus=focus)
+    return Blocks(keys, values, bias, owner=torch.repeat_interleave(torch.tensor(cut.number)), heads=len(slots))
 
 
 class _Cut(NamedTuple):

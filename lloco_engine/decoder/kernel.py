@@ -1,16 +1,12 @@
-"""Attention over blocks of slots, compiled for the CPU by numba when first called and kept beside this file.
+"""Attention over live tokens and ragged slots at once, compiled for the CPU by numba and kept beside this file.
 
-A call is a record of addresses and sizes (`Attend`, `Place`): it costs a microsecond, and the threads that take part in
-it are those that torch keeps (`team`). Letters used for shapes: ``R`` heads that have slots of their own, ``M`` queries
-of a head, ``P`` as many of them as one thread has, filled up to `FOURS`, ``D`` head dimension, ``V`` parts of `WIDTH`
-numbers that hold it, ``T`` threads. A layer's blocks are
+A call is a record of addresses and sizes (`Attend`): it costs some microseconds, and the threads that take part in it
+are those that torch keeps (`team`). Nothing is laid out beforehand: segments are read where they are, `WIDTH` tokens
+or slots of a head at a time, which are made float32 in the processor's cache. Letters used for shapes: ``H`` KV heads,
+``D`` head dimension, ``P`` queries of a part, filled up to `_LANES`.
 
-::
-
-    keys   : (blocks, V, WIDTH, WIDTH) float32 or float16: a column a slot, a row one of D numbers
-    values : (blocks, V, WIDTH, WIDTH) likewise: a row a slot, a column one of D numbers; what lies beyond D is 0
-    bias   : (blocks, WIDTH) float32, `NONE` where a block is filled up
-    owner  : (blocks,) int64 index in R of each block
+All that is to be read lies, as it were, in one line: part after part of the queries, in it head after head, of each
+the live tokens and then the slots, segment after segment. Every thread reads a stretch of it, as long as the others'.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -27,35 +24,46 @@ import numpy.typing as npt
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lloco_engine.decoder import team
 
-__all__ = ["FOURS", "NONE", "WIDTH", "Attend", "Place", "attend", "place", "prepare", "runs"]
+__all__ = ["Attend", "attend", "parts", "prepare", "room", "runs"]
 
 Array = npt.NDArray[Any]
 
-WIDTH = 64  # slots of a block, and numbers that a product makes at once: 16 kB, half of the first cache
-FOURS = 4  # queries and inner numbers that a product takes at once
-_SHARES = 16  # into which a layer is divided to be laid out by several threads
+WIDTH = 64  # tokens or slots read at once: their keys, or values, and what is made of them stay in the first cache
+_MOST = 48  # queries of a part, likewise
 
-# what is read is finite (`place` makes it so), which lets sums and maxima be taken in any order
-_EXACT: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": team.can_keep()}
-_OPTIONS: dict[str, Any] = _EXACT | {"fastmath": True}
-NONE = np.float32(-1e30)  # logit of what is not there; finite, so that differences are no NaN
-_ZERO, _ONE, _LEAST = np.float32(0), np.float32(1), np.float32(-126)  # the least: 2**-126 is float32's smallest
-_LOG2E = np.float32(math.log2(math.e))
-_HALF = np.float32(0.5)
+_CAN = torch.cpu.get_capabilities()
+_WIDE = bool(_CAN.get("avx512_f", False))
+_LANES = 16 if _WIDE else 8  # numbers that an operation takes
+_ROWS = 8 if _WIDE else 4  # rows by twice `_LANES` columns are summed up in registers at once
+_FEW = 4  # queries up to which each has `_SPREAD` lanes, which add up its products' parts: one would leave most idle
+_SPREAD = 4
+_COLUMNS = 4 if _WIDE else 2  # vectors of what few queries read, summed up in registers at once
+
+# what is read is finite (`_find` makes it so), which lets sums and maxima be taken in any order
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": team.can_keep(), "fastmath": True}
+_NONE = np.float32(-1e30)  # logit of what is not to be read; finite, so that differences are no NaN
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_LEAST = -126.0  # 2**-126 is float32's smallest
 # Taylor's series of 2**f: up to f = 1/2 it leaves out about 1e-7, what float32 rounds off
-_C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** n / math.factorial(n)) for n in range(1, 7))
+_SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]
 
 
 @cache
 def runs() -> bool:
-    """Whether the processor converts half precision by itself, which the kernels rely on."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return True
-    return bool(torch.cpu.get_capabilities().get("f16c", False))
+    """Whether the processor converts half precision by itself, which the kernel relies on."""
+    return platform.machine().lower() in ("arm64", "aarch64") or bool(_CAN.get("f16c", False))
+
+
+# -- what numba does not know -----------------------------------------------------------------------------------
+
+
+_function: Any = cgutils.get_or_insert_function
+_variable: Any = cgutils.alloca_once_value
 
 
 def _to_single(context: Any, number: Any) -> Any:
@@ -69,6 +77,19 @@ def _to_single(context: Any, number: Any) -> Any:
     return types.float32(number), generate
 
 
+def _to_fetch(context: Any, address: Any) -> Any:
+    """Have the line of the cache that an address lies in brought nearer; where nothing is there, nothing happens."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        what = number(0), number(2), number(1)  # to be read, into the second cache, data
+        builder.call(_function(builder.module, kind, "llvm.prefetch.p0"), [builder.inttoptr(args[0], place), *what])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def _to_pointer(context: Any, address: Any) -> Any:
     """A pointer to an address that Python was given by `torch.Tensor.data_ptr`."""
 
@@ -78,407 +99,484 @@ def _to_pointer(context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
+_NUMBER, _HALF, _WORD = ir.FloatType(), ir.HalfType(), ir.IntType(64)
+_VECTOR = ir.VectorType(_NUMBER, _LANES)
+
+
+def _call(builder: Any, name: str, *vectors: Any) -> Any:
+    """LLVM's function of vectors of this name."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(vectors))
+    return builder.call(_function(builder.module, kind, f"llvm.{name}.v{_LANES}f32"), vectors)
+
+
+def _all(number: float) -> Any:
+    """A vector of one number."""
+    return _VECTOR([number] * _LANES)
+
+
+def _higher(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _at(builder: Any, begin: Any, steps: Any, step: Any, kind: Any = _VECTOR) -> Any:
+    """Where ``steps`` times ``step`` numbers, which vectors of a ``kind`` consist of, lie behind an address."""
+    size = _WORD(2 if kind.element == _HALF else 4)
+    return builder.inttoptr(builder.add(begin, builder.mul(builder.mul(steps, step), size)), kind.as_pointer())
+
+
+def _load(builder: Any, place: Any) -> Any:
+    """A vector of float32 from a place where there is one, or one of half precision."""
+    vector = builder.load(place, align=2)
+    if vector.type.element == _HALF:
+        return builder.fpext(vector, ir.VectorType(_NUMBER, vector.type.count))
+    return vector
+
+
+def _exponential(builder: Any, x: Any) -> Any:
+    """e**x of vectors up to 0: 2 to the nearest whole number, written as the exponent of floats, times a polynomial."""
+    t = _higher(builder, builder.fmul(x, _all(math.log2(math.e))), _all(_LEAST))
+    whole = _call(builder, "rint", t)
+    rest, made = builder.fsub(t, whole), _all(_SERIES[-1])
+    for factor in reversed(_SERIES[:-1]):
+        made = _call(builder, "fma", made, rest, _all(factor))
+    integers = ir.VectorType(ir.IntType(32), _LANES)
+    bits = builder.add(builder.fptosi(whole, integers), integers([127] * _LANES))
+    return builder.fmul(made, builder.bitcast(builder.shl(bits, integers([23] * _LANES)), _VECTOR))
+
+
+def _to_weights(spread: int) -> Callable[..., Any]:
+    """Make ``count`` logits, in each of `_LANES` lanes, the exponentials of what they are above the highest.
+
+    Beforehand lanes of a query, ``spread`` side by side, are added up. The arguments are addresses, and how many
+    numbers lie between rows of logits. ``top`` becomes the highest so far; ``total``, the sum of all exponentials, and
+    whatever else is relative to ``top`` becomes ``shrink`` times as much.
+    """
+
+    def weigh(context: Any, logits: Any, row: Any, count: Any, top: Any, total: Any, shrink: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            logits, row, count, *others = args
+            top, total, shrink = (builder.inttoptr(address, _VECTOR.as_pointer()) for address in others)
+            before = builder.load(top, align=4)
+            high, added = (_variable(builder, value) for value in (before, _all(0)))
+            with cgutils.for_range(builder, count) as loop:
+                place = _at(builder, logits, loop.index, row)
+                logit = builder.load(place, align=4)
+                for other in (1, 2)[: spread // 2]:  # after both, all four lanes have their sum
+                    turned = ir.VectorType(ir.IntType(32), _LANES)([lane ^ other for lane in range(_LANES)])
+                    logit = builder.fadd(logit, builder.shuffle_vector(logit, logit, turned))
+                builder.store(logit, place, align=4)
+                builder.store(_higher(builder, logit, builder.load(high)), high)
+            high = builder.load(high)
+            with cgutils.for_range(builder, count) as loop:
+                place = _at(builder, logits, loop.index, row)
+                weight = _exponential(builder, builder.fsub(builder.load(place, align=4), high))
+                builder.store(weight, place, align=4)
+                builder.store(builder.fadd(builder.load(added), weight), added)
+            less = _exponential(builder, builder.fsub(before, high))
+            builder.store(high, top, align=4)
+            builder.store(less, shrink, align=4)
+            summed = _call(builder, "fma", builder.load(total, align=4), less, builder.load(added))
+            builder.store(summed, total, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return weigh
+
+
+def _tile(rows: int, vectors: int, spread: int = 1, of_a: Any = _NUMBER, of_b: Any = _NUMBER) -> Callable[..., Any]:
+    """``out += a @ b`` of (rows, depth) and (depth, ``vectors * _LANES``), the sums in registers meanwhile.
+
+    What is compiled from loops keeps the sums in memory, and takes twice as long. The arguments are addresses, and how
+    many numbers lie between rows and, of ``a``, between columns. With ``spread`` a row of ``b`` is for so many numbers
+    of ``a`` side by side, one for every such lane in turn, and a step of the depth takes `_LANES` numbers of ``a``.
+    ``of_a`` and ``of_b`` are the kinds of numbers.
+    """
+    taken = _LANES if spread > 1 else 1
+    some, column, index = ir.VectorType(of_a, taken), ir.VectorType(of_b, _LANES), ir.VectorType(ir.IntType(32), _LANES)
+    turns = [index([first + lane % spread for lane in range(_LANES)]) for first in range(0, taken, spread)]
+
+    def product(
+        context: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, out: Any, out_row: Any, depth: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            a, a_row, a_column, b, b_row, out, out_row, depth = args
+
+            def row(begin: Any, steps: Any, step: Any, kind: Any) -> list[Any]:
+                begin = builder.ptrtoint(_at(builder, begin, steps, step, kind), _WORD)
+                return [_at(builder, begin, _WORD(v), _WORD(_LANES), kind) for v in range(vectors)]
+
+            places = [place for r in range(rows) for place in row(out, _WORD(r), out_row, _VECTOR)]
+            sums = [_variable(builder, builder.load(place, align=4)) for place in places]
+            with cgutils.for_range(builder, depth) as loop:
+                begin = builder.ptrtoint(_at(builder, a, loop.index, a_column, some), _WORD)
+                factors = [_load(builder, _at(builder, begin, _WORD(r), a_row, some)) for r in range(rows)]
+                for turn, lanes in enumerate(turns):
+                    at = builder.add(builder.mul(loop.index, _WORD(len(turns))), _WORD(turn))
+                    columns = [_load(builder, place) for place in row(b, at, b_row, column)]
+                    for r, numbers in enumerate(factors):
+                        factor = builder.shuffle_vector(numbers, numbers, lanes)
+                        for part, one in zip(sums[r * vectors : (r + 1) * vectors], columns, strict=True):
+                            builder.store(_call(builder, "fma", factor, one, builder.load(part)), part)
+            for place, part in zip(places, sums, strict=True):
+                builder.store(builder.load(part), place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return product
+
+
 _single: Any = intrinsic(_to_single)
 _pointer: Any = intrinsic(_to_pointer)
+_fetch: Any = intrinsic(_to_fetch)
+_weigh: Any = intrinsic(_to_weights(1))
+_weigh_few: Any = intrinsic(_to_weights(_SPREAD))
+_tile_of_one: Any = intrinsic(_tile(_ROWS, 1))
+_tile_of_two: Any = intrinsic(_tile(_ROWS, 2))
+_dots_single: Any = intrinsic(_tile(_ROWS, _FEW * _SPREAD // _LANES, _SPREAD))
+_dots_half: Any = intrinsic(_tile(_ROWS, _FEW * _SPREAD // _LANES, _SPREAD, of_a=_HALF))
+_dots_of_one_single: Any = intrinsic(_tile(1, _FEW * _SPREAD // _LANES, _SPREAD))
+_dots_of_one_half: Any = intrinsic(_tile(1, _FEW * _SPREAD // _LANES, _SPREAD, of_a=_HALF))
+_sums_single: Any = intrinsic(_tile(_FEW, _COLUMNS))
+_sums_half: Any = intrinsic(_tile(_FEW, _COLUMNS, of_b=_HALF))
 _array: Any = numba.carray  # type: ignore[attr-defined]
 
 
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _add_product(a: Array, b: Array, out: Array) -> None:
-    """``out += a @ b`` of (P, WIDTH), (WIDTH, WIDTH) and (P, WIDTH), P a multiple of `FOURS`.
+# -- one block --------------------------------------------------------------------------------------------------
 
-    Four by four are taken at once: of what is loaded then, every number is used four times. Bounds that are known
-    when this is compiled make it a fifth faster.
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _add_product(a: int, a_row: int, a_column: int, b: Array, out: Array, rows: int, depth: int) -> None:
+    """``out[:rows] += a @ b[:depth]``, ``a`` by its address and strides; rows are taken up to a multiple of `_ROWS`."""
+    columns = out.shape[1]
+    to, of = out.ctypes.data, b.ctypes.data
+    for row in range(0, rows, _ROWS):
+        left, at = a + 4 * row * a_row, to + 4 * row * columns
+        for column in range(0, columns - _LANES, 2 * _LANES):
+            right = of + 4 * column
+            _tile_of_two(left, a_row, a_column, right, columns, at + 4 * column, columns, depth)
+        if columns % (2 * _LANES):
+            last = 4 * (columns - _LANES)
+            _tile_of_one(left, a_row, a_column, of + last, columns, at + last, columns, depth)
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _ask_few(runs: Array, asked: Array, logits: Array) -> None:
+    """Add to ``logits`` (WIDTH, P) the products of runs' keys, where they are, with few queries ``asked``."""
+    columns, at = asked.shape[1], logits.ctypes.data
+    of, dim = asked.ctypes.data, len(asked) * _SPREAD
+    depth = dim // _LANES
+    for keys, values, count, half in runs:
+        size = (2 if half else 4) * dim
+        for slot in range(0, count - _ROWS + 1, _ROWS):
+            for line in range((slot + WIDTH) * size, (slot + WIDTH + _ROWS) * size, 64):
+                _fetch(keys + line)
+                _fetch(values + line)
+            if half:
+                _dots_half(keys + 2 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
+            else:
+                _dots_single(keys + 4 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
+            at += 4 * _ROWS * columns
+        for slot in range(count - count % _ROWS, count):
+            if half:
+                _dots_of_one_half(keys + 2 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
+            else:
+                _dots_of_one_single(keys + 4 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
+            at += 4 * columns
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _take_few(runs: Array, logits: Array, read: Array) -> None:
+    """Add runs' values, where they are, times the weights of few queries, ``logits`` (WIDTH, P), to ``read``."""
+    lanes, dim = logits.shape[1], read.shape[1]
+    for column in range(0, dim, _COLUMNS * _LANES):
+        at, to = logits.ctypes.data, read.ctypes.data + 4 * column
+        for _, values, count, half in runs:
+            if half:
+                _sums_half(at, _SPREAD, lanes, values + 2 * column, dim, to, dim, count)
+            else:
+                _sums_single(at, _SPREAD, lanes, values + 4 * column, dim, to, dim, count)
+            at += 4 * count * lanes
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _gather(runs: Array, keys: Array, values: Array) -> None:
+    """Copy runs' keys and values to ``keys`` (WIDTH, D) and ``values``, as float32."""
+    dim, to = keys.shape[1], 0
+    for from_keys, from_values, count, half in runs:
+        if half:
+            half_keys = _array(_pointer(from_keys), (count, dim), np.uint16)
+            half_values = _array(_pointer(from_values), (count, dim), np.uint16)
+            for slot in range(count):
+                for line in range(2 * dim * (slot + WIDTH), 2 * dim * (slot + WIDTH + 1), 64):
+                    _fetch(from_keys + line)
+                    _fetch(from_values + line)
+                for d in range(dim):
+                    keys[to + slot, d] = _single(half_keys[slot, d])
+                    values[to + slot, d] = _single(half_values[slot, d])
+        else:
+            keys[to : to + count] = _array(_pointer(from_keys), (count, dim), np.float32)
+            values[to : to + count, :dim] = _array(_pointer(from_values), (count, dim), np.float32)
+        to += count
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _weigh_all(count: int, spread: int, logits: Array, shrink: Array, top: Array, total: Array, read: Array) -> None:
+    """Make ``count`` rows of ``logits`` (WIDTH, P) weights, relative to the highest logit so far, ``top`` (P,).
+
+    ``read`` and ``total`` (P,) are too: the softmax runs along (Milakov and Gimelshein 2018).
     """
-    for m in range(0, a.shape[0], 4):
-        for k in range(0, WIDTH, 4):
-            a0, a1, a2, a3 = a[m, k], a[m, k + 1], a[m, k + 2], a[m, k + 3]
-            b0, b1, b2, b3 = a[m + 1, k], a[m + 1, k + 1], a[m + 1, k + 2], a[m + 1, k + 3]
-            c0, c1, c2, c3 = a[m + 2, k], a[m + 2, k + 1], a[m + 2, k + 2], a[m + 2, k + 3]
-            d0, d1, d2, d3 = a[m + 3, k], a[m + 3, k + 1], a[m + 3, k + 2], a[m + 3, k + 3]
-            for s in range(WIDTH):
-                x0, x1 = _single(b[k, s]), _single(b[k + 1, s])
-                x2, x3 = _single(b[k + 2, s]), _single(b[k + 3, s])
-                out[m, s] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-                out[m + 1, s] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-                out[m + 2, s] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
-                out[m + 3, s] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _exponentials(logits: Array, top: np.float32, bits: Array, power: Array) -> np.float32:
-    """Make (WIDTH,) ``logits`` their ``exp(logit - top)``, none above 1, and return the sum.
-
-    2**t is 2 to the nearest whole number, written as the exponent of a float, times a polynomial of the rest.
-    """
-    for s in range(WIDTH):
-        t = max((logits[s] - top) * _LOG2E, _LEAST)
-        whole = np.floor(t + _HALF)
-        f = t - whole
-        bits[s] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-        logits[s] = _ONE + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    total = _ZERO
-    for s in range(WIDTH):
-        logits[s] *= power[s]
-        total += logits[s]
-    return total
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _read_block(
-    asked: Array,
-    keys: Array,
-    values: Array,
-    bias: Array,
-    read: Array,
-    top: Array,
-    mass: Array,
-    logits: Array,
-    bits: Array,
-    power: Array,
-) -> None:
-    """Add what one head's queries (V, P, WIDTH) read of one block to ``read`` (V, P, WIDTH) and ``mass`` (P,).
-
-    Both are relative to the highest logit so far, ``top`` (P,): the softmax runs along (Milakov and Gimelshein 2018).
-    """
-    for m in range(asked.shape[1]):
-        for s in range(WIDTH):
-            logits[m, s] = bias[s]
-    for part in range(asked.shape[0]):
-        _add_product(asked[part], keys[part], logits)
-    for m in range(asked.shape[1]):
-        high = logits[m, 0]
-        for s in range(WIDTH):
-            high = max(high, logits[m, s])
-        if high > top[m]:
-            shrink = np.float32(np.exp(top[m] - high))
-            top[m] = high
-            mass[m] *= shrink
-            for part in range(read.shape[0]):
-                for d in range(WIDTH):
-                    read[part, m, d] *= shrink
-        mass[m] += _exponentials(logits[m], top[m], bits, power)
-    for part in range(read.shape[0]):
-        _add_product(logits, values[part], read[part])
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _read_blocks(
-    begin: int,
-    end: int,
-    keys: Array,
-    values: Array,
-    bias: Array,
-    owner: Array,
-    asked: Array,
-    read: Array,
-    top: Array,
-    mass: Array,
-    single_keys: Array,
-    single_values: Array,
-    logits: Array,
-    bits: Array,
-) -> None:
-    """What the queries (R, V, P, WIDTH) read of the blocks from ``begin`` to ``end``."""
-    power = bits.view(np.float32)
-    read[:] = _ZERO
-    top[:] = NONE
-    mass[:] = _ZERO
-    for block in range(begin, end):
-        head = owner[block]
-        if asked.shape[2] == FOURS:  # read once, so there is nothing to keep
-            _read_block(
-                asked[head],
-                keys[block],
-                values[block],
-                bias[block],
-                read[head],
-                top[head],
-                mass[head],
-                logits,
-                bits,
-                power,
-            )
-            continue
-        for part in range(keys.shape[1]):
-            for row in range(WIDTH):
-                for column in range(WIDTH):
-                    single_keys[part, row, column] = _single(keys[block, part, row, column])
-                    single_values[part, row, column] = _single(values[block, part, row, column])
-        _read_block(
-            asked[head],
-            single_keys,
-            single_values,
-            bias[block],
-            read[head],
-            top[head],
-            mass[head],
-            logits,
-            bits,
-            power,
-        )
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _ask(q: Array, first: int, scale: np.float32, asked: Array) -> None:
-    """The queries ``q`` (R, M, D) from ``first`` on, as many as go into ``asked`` (R, V, P, WIDTH)."""
-    heads, queries, dim = q.shape
-    for head in range(heads):
-        for m in range(min(asked.shape[2], queries - first)):
-            for part in range(asked.shape[1]):
-                for d in range(min(WIDTH, dim - part * WIDTH)):
-                    asked[head, part, m, d] = q[head, first + m, part * WIDTH + d] * scale
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _merge(first: int, live: Array, live_mass: Array, read: Array, top: Array, mass: Array, out: Array) -> None:
-    """Put together what was read of the live tokens and in ``read`` (S, R, V, P, WIDTH), from query ``first`` on."""
-    heads, queries, dim = out.shape
-    for head in range(heads):
-        for m in range(min(read.shape[3], queries - first)):
-            high = live_mass[head, first + m]
-            for split in range(len(read)):
-                if mass[split, head, m] > _ZERO:  # else it read nothing of this head
-                    high = max(high, top[split, head, m])
-            share = np.float32(np.exp(live_mass[head, first + m] - high))
-            total = share
-            for d in range(dim):
-                out[head, first + m, d] = share * live[head, first + m, d]
-            for split in range(len(read)):
-                if mass[split, head, m] == _ZERO:
-                    continue
-                share = np.float32(np.exp(top[split, head, m] - high))
-                total += share * mass[split, head, m]
-                for part in range(read.shape[2]):
-                    for d in range(min(WIDTH, dim - part * WIDTH)):
-                        out[head, first + m, part * WIDTH + d] += share * read[split, head, part, m, d]
-            for d in range(dim):
-                out[head, first + m, d] /= total
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _read_live(q: Array, keys: Array, values: Array, scale: np.float32, live: Array) -> Any:
-    """Attention of one query (D,) over live keys and values (S, D), to ``live`` (D,); returns its mass."""
-    count, dim = keys.shape
-    weights = np.empty(count, np.float32)
-    high = NONE
-    for s in range(count):
-        logit = _ZERO
-        for d in range(dim):
-            logit += q[d] * keys[s, d]
-        weights[s] = logit * scale
-        high = max(high, weights[s])
-    total = _ZERO
-    live[:] = _ZERO
-    for s in range(count):
-        weight = np.float32(np.exp(weights[s] - high))
-        total += weight
-        for d in range(dim):
-            live[d] += weight * values[s, d]
-    for d in range(dim):
-        live[d] /= total
-    return high + np.float32(np.log(total))
+    lanes = len(top)
+    for lane in range(0, 4 * lanes, 4 * _LANES):
+        at, tops = logits.ctypes.data + lane, top.ctypes.data + lane
+        totals, shrinks = total.ctypes.data + lane, shrink.ctypes.data + lane
+        if spread == 1:
+            _weigh(at, lanes, count, tops, totals, shrinks)
+        else:
+            _weigh_few(at, lanes, count, tops, totals, shrinks)
+    for p in range(len(read)):
+        if shrink[p * spread] != _ONE:
+            for d in range(read.shape[1]):
+                read[p, d] *= shrink[p * spread]
 
 
 # -- calls ------------------------------------------------------------------------------------------------------
 
 
 class Attend(ctypes.Structure):
-    """A call of `attend`: addresses and sizes.
+    """A call of `attend`: addresses and sizes, of a layer.
 
-    ``q`` (R, M, D) queries, ``out`` (R, M, D) the result. ``live`` (R, M, D) what was read of the live tokens and
-    ``mass`` (R, M) the logarithm of the sum of their exponentials; or, where ``tokens`` is not 0, room for these: then
-    M is of one token, which may read so many live ones. Their keys and values lie at ``live_keys`` and ``live_values``,
-    a row ``row_stride`` numbers after another and a head ``head_stride``.
+    ``q`` (rows, H * group, tokens, D) are the queries and ``out`` (rows, tokens, H * group, D) is the result;
+    ``q_row``, ``q_head`` and ``q_token`` say how many numbers lie between two of ``q``. ``live_keys`` and
+    ``live_values`` (rows, H, live, D) likewise, by ``live_row`` and ``live_head``. ``mask`` (rows, tokens, live) is
+    added to the logits of the live tokens, a row ``mask_row`` numbers after another; or it is 0.
 
-    ``keys``, ``values``, ``bias`` and ``owner`` are ``blocks`` blocks. ``splits``: parts into which they are divided
-    among the threads; the queries are divided into T / splits parts of at most ``filled``, P. The others are scratch:
-    ``asked`` and ``read`` (T, R, V, P, WIDTH), asked 0 beyond M and D; ``top`` and ``total`` (T, R, P); ``single_keys``
-    and ``single_values`` (T, V, WIDTH, WIDTH); ``logits`` (T, P, WIDTH); ``bits`` (T, WIDTH) int32.
+    ``tensors`` (segments, 3) int64: addresses of each segment's keys (N, D), values (N, D) and biases (N,). ``begins``
+    (segments, H + 1) int64: where the slots of a segment's heads begin in them, and where the last's end. ``of_row``
+    (rows or 1,) int64: the first of a row's segments; ``slots`` (rows or 1, H) int64: how many slots its heads have in
+    all of them. ``shared`` is 1 where all rows have the same, ``half`` where keys and values are float16.
+
+    ``each``, ``filled`` and ``spread``: queries of a part, lanes that they fill (P), and lanes of a query.
+    ``scratch``: ``room`` numbers of float32 for each thread.
     """
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("q", "live", "mass", "out", "keys", "values", "bias", "owner", "blocks")),
-        *((name, ctypes.c_int64) for name in ("live_keys", "live_values", "row_stride", "head_stride", "tokens")),
-        *((name, ctypes.c_int64) for name in ("asked", "read", "top", "total", "single_keys", "single_values")),
-        *((name, ctypes.c_int64) for name in ("logits", "bits", "threads", "splits", "filled")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "queries", "dim")),
+        *((name, ctypes.c_int64) for name in ("q", "q_row", "q_head", "q_token", "out")),
+        *((name, ctypes.c_int64) for name in ("live_keys", "live_values", "live_row", "live_head", "mask", "mask_row")),
+        *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "slots", "segments", "shared", "half")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "group", "tokens", "live", "dim")),
+        *((name, ctypes.c_int64) for name in ("each", "filled", "spread", "room", "scratch")),
         ("scale", ctypes.c_double),
     )
 
 
-class Place(ctypes.Structure):
-    """A call of `place`: addresses and sizes.
-
-    ``tensors`` (segments, 3) int64 are the addresses of each segment's keys (N, D), values (N, D) and biases (N,).
-    ``begins`` (segments, heads + 1) int64: of segment i, head h has the slots from ``begins[i, h]`` on. ``first`` and
-    ``number`` (heads,) int64: head h has so many blocks, from ``first[h]`` on. ``keys``, ``values`` and ``bias`` are
-    ``blocks`` blocks, which are written.
-    """
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tensors", "begins", "first", "number", "keys", "values", "bias")),
-        *((name, ctypes.c_int64) for name in ("segments", "heads", "dim", "blocks")),
-    )
+_ATTEND = np.dtype(Attend)
 
 
-_ATTEND, _PLACE = np.dtype(Attend), np.dtype(Place)
+def parts(queries: int, dim: int) -> tuple[int, int, int]:
+    """See `Attend`: ``each``, ``filled`` and ``spread``."""
+    if queries <= _FEW and dim % (_COLUMNS * _LANES) == 0:
+        return queries, _FEW * _SPREAD, _SPREAD
+    each = -(-queries // -(-queries // _MOST))
+    return each, each + -each % _LANES, 1
+
+
+def room(dim: int, filled: int) -> int:
+    """Numbers of scratch that a thread needs."""
+    wide = dim + -dim % _LANES
+    return WIDTH * (dim + wide + filled) + (dim + 1) * filled + 2 * (wide + 2) * filled
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _attend(call: Any, keys: Array, values: Array) -> None:
+def _ask(call: Any, part: int, row: int, head: int, asked: Array) -> Any:
+    """A part's queries to ``asked`` (D / spread, P), 0 where there are none; returns how many there are."""
+    first = part * call.each
+    count = min(call.each, call.group * call.tokens - first)
+    spread = call.spread
+    asked[:, count * spread :] = _ZERO
+    for p in range(count):
+        query, token = head * call.group + (first + p) // call.tokens, (first + p) % call.tokens
+        at = row * call.q_row + query * call.q_head + token * call.q_token
+        q = _array(_pointer(call.q + 4 * at), (call.dim,), np.float32)
+        for d in range(call.dim):
+            asked[d // spread, p * spread + d % spread] = q[d] * np.float32(call.scale)
+    return count
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _find(
+    call: Any,
+    begins: Array,
+    cursor: Array,
+    row: int,
+    head: int,
+    first: int,
+    count: int,
+    runs: Array,
+    logits: Array,
+) -> Any:
+    """Where ``count`` of a head's live tokens and slots from ``first`` on lie: ``runs`` (WIDTH, 4), returned how many.
+
+    ``cursor`` (2,) is the segment to look at first and which of the head's tokens and slots its first is; it
+    goes on from call to call. A run is the addresses of its keys and values, how many they are, and whether they are in
+    half precision. The biases go to ``logits`` (WIDTH, P), divided among the lanes of a query.
+    """
+    dim, live, number = call.dim, call.live, 0
+    if first < live:
+        at = 4 * (row * call.live_row + head * call.live_head + first * dim)
+        many = min(count, live - first)
+        runs[0, 0], runs[0, 1], runs[0, 2], runs[0, 3] = call.live_keys + at, call.live_values + at, many, 0
+        logits[:many] = _ZERO
+        number = 1
+    tensors = _array(_pointer(call.tensors), (call.segments, 3), np.int64)
+    size, part = 2 if call.half else 4, _ONE / np.float32(call.spread)
+    segment, at = cursor
+    while at < first + count and segment < call.segments:
+        begin = begins[segment, head]
+        after = at + begins[segment, head + 1] - begin
+        low, high = max(first, at), min(first + count, after)
+        if low < high:
+            slot = begin + low - at
+            runs[number, 0], runs[number, 1] = (
+                tensors[segment, 0] + slot * dim * size,
+                tensors[segment, 1] + slot * dim * size,
+            )
+            runs[number, 2], runs[number, 3] = high - low, call.half
+            bias = _array(_pointer(tensors[segment, 2] + 4 * slot), (high - low,), np.float32)
+            for place in range(high - low):
+                logits[low - first + place] = max(bias[place], _NONE) * part
+            number += 1
+        if after > first + count:
+            break
+        segment, at = segment + 1, after
+    cursor[0], cursor[1] = segment, at
+    return number
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _hide(call: Any, part: int, row: int, first: int, count: int, logits: Array) -> None:
+    """Add the mask of the live tokens from ``first`` on to the logits of a part's ``count`` queries."""
+    mask = _array(_pointer(call.mask + 4 * row * call.mask_row), (call.tokens, call.live), np.float32)
+    for s in range(min(call.live - first, WIDTH)):
+        for p in range(count):
+            logits[s, p * call.spread] += max(mask[(part * call.each + p) % call.tokens, first + s], _NONE)
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _answer(call: Any, part: int, row: int, head: int, count: int, read: Array, total: Array) -> None:
+    """Write what a part's ``count`` queries read to the result."""
+    shape = (call.rows, call.tokens, call.heads * call.group, call.dim)
+    out = _array(_pointer(call.out), shape, np.float32)
+    for p in range(count):
+        query, token = divmod(part * call.each + p, call.tokens)
+        share = _ONE / total[p * call.spread]
+        for d in range(call.dim):
+            out[row, token, head * call.group + query, d] = read[p, d] * share
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _merge(
+    spread: int, read: Array, top: Array, total: Array, other: Array, other_top: Array, other_total: Array
+) -> None:
+    """Add what another thread read to ``read`` (P / spread, D), ``top`` (P,) and ``total`` (P,)."""
+    for p in range(len(read)):
+        lane = p * spread
+        high = max(top[lane], other_top[lane])
+        mine, theirs = np.float32(np.exp(top[lane] - high)), np.float32(np.exp(other_top[lane] - high))
+        top[lane], total[lane] = high, mine * total[lane] + theirs * other_total[lane]
+        for d in range(read.shape[1]):
+            read[p, d] = mine * read[p, d] + theirs * other[p, d]
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _held(call: Any, thread: int) -> Any:
+    """What a thread read of the two parts of which others read too, its first and its last.
+
+    ``read`` (2, P / spread, filled up D), ``top`` (2, P) and ``total`` (2, P).
+    """
+    filled, wide = call.filled, call.dim + -call.dim % _LANES
+    numbers = _array(_pointer(call.scratch + 4 * thread * call.room), (2 * filled * (wide + 2),), np.float32)
+    rest, read = numbers[: 4 * filled].reshape(2, 2, filled), numbers[4 * filled :]
+    rows = filled // call.spread
+    return read[: 2 * rows * wide].reshape(2, rows, wide), rest[0], rest[1]
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _attend(call: Any) -> None:
     """A thread's part of a call (see `Attend`)."""
-    heads, dim, threads, filled = call.heads, call.dim, call.threads, call.filled
-    parts = keys.shape[1]
-    q = _array(_pointer(call.q), (heads, call.queries, dim), np.float32)
-    live = _array(_pointer(call.live), (heads, call.queries, dim), np.float32)
-    mass = _array(_pointer(call.mass), (heads, call.queries), np.float32)
-    out = _array(_pointer(call.out), (heads, call.queries, dim), np.float32)
-    bias = _array(_pointer(call.bias), (call.blocks, WIDTH), np.float32)
-    owner = _array(_pointer(call.owner), (call.blocks,), np.int64)
-    asked = _array(_pointer(call.asked), (threads, heads, parts, filled, WIDTH), np.float32)
-    read = _array(_pointer(call.read), (threads, heads, parts, filled, WIDTH), np.float32)
-    top = _array(_pointer(call.top), (threads, heads, filled), np.float32)
-    total = _array(_pointer(call.total), (threads, heads, filled), np.float32)
-    single_keys = _array(_pointer(call.single_keys), (threads, parts, WIDTH, WIDTH), np.float32)
-    single_values = _array(_pointer(call.single_values), (threads, parts, WIDTH, WIDTH), np.float32)
-    logits = _array(_pointer(call.logits), (threads, filled, WIDTH), np.float32)
-    bits = _array(_pointer(call.bits), (threads, WIDTH), np.int32)
-    splits = call.splits
-    for thread in range(team.number(), threads, team.size()):
-        first, split = thread // splits * filled, thread % splits
-        _ask(q, first, np.float32(call.scale), asked[thread])
-        for pair in range(thread, heads * call.queries if call.tokens else 0, threads):
-            head, m = pair // call.queries, pair % call.queries
-            at = 4 * (head // call.kv_heads * call.row_stride + head % call.kv_heads * call.head_stride)
-            live_keys = _array(_pointer(call.live_keys + at), (call.tokens, dim), np.float32)
-            live_values = _array(_pointer(call.live_values + at), (call.tokens, dim), np.float32)
-            mass[head, m] = _read_live(q[head, m], live_keys, live_values, np.float32(call.scale), live[head, m])
-        _read_blocks(
-            call.blocks * split // splits,
-            call.blocks * (split + 1) // splits,
-            keys,
-            values,
-            bias,
-            owner,
-            asked[thread],
-            read[thread],
-            top[thread],
-            total[thread],
-            single_keys[thread],
-            single_values[thread],
-            logits[thread],
-            bits[thread],
-        )
-        if splits == 1 and not call.tokens:
-            of = slice(thread, thread + 1)
-            _merge(first, live, mass, read[of], top[of], total[of], out)
+    rows, heads, dim, filled, live, spread = call.rows, call.heads, call.dim, call.filled, call.live, call.spread
+    begins = _array(_pointer(call.begins), (call.segments, heads + 1), np.int64)
+    of_row = _array(_pointer(call.of_row), (1 if call.shared else rows,), np.int64)
+    slots = _array(_pointer(call.slots), (len(of_row), heads), np.int64)
+    size, thread, wide = team.size(), team.number(), dim + -dim % _LANES
+    read, top, total = _held(call, thread)
+    begin = 4 * (thread * call.room + 2 * filled * (wide + 2))
+    scratch = _array(_pointer(call.scratch + begin), (WIDTH * (dim + wide + filled) + filled * (dim + 1),), np.float32)
+    keys, scratch = scratch[: WIDTH * dim].reshape(WIDTH, dim), scratch[WIDTH * dim :]
+    values, scratch = scratch[: WIDTH * wide].reshape(WIDTH, wide), scratch[WIDTH * wide :]
+    logits, scratch = scratch[: WIDTH * filled].reshape(WIDTH, filled), scratch[WIDTH * filled :]
+    asked, shrink = scratch[: dim // spread * filled].reshape(dim // spread, filled), scratch[dim * filled :]
+
+    runs, cursor = np.empty((WIDTH, 4), np.int64), np.empty(2, np.int64)
+    number = (call.group * call.tokens + call.each - 1) // call.each
+    line = number * (rows * heads * live + slots.sum() * (rows // len(of_row)))
+    begin, end = line * thread // size, line * (thread + 1) // size
+    at = 0
+    for place in range(number * rows * heads):
+        part, row, head = place // (rows * heads), place // heads % rows, place % heads
+        length = live + slots[0 if call.shared else row, head]
+        if at < end and begin < at + length:
+            held = 0 if at <= begin else 1
+            count = _ask(call, part, row, head, asked)
+            read[held] = _ZERO
+            top[held] = _NONE
+            total[held] = _ZERO
+            cursor[0], cursor[1] = of_row[0 if call.shared else row], live
+            for first in range(max(begin - at, 0), min(end - at, length), WIDTH):
+                some = min(min(end - at, length) - first, WIDTH)
+                found = runs[: _find(call, begins, cursor, row, head, first, some, runs, logits)]
+                if call.mask and first < live:
+                    _hide(call, part, row, first, count, logits)
+                if spread > 1:  # read once, so there is nothing to keep
+                    _ask_few(found, asked, logits)
+                else:
+                    _gather(found, keys, values)
+                    _add_product(keys.ctypes.data, dim, 1, asked, logits, some, dim)
+                _weigh_all(some, spread, logits, shrink, top[held], total[held], read[held])
+                if spread > 1:
+                    _take_few(found, logits, read[held])
+                else:
+                    _add_product(logits.ctypes.data, 1, filled, values, read[held], filled, some)
+            if at >= begin and at + length <= end:
+                _answer(call, part, row, head, count, read[held], total[held])
+        at += length
+    team.wait()
+    at = 0
+    for place in range(number * rows * heads):
+        part, row, head = place // (rows * heads), place // heads % rows, place % heads
+        length = live + slots[0 if call.shared else row, head]
+        if begin <= at < end < at + length:  # begun here, and gone on with by others
+            held = 0 if at == begin else 1
+            for other in range(thread + 1, size):
+                if line * other // size < min(at + length, line * (other + 1) // size):
+                    others, other_top, other_total = _held(call, other)
+                    _merge(call.spread, read[held], top[held], total[held], others[0], other_top[0], other_total[0])
+            count = min(call.each, call.group * call.tokens - part * call.each)
+            _answer(call, part, row, head, count, read[held], total[held])
+        at += length
 
 
-def _attend_half(address: Any) -> None:
-    call = _array(address, (1,), _ATTEND)[0]
-    shape = (call.blocks, (call.dim + WIDTH - 1) // WIDTH, WIDTH, WIDTH)
-    _attend(call, _array(_pointer(call.keys), shape, np.uint16), _array(_pointer(call.values), shape, np.uint16))
-
-
-def _attend_single(address: Any) -> None:
-    call = _array(address, (1,), _ATTEND)[0]
-    shape = (call.blocks, (call.dim + WIDTH - 1) // WIDTH, WIDTH, WIDTH)
-    _attend(call, _array(_pointer(call.keys), shape, np.float32), _array(_pointer(call.values), shape, np.float32))
-
-
-def _merge_splits(address: Any) -> None:
-    """What is left to do of a call when all threads have done their parts."""
-    call = _array(address, (1,), _ATTEND)[0]
-    heads, dim, threads, filled = call.heads, call.dim, call.threads, call.filled
-    live = _array(_pointer(call.live), (heads, call.queries, dim), np.float32)
-    mass = _array(_pointer(call.mass), (heads, call.queries), np.float32)
-    out = _array(_pointer(call.out), (heads, call.queries, dim), np.float32)
-    read = _array(_pointer(call.read), (threads, heads, (dim + WIDTH - 1) // WIDTH, filled, WIDTH), np.float32)
-    top = _array(_pointer(call.top), (threads, heads, filled), np.float32)
-    total = _array(_pointer(call.total), (threads, heads, filled), np.float32)
-    for first in range(0, threads, call.splits):
-        of = slice(first, first + call.splits)
-        _merge(first // call.splits * filled, live, mass, read[of], top[of], total[of], out)
-
-
-@njit(**_EXACT)  # type: ignore[untyped-decorator]
-def _place(call: Any, keys: Array, values: Array, of_type: Any) -> None:
-    """A thread's part of a call (see `Place`)."""
-    dim = call.dim
-    addresses = _array(_pointer(call.tensors), (call.segments, 3), np.int64)
-    begins = _array(_pointer(call.begins), (call.segments, call.heads + 1), np.int64)
-    first = _array(_pointer(call.first), (call.heads,), np.int64)
-    number = _array(_pointer(call.number), (call.heads,), np.int64)
-    bias = _array(_pointer(call.bias), (len(keys), WIDTH), np.float32)
-    total = number.sum()
-    for share in range(team.number(), _SHARES, team.size()):  # of the blocks, since heads differ in length
-        begin, end = first[0] + total * share // _SHARES, first[0] + total * (share + 1) // _SHARES
-        for head in range(call.heads):
-            low = (max(begin, first[head]) - first[head]) * WIDTH
-            high = (min(end, first[head] + number[head]) - first[head]) * WIDTH
-            at = 0  # of the head's slots
-            for segment in range(call.segments):
-                slots = begins[segment, head + 1] - begins[segment, head]
-                from_keys = _array(_pointer(addresses[segment, 0]), (begins[segment, head + 1], dim), of_type)
-                from_values = _array(_pointer(addresses[segment, 1]), (begins[segment, head + 1], dim), of_type)
-                from_bias = _array(_pointer(addresses[segment, 2]), (begins[segment, head + 1],), np.float32)
-                for place in range(max(low, at), min(high, at + slots)):
-                    slot = begins[segment, head] + place - at
-                    block, lane = first[head] + place // WIDTH, place % WIDTH
-                    for part in range(keys.shape[1]):
-                        for d in range(min(WIDTH, dim - part * WIDTH)):
-                            keys[block, part, d, lane] = from_keys[slot, part * WIDTH + d]
-                            values[block, part, lane, d] = from_values[slot, part * WIDTH + d]
-                        for d in range(dim - part * WIDTH, WIDTH):
-                            keys[block, part, d, lane] = 0
-                            values[block, part, lane, d] = 0
-                    bias[block, lane] = max(from_bias[slot], NONE)
-                at += slots
-            for empty in range(max(low, at), high):
-                block, lane = first[head] + empty // WIDTH, empty % WIDTH
-                keys[block, :, :, lane] = 0
-                values[block, :, lane] = 0
-                bias[block, lane] = NONE
-
-
-def _place_half(address: Any) -> None:
-    call = _array(address, (1,), _PLACE)[0]
-    shape = (call.blocks, (call.dim + WIDTH - 1) // WIDTH, WIDTH, WIDTH)
-    keys, values = _array(_pointer(call.keys), shape, np.uint16), _array(_pointer(call.values), shape, np.uint16)
-    _place(call, keys, values, np.uint16)
-
-
-def _place_single(address: Any) -> None:
-    call = _array(address, (1,), _PLACE)[0]
-    shape = (call.blocks, (call.dim + WIDTH - 1) // WIDTH, WIDTH, WIDTH)
-    keys, values = _array(_pointer(call.keys), shape, np.float32), _array(_pointer(call.values), shape, np.float32)
-    _place(call, keys, values, np.float32)
+def _attend_at(address: Any) -> None:
+    _attend(_array(address, (1,), _ATTEND)[0])
 
 
 @cache
-def prepare() -> dict[str, team.Task]:
-    """What is compiled, by name; some seconds the first time on a machine, and a fraction of one afterwards."""
-    made = (_attend_half, _attend_single, _merge_splits, _place_half, _place_single)
-    return {function.__name__: team.Task(function) for function in made}
+def prepare() -> team.Task:
+    """The compiled function; some seconds the first time on a machine, and a fraction of one afterwards."""
+    return team.Task(_attend_at)
 
 
-def attend(call: Attend, half: bool) -> None:
-    """Attention of queries over a layer's blocks, put together with what is read of the live tokens.
-
-    Args:
-        call: where everything is. half: whether keys and values are float16.
-    """
-    compiled = prepare()
-    compiled["_attend_half" if half else "_attend_single"](call, call.threads)
-    if call.splits > 1 or call.tokens:
-        compiled["_merge_splits"](call, 1)
-
-
-def place(call: Place, half: bool, threads: int) -> None:
-    """Copy the slots of segments into a layer's blocks.
-
-    Args:
-        call: where everything is. half: whether keys and values are float16. threads: that take part.
-    """
-    prepare()["_place_half" if half else "_place_single"](call, threads)
+def attend(call: Attend, threads: int) -> None:
+    """Attention of queries over the live tokens and a layer's slots, by so many threads."""
+    prepare()(call, threads)

@@ -1,4 +1,4 @@
-"""Prefixes made ready for attention: the ragged heads of many segments, laid out by layer."""
+"""Prefixes made ready for attention: the ragged heads of many segments, by layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from lloco_engine.decoder import blocks, ragged
+from lloco_engine.decoder.focus import Focused
 from lloco_engine.decoder.slots import LayerSlots
 from lloco_engine.types import Prefix
 
@@ -40,9 +41,10 @@ class Memory:
         ]
         self._focus = [0 if prefix is None else prefix.focus for prefix in prefixes]
         self._prior = [() if prefix is None else prefix.prior for prefix in prefixes]
+        self._focused = any(0 < most < len(row) for most, row in zip(self._focus, self._rows, strict=True))
         self._heads = next(segment.lengths.shape[1] for row in self._rows for segment in row)
         self._layers: dict[tuple[int, bool], LayerSlots] = {}
-        self._layout: ragged.Layout | None = None
+        self._segments: ragged.Segments | None = None
 
     @classmethod
     def of(
@@ -55,20 +57,22 @@ class Memory:
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)
 
     def layer(self, index: int) -> LayerSlots:
-        """The slots of one layer, laid out when it is first asked for: for the kernel where it serves, or in blocks."""
-        focused = any(0 < most < len(row) for most, row in zip(self._focus, self._rows, strict=True))
-        compiled = not torch.is_grad_enabled() and not focused and ragged.serves(self._device, self._dtype)
+        """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch."""
+        compiled = not torch.is_grad_enabled() and not self._focused and ragged.serves(self._device, self._dtype)
         if (index, compiled) not in self._layers:
             self._layers[index, compiled] = self._lay_out(index, compiled)
         return self._layers[index, compiled]
 
     def _lay_out(self, index: int, compiled: bool) -> LayerSlots:
         if not compiled:
-            limit = [most for most in self._focus for _ in range(self._heads)]
+            pieces = self._pieces(index)
+            if not self._focused:
+                return blocks.lay_out(pieces, self._device, self._dtype)
+            focus = [most for most in self._focus for _ in range(self._heads)]
             prior = [of_row for of_row in self._prior for _ in range(self._heads)]
-            return blocks.lay_out(self._pieces(index), self._device, self._dtype, limit=limit, prior=prior)
-        self._layout = self._layout or ragged.Layout(self._rows)
-        return self._layout.layer(index)
+            return Focused(pieces, focus, prior, self._device, self._dtype)
+        self._segments = self._segments or ragged.Segments(self._rows)
+        return ragged.Ragged(self._segments, index)
 
     def _pieces(self, layer: int) -> list[list[blocks.Piece]]:
         """A layer's slots by head, rows one after another: of each segment its keys, values and biases there."""

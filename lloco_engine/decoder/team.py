@@ -16,11 +16,12 @@ import torch
 from llvmlite import binding
 from numba import cfunc, njit, types
 
-__all__ = ["Task", "can_keep", "number", "size", "threads"]
+__all__ = ["Task", "can_keep", "number", "size", "threads", "wait"]
 
-# of OpenMP: this thread's number in its team, and the team's size; a compiled function calls them
+# of OpenMP, for compiled functions: this thread's number in its team, the team's size, and waiting until all are here
 number: Any = types.ExternalFunction("lloco_team_number", types.int32())
 size: Any = types.ExternalFunction("lloco_team_size", types.int32())
+wait: Any = types.ExternalFunction("lloco_team_wait", types.void())
 
 
 def _number_of_one() -> int:
@@ -31,24 +32,29 @@ def _size_of_one() -> int:
     return 1
 
 
+def _wait_for_none() -> None:
+    pass
+
+
 @cache
 def _of_one() -> list[Any]:
-    """What stands for `number` and `size` without OpenMP, held here: compiled functions know but the addresses."""
-    return [cfunc(types.int32())(function) for function in (_number_of_one, _size_of_one)]
+    """What stands for `number`, `size` and `wait` without OpenMP, held here: all that is known of it are addresses."""
+    numbers = [cfunc(types.int32())(function) for function in (_number_of_one, _size_of_one)]
+    return [*numbers, cfunc(types.void())(_wait_for_none)]
 
 
 @cache
 def _openmp() -> Any:
-    """torch's OpenMP, or None; what `number` and `size` stand for is settled here, once."""
+    """torch's OpenMP, or None; what `number`, `size` and `wait` stand for is settled here, once."""
     try:
         library: Any = ctypes.CDLL("libgomp.so.1")  # the name finds the copy that torch has loaded
-        functions = library.omp_get_thread_num, library.omp_get_num_threads
+        functions = library.omp_get_thread_num, library.omp_get_num_threads, library.GOMP_barrier
         addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
         library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         library.GOMP_parallel.restype = None
     except (OSError, AttributeError):
         library, addresses = None, [each.address for each in _of_one()]
-    for name, address in zip(("lloco_team_number", "lloco_team_size"), addresses, strict=True):
+    for name, address in zip(("lloco_team_number", "lloco_team_size", "lloco_team_wait"), addresses, strict=True):
         binding.add_symbol(name, address)
     return library
 
@@ -71,8 +77,7 @@ def threads() -> int:
 class Task:
     """A function of one address, compiled.
 
-    It does the parts of the work whose number is `number` and every `size`-th from there: a team may be smaller than
-    was asked for.
+    It does the share of the work that `number` and `size` say: a team may be smaller than was asked for.
 
     Args:
         function: of the module's top level, so that numba can keep what it compiles.
