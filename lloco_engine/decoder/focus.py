@@ -94,7 +94,7 @@ class _Head:
 
     @torch.no_grad()
     def _added(self, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """(B, G, T, N) what is added to the logits of the slots: their biases, and where a segment is not read, -inf."""
+        """(B, G, T, N) what is added to the slots' logits: their biases, and -inf where a segment is not read."""
         keys, _, bias = self._parts
         if not self._focus:
             return bias.expand(*q.shape[:3], -1)
