@@ -99,7 +99,7 @@ class _Head:
         if not self._focus:
             return bias.expand(*q.shape[:3], -1)
         logits = torch.matmul(q * scale, keys.T) + bias
-        largest = [part.amax(-1) if part.shape[-1] else None for part in logits.split(self._sizes.tolist(), dim=-1)]
+        largest = [part.amax(-1) if part.shape[-1] else None for part in torch.split(logits, self._sizes.tolist(), -1)]
         none = logits.new_full(logits.shape[:-1], -torch.inf)  # a segment that has no slot in this head
         scores = torch.stack([none if one is None else one for one in largest], dim=-1) + self._prior
         kept = scores >= scores.topk(self._focus, dim=-1).values[..., -1:] - TIE
