@@ -305,10 +305,12 @@ def test_a_layer_is_laid_out_once():
 @needs_kernel
 @pytest.mark.parametrize("dim", [4, 64, 72, 128])
 @pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("focus", [0, 1])
 @torch.no_grad()
-def test_the_kernel_reads_heads_of_any_size_alone_and_together(dim, count, monkeypatch):
+def test_the_kernel_reads_heads_of_any_size_alone_and_together(dim, count, focus, monkeypatch):
     long = halved(ragged(8, [[700, 1], [64, 128]], dim))
-    prefixes = [prefix(long, halved(ragged(9, [[1, 0], [0, 3]], dim)))]
+    others = (halved(ragged(9, [[1, 0], [0, 3]], dim)), halved(ragged(10, [[200, 9], [1, 70]], dim)))
+    prefixes = [prefix(long, *others, focus=focus, prior=(-4.0, 0.0, 0.0))]
     q = random(1, HEADS * 3, count, dim, seed=1)
     keys, values = (random(1, HEADS, count, dim, seed=seed) for seed in (2, 3))
     mask = torch.zeros(1, 1, count, count)

@@ -28,6 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lloco_engine.decoder import team
+from lloco_engine.decoder.focus import TIE
 
 __all__ = ["Attend", "attend", "parts", "prepare", "room", "runs"]
 
@@ -48,6 +49,7 @@ _COLUMNS = 4 if _WIDE else 2  # vectors of what few queries read, summed up in r
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": team.can_keep(), "fastmath": True}
 _NONE = np.float32(-1e30)  # logit of what is not to be read; finite, so that differences are no NaN
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_TIE = np.float32(TIE)
 _LEAST = -126.0  # 2**-126 is float32's smallest
 # Taylor's series of 2**f: up to f = 1/2 it leaves out about 1e-7, what float32 rounds off
 _SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]
@@ -267,7 +269,7 @@ def _ask_few(runs: Array, asked: Array, logits: Array) -> None:
     columns, at = asked.shape[1], logits.ctypes.data
     of, dim = asked.ctypes.data, len(asked) * _SPREAD
     depth = dim // _LANES
-    for keys, values, count, half in runs:
+    for keys, values, count, half, _ in runs:
         size = (2 if half else 4) * dim
         for slot in range(0, count - _ROWS + 1, _ROWS):
             for line in range((slot + WIDTH) * size, (slot + WIDTH + _ROWS) * size, 64):
@@ -292,7 +294,7 @@ def _take_few(runs: Array, logits: Array, read: Array) -> None:
     lanes, dim = logits.shape[1], read.shape[1]
     for column in range(0, dim, _COLUMNS * _LANES):
         at, to = logits.ctypes.data, read.ctypes.data + 4 * column
-        for _, values, count, half in runs:
+        for _, values, count, half, _ in runs:
             if half:
                 _sums_half(at, _SPREAD, lanes, values + 2 * column, dim, to, dim, count)
             else:
@@ -304,7 +306,7 @@ def _take_few(runs: Array, logits: Array, read: Array) -> None:
 def _gather(runs: Array, keys: Array, values: Array) -> None:
     """Copy runs' keys and values to ``keys`` (WIDTH, D) and ``values``, as float32."""
     dim, to = keys.shape[1], 0
-    for from_keys, from_values, count, half in runs:
+    for from_keys, from_values, count, half, _ in runs:
         if half:
             half_keys = _array(_pointer(from_keys), (count, dim), np.uint16)
             half_values = _array(_pointer(from_values), (count, dim), np.uint16)
@@ -318,6 +320,23 @@ def _gather(runs: Array, keys: Array, values: Array) -> None:
         else:
             keys[to : to + count] = _array(_pointer(from_keys), (count, dim), np.float32)
             values[to : to + count, :dim] = _array(_pointer(from_values), (count, dim), np.float32)
+        to += count
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _gather_keys(runs: Array, keys: Array) -> None:
+    """As `_gather`, the keys alone."""
+    dim, to = keys.shape[1], 0
+    for from_keys, _, count, half, _ in runs:
+        if half:
+            half_keys = _array(_pointer(from_keys), (count, dim), np.uint16)
+            for slot in range(count):
+                for line in range(2 * dim * (slot + WIDTH), 2 * dim * (slot + WIDTH + 1), 64):
+                    _fetch(from_keys + line)
+                for d in range(dim):
+                    keys[to + slot, d] = _single(half_keys[slot, d])
+        else:
+            keys[to : to + count] = _array(_pointer(from_keys), (count, dim), np.float32)
         to += count
 
 
@@ -357,6 +376,10 @@ class Attend(ctypes.Structure):
     (rows or 1,) int64: the first of a row's segments; ``slots`` (rows or 1, H) int64: how many slots its heads have in
     all of them. ``shared`` is 1 where all rows have the same, ``half`` where keys and values are float16.
 
+    ``focused`` is 1 where some queries do not read every segment: of ``many`` (rows or 1,) int64, a row's segments, at
+    most ``most``, each query reads ``focus`` (rows or 1,) int64 (0: all), and ``prior`` (segments,) float32 (see
+    `lloco_engine.decoder.focus`). ``largest``: room for (threads, parts * rows * H, most, P / spread) float32.
+
     ``each``, ``filled`` and ``spread``: queries of a part, lanes that they fill (P), and lanes of a query.
     ``scratch``: ``room`` numbers of float32 for each thread.
     """
@@ -365,6 +388,7 @@ class Attend(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q", "q_row", "q_head", "q_token", "out")),
         *((name, ctypes.c_int64) for name in ("live_keys", "live_values", "live_row", "live_head", "mask", "mask_row")),
         *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "slots", "segments", "shared", "half")),
+        *((name, ctypes.c_int64) for name in ("focused", "many", "most", "focus", "prior", "largest")),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "group", "tokens", "live", "dim")),
         *((name, ctypes.c_int64) for name in ("each", "filled", "spread", "room", "scratch")),
         ("scale", ctypes.c_double),
@@ -413,45 +437,51 @@ def _find(
     head: int,
     first: int,
     count: int,
+    wanted: Array,
     runs: Array,
     logits: Array,
 ) -> Any:
-    """Where ``count`` of a head's live tokens and slots from ``first`` on lie: ``runs`` (WIDTH, 4), returned how many.
+    """Where ``count`` of a head's live tokens and slots from ``first`` on lie: ``runs`` (WIDTH, 5).
 
-    ``cursor`` (2,) is the segment to look at first and which of the head's tokens and slots its first is; it
-    goes on from call to call. A run is the addresses of its keys and values, how many they are, and whether they are in
-    half precision. The biases go to ``logits`` (WIDTH, P), divided among the lanes of a query.
+    ``cursor`` (3,) is the segment to look at first, which of the head's tokens and slots its first is, and the row's
+    first segment; it goes on from call to call. Segments that are not ``wanted`` (most,) are left out. A run is the
+    addresses of its keys and values, how many they are, whether they are in half precision, and the number of the
+    segment in its row (-1: live tokens). The biases go to ``logits`` (WIDTH, P), divided among the lanes of a query.
+
+    Returns:
+        how many runs there are, and how many tokens and slots in them.
     """
-    dim, live, number = call.dim, call.live, 0
+    dim, live, number, total = call.dim, call.live, 0, 0
     if first < live:
         at = 4 * (row * call.live_row + head * call.live_head + first * dim)
-        many = min(count, live - first)
-        runs[0, 0], runs[0, 1], runs[0, 2], runs[0, 3] = call.live_keys + at, call.live_values + at, many, 0
-        logits[:many] = _ZERO
+        total = min(count, live - first)
+        runs[0, 0], runs[0, 1], runs[0, 2], runs[0, 3] = call.live_keys + at, call.live_values + at, total, 0
+        runs[0, 4] = -1
+        logits[:total] = _ZERO
         number = 1
     tensors = _array(_pointer(call.tensors), (call.segments, 3), np.int64)
     size, part = 2 if call.half else 4, _ONE / np.float32(call.spread)
-    segment, at = cursor
+    segment, at, begun = cursor
     while at < first + count and segment < call.segments:
         begin = begins[segment, head]
         after = at + begins[segment, head + 1] - begin
         low, high = max(first, at), min(first + count, after)
-        if low < high:
+        if low < high and (call.focused == 0 or wanted[segment - begun]):
             slot = begin + low - at
             runs[number, 0], runs[number, 1] = (
                 tensors[segment, 0] + slot * dim * size,
                 tensors[segment, 1] + slot * dim * size,
             )
-            runs[number, 2], runs[number, 3] = high - low, call.half
+            runs[number, 2], runs[number, 3], runs[number, 4] = high - low, call.half, segment - begun
             bias = _array(_pointer(tensors[segment, 2] + 4 * slot), (high - low,), np.float32)
             for place in range(high - low):
-                logits[low - first + place] = max(bias[place], _NONE) * part
-            number += 1
+                logits[total + place] = max(bias[place], _NONE) * part
+            number, total = number + 1, total + high - low
         if after > first + count:
             break
         segment, at = segment + 1, after
     cursor[0], cursor[1] = segment, at
-    return number
+    return number, total
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
@@ -461,6 +491,64 @@ def _hide(call: Any, part: int, row: int, first: int, count: int, logits: Array)
     for s in range(min(call.live - first, WIDTH)):
         for p in range(count):
             logits[s, p * call.spread] += max(mask[(part * call.each + p) % call.tokens, first + s], _NONE)
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _note(runs: Array, spread: int, logits: Array, largest: Array) -> None:
+    """Note the largest of the runs' ``logits`` (WIDTH, P), by segment and query: ``largest`` (most, P / spread)."""
+    at = 0
+    for _, _, count, _, segment in runs:
+        for slot in range(at, at + count):
+            for p in range(largest.shape[1]):
+                logit = logits[slot, p * spread]
+                for lane in range(1, spread):
+                    logit += logits[slot, p * spread + lane]
+                largest[segment, p] = max(largest[segment, p], logit)
+        at += count
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _choose(largest: Array, prior: Array, focus: int, count: int, chosen: Array, wanted: Array) -> None:
+    """Which segments each query reads, ``chosen`` (most, P / spread), and which any of ``count`` does, ``wanted``.
+
+    ``largest`` (threads, most, P / spread) is what each thread noted; ``prior`` is the row's, one number a segment.
+    """
+    many = len(prior)
+    scores = np.empty(many, np.float32)
+    wanted[:] = 0
+    for p in range(count):
+        for segment in range(many):
+            high = largest[0, segment, p]
+            for thread in range(1, len(largest)):
+                high = max(high, largest[thread, segment, p])
+            scores[segment] = high + prior[segment]
+        # the focus-th highest, those above it counted as often as they are there
+        last, left = np.float32(scores.max()), focus
+        while True:
+            below = np.float32(2) * _NONE
+            for segment in range(many):
+                if scores[segment] == last:
+                    left -= 1
+                elif scores[segment] < last:
+                    below = max(below, scores[segment])
+            if left <= 0:
+                break
+            last = below
+        for segment in range(many):
+            chosen[segment, p] = scores[segment] >= last - _TIE
+            wanted[segment] |= chosen[segment, p]
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _ignore(runs: Array, spread: int, count: int, chosen: Array, logits: Array) -> None:
+    """Take segments that a query has not ``chosen`` out of its ``logits``."""
+    at = 0
+    for _, _, slots, _, segment in runs:
+        for p in range(count if segment >= 0 else 0):
+            if not chosen[segment, p]:
+                for slot in range(at, at + slots):
+                    logits[slot, p * spread] = _NONE
+        at += slots
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
@@ -509,6 +597,9 @@ def _attend(call: Any) -> None:
     begins = _array(_pointer(call.begins), (call.segments, heads + 1), np.int64)
     of_row = _array(_pointer(call.of_row), (1 if call.shared else rows,), np.int64)
     slots = _array(_pointer(call.slots), (len(of_row), heads), np.int64)
+    many = _array(_pointer(call.many), (len(of_row),), np.int64)
+    focus = _array(_pointer(call.focus), (len(of_row),), np.int64)
+    prior = _array(_pointer(call.prior), (call.segments,), np.float32)
     size, thread, wide = team.size(), team.number(), dim + -dim % _LANES
     read, top, total = _held(call, thread)
     begin = 4 * (thread * call.room + 2 * filled * (wide + 2))
@@ -518,10 +609,35 @@ def _attend(call: Any) -> None:
     logits, scratch = scratch[: WIDTH * filled].reshape(WIDTH, filled), scratch[WIDTH * filled :]
     asked, shrink = scratch[: dim // spread * filled].reshape(dim // spread, filled), scratch[dim * filled :]
 
-    runs, cursor = np.empty((WIDTH, 4), np.int64), np.empty(2, np.int64)
+    runs, cursor = np.empty((WIDTH, 5), np.int64), np.empty(3, np.int64)
     number = (call.group * call.tokens + call.each - 1) // call.each
     line = number * (rows * heads * live + slots.sum() * (rows // len(of_row)))
     begin, end = line * thread // size, line * (thread + 1) // size
+    wanted = np.ones(call.most, np.uint8)
+    chosen = np.empty((call.most, filled // spread), np.uint8)
+    noted = (size, number * rows * heads, call.most, filled // spread)
+    largest = _array(_pointer(call.largest), noted, np.float32)
+    if call.focused:
+        largest[thread] = _NONE
+        at = 0
+        for place in range(number * rows * heads):
+            part, row, head = place // (rows * heads), place // heads % rows, place % heads
+            own = 0 if call.shared else row
+            length = live + slots[own, head]
+            if focus[own] and at < end and begin < at + length:
+                _ask(call, part, row, head, asked)
+                cursor[0], cursor[1], cursor[2] = of_row[own], live, of_row[own]
+                for first in range(max(begin - at, live), min(end - at, length), WIDTH):
+                    some = min(min(end - at, length) - first, WIDTH)
+                    several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs, logits)
+                    if spread > 1:
+                        _ask_few(runs[:several], asked, logits)
+                    else:
+                        _gather_keys(runs[:several], keys)
+                        _add_product(keys.ctypes.data, dim, 1, asked, logits, some, dim)
+                    _note(runs[:several], spread, logits, largest[thread, place])
+            at += length
+        team.wait()
     at = 0
     for place in range(number * rows * heads):
         part, row, head = place // (rows * heads), place // heads % rows, place % heads
@@ -532,10 +648,19 @@ def _attend(call: Any) -> None:
             read[held] = _ZERO
             top[held] = _NONE
             total[held] = _ZERO
-            cursor[0], cursor[1] = of_row[0 if call.shared else row], live
+            own = 0 if call.shared else row
+            cursor[0], cursor[1], cursor[2] = of_row[own], live, of_row[own]
+            if call.focused and focus[own]:
+                of = slice(of_row[own], of_row[own] + many[own])
+                _choose(largest[:, place], prior[of], focus[own], count, chosen, wanted)
+            else:
+                wanted[:] = 1
             for first in range(max(begin - at, 0), min(end - at, length), WIDTH):
                 some = min(min(end - at, length) - first, WIDTH)
-                found = runs[: _find(call, begins, cursor, row, head, first, some, runs, logits)]
+                several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs, logits)
+                if some == 0:
+                    continue
+                found = runs[:several]
                 if call.mask and first < live:
                     _hide(call, part, row, first, count, logits)
                 if spread > 1:  # read once, so there is nothing to keep
@@ -543,6 +668,8 @@ def _attend(call: Any) -> None:
                 else:
                     _gather(found, keys, values)
                     _add_product(keys.ctypes.data, dim, 1, asked, logits, some, dim)
+                if call.focused and focus[own]:
+                    _ignore(found, spread, count, chosen, logits)
                 _weigh_all(some, spread, logits, shrink, top[held], total[held], read[held])
                 if spread > 1:
                     _take_few(found, logits, read[held])

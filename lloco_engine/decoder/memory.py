@@ -58,7 +58,7 @@ class Memory:
 
     def layer(self, index: int) -> LayerSlots:
         """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch."""
-        compiled = not torch.is_grad_enabled() and not self._focused and ragged.serves(self._device, self._dtype)
+        compiled = not torch.is_grad_enabled() and ragged.serves(self._device, self._dtype)
         if (index, compiled) not in self._layers:
             self._layers[index, compiled] = self._lay_out(index, compiled)
         return self._layers[index, compiled]
@@ -71,7 +71,7 @@ class Memory:
             focus = [most for most in self._focus for _ in range(self._heads)]
             prior = [of_row for of_row in self._prior for _ in range(self._heads)]
             return Focused(pieces, focus, prior, self._device, self._dtype)
-        self._segments = self._segments or ragged.Segments(self._rows)
+        self._segments = self._segments or ragged.Segments(self._rows, self._focus, self._prior)
         return ragged.Ragged(self._segments, index)
 
     def _pieces(self, layer: int) -> list[list[blocks.Piece]]:

@@ -30,9 +30,13 @@ class Segments:
 
     Args:
         rows: the segments of each row, on the CPU.
+        focus: of each row, how many of them a query reads (0: all).
+        prior: of each row, one number a segment, or none: see `lloco_engine.decoder.focus`.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Segment]]) -> None:
+    def __init__(
+        self, rows: Sequence[Sequence[Segment]], focus: Sequence[int], prior: Sequence[Sequence[float]]
+    ) -> None:
         segments = [segment for row in rows for segment in row]
         half = all(t.dtype == torch.float16 for one in segments for t in (one.keys, one.values))
         dtype = torch.float16 if half else torch.float32
@@ -45,7 +49,13 @@ class Segments:
         begins = np.concatenate((ends[:, :, :1] - lengths[:, :, :1], ends), 2)
         self._begins = np.ascontiguousarray(begins.swapaxes(0, 1))  # (layers, segments, heads + 1)
         many = [len(row) for row in rows]
+        self._many = np.array(many, np.int64)
         self._of_row = np.cumsum(many, dtype=np.int64) - many
+        self._focus = np.array(
+            [most if most < len(row) else 0 for most, row in zip(focus, rows, strict=True)], np.int64
+        )
+        priors = [given or [0.0] * len(row) for given, row in zip(prior, rows, strict=True)]
+        self._prior = np.array([one for given in priors for one in given], np.float32)
         of_rows = np.split(lengths, self._of_row[1:])
         self._slots = np.stack([of_row.sum(0) for of_row in of_rows], 1)  # (layers, rows, heads)
         self._shapes: tuple[object, ...] = ()  # of what was last asked
@@ -55,6 +65,11 @@ class Segments:
             segments=len(segments),
             shared=len(rows) == 1,
             half=half,
+            focused=bool(self._focus.any()),
+            many=self._many.ctypes.data,
+            most=max(many),
+            focus=self._focus.ctypes.data,
+            prior=self._prior.ctypes.data,
         )
 
     def layer(self, index: int) -> tuple[int, int, int]:
@@ -78,6 +93,9 @@ class Segments:
             call.room = kernel.room(call.dim, call.filled)
             self._scratch = torch.zeros(threads, call.room)  # torch begins it with a line of the cache
             call.scratch = self._scratch.data_ptr()
+            places = -(-call.group * call.tokens // call.each) * call.rows * call.heads
+            self._largest = torch.empty(threads if call.focused else 0, places, call.most, call.filled // call.spread)
+            call.largest = self._largest.data_ptr()
         self._call.q = q.data_ptr()
         return self._call
 
