@@ -90,7 +90,7 @@ def read_by(query, prefix, layer, head, scale) -> list[Segment]:
     for segment, prior in zip(prefix.segments, prefix.prior or [0.0] * len(prefix.segments), strict=True):
         here = slots_of(segment, layer, head)
         logits = scale * (segment.keys[here].double() @ query.double()) + segment.bias[here]
-        scores.append(float(logits.max()) + prior)
+        scores.append(float(logits.max()) + prior if len(logits) else -math.inf)
     last = sorted(scores, reverse=True)[prefix.focus - 1]
     return [one for one, score in zip(prefix.segments, scores, strict=True) if score >= last - TIE]
 
