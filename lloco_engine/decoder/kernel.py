@@ -264,17 +264,21 @@ def _add_product(a: int, a_row: int, a_column: int, b: Array, out: Array, rows: 
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _ask_few(runs: Array, asked: Array, logits: Array) -> None:
-    """Add to ``logits`` (WIDTH, P) the products of runs' keys, where they are, with few queries ``asked``."""
+def _ask_few(runs: Array, asked: Array, logits: Array, ahead: bool) -> None:
+    """Add to ``logits`` (WIDTH, P) the products of runs' keys, where they are, with few queries ``asked``.
+
+    With ``ahead`` their values are brought nearer meanwhile.
+    """
     columns, at = asked.shape[1], logits.ctypes.data
     of, dim = asked.ctypes.data, len(asked) * _SPREAD
     depth = dim // _LANES
-    for keys, values, count, half, _ in runs:
+    for keys, values, count, half, _, _, _ in runs:
         size = (2 if half else 4) * dim
         for slot in range(0, count - _ROWS + 1, _ROWS):
             for line in range((slot + WIDTH) * size, (slot + WIDTH + _ROWS) * size, 64):
                 _fetch(keys + line)
-                _fetch(values + line)
+                if ahead:
+                    _fetch(values + line)
             if half:
                 _dots_half(keys + 2 * slot * dim, dim, _LANES, of, columns, at, columns, depth)
             else:
@@ -294,7 +298,7 @@ def _take_few(runs: Array, logits: Array, read: Array) -> None:
     lanes, dim = logits.shape[1], read.shape[1]
     for column in range(0, dim, _COLUMNS * _LANES):
         at, to = logits.ctypes.data, read.ctypes.data + 4 * column
-        for _, values, count, half, _ in runs:
+        for _, values, count, half, _, _, _ in runs:
             if half:
                 _sums_half(at, _SPREAD, lanes, values + 2 * column, dim, to, dim, count)
             else:
@@ -303,40 +307,20 @@ def _take_few(runs: Array, logits: Array, read: Array) -> None:
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _gather(runs: Array, keys: Array, values: Array) -> None:
-    """Copy runs' keys and values to ``keys`` (WIDTH, D) and ``values``, as float32."""
-    dim, to = keys.shape[1], 0
-    for from_keys, from_values, count, half, _ in runs:
-        if half:
-            half_keys = _array(_pointer(from_keys), (count, dim), np.uint16)
-            half_values = _array(_pointer(from_values), (count, dim), np.uint16)
+def _gather(runs: Array, which: int, dim: int, out: Array) -> None:
+    """Copy runs' keys (``which`` 0) or values (1) to ``out`` (WIDTH, D or more), as float32."""
+    to = 0
+    for run in runs:
+        count = run[2]
+        if run[3]:
+            half = _array(_pointer(run[which]), (count, dim), np.uint16)
             for slot in range(count):
                 for line in range(2 * dim * (slot + WIDTH), 2 * dim * (slot + WIDTH + 1), 64):
-                    _fetch(from_keys + line)
-                    _fetch(from_values + line)
+                    _fetch(run[which] + line)
                 for d in range(dim):
-                    keys[to + slot, d] = _single(half_keys[slot, d])
-                    values[to + slot, d] = _single(half_values[slot, d])
+                    out[to + slot, d] = _single(half[slot, d])
         else:
-            keys[to : to + count] = _array(_pointer(from_keys), (count, dim), np.float32)
-            values[to : to + count, :dim] = _array(_pointer(from_values), (count, dim), np.float32)
-        to += count
-
-
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _gather_keys(runs: Array, keys: Array) -> None:
-    """As `_gather`, the keys alone."""
-    dim, to = keys.shape[1], 0
-    for from_keys, _, count, half, _ in runs:
-        if half:
-            half_keys = _array(_pointer(from_keys), (count, dim), np.uint16)
-            for slot in range(count):
-                for line in range(2 * dim * (slot + WIDTH), 2 * dim * (slot + WIDTH + 1), 64):
-                    _fetch(from_keys + line)
-                for d in range(dim):
-                    keys[to + slot, d] = _single(half_keys[slot, d])
-        else:
-            keys[to : to + count] = _array(_pointer(from_keys), (count, dim), np.float32)
+            out[to : to + count, :dim] = _array(_pointer(run[which]), (count, dim), np.float32)
         to += count
 
 
@@ -378,7 +362,8 @@ class Attend(ctypes.Structure):
 
     ``focused`` is 1 where some queries do not read every segment: of ``many`` (rows or 1,) int64, a row's segments, at
     most ``most``, each query reads ``focus`` (rows or 1,) int64 (0: all), and ``prior`` (segments,) float32 (see
-    `lloco_engine.decoder.focus`). ``largest``: room for (threads, parts * rows * H, most, P / spread) float32.
+    `lloco_engine.decoder.focus`). ``largest``: room for (threads, parts * rows * H, most, P) float32; ``kept``: for P
+    logits of everything in the line, and of 8 more for each thread.
 
     ``each``, ``filled`` and ``spread``: queries of a part, lanes that they fill (P), and lanes of a query.
     ``scratch``: ``room`` numbers of float32 for each thread.
@@ -388,7 +373,7 @@ class Attend(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q", "q_row", "q_head", "q_token", "out")),
         *((name, ctypes.c_int64) for name in ("live_keys", "live_values", "live_row", "live_head", "mask", "mask_row")),
         *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "slots", "segments", "shared", "half")),
-        *((name, ctypes.c_int64) for name in ("focused", "many", "most", "focus", "prior", "largest")),
+        *((name, ctypes.c_int64) for name in ("focused", "many", "most", "focus", "prior", "largest", "kept")),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "group", "tokens", "live", "dim")),
         *((name, ctypes.c_int64) for name in ("each", "filled", "spread", "room", "scratch")),
         ("scale", ctypes.c_double),
@@ -430,23 +415,14 @@ def _ask(call: Any, part: int, row: int, head: int, asked: Array) -> Any:
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _find(
-    call: Any,
-    begins: Array,
-    cursor: Array,
-    row: int,
-    head: int,
-    first: int,
-    count: int,
-    wanted: Array,
-    runs: Array,
-    logits: Array,
+    call: Any, begins: Array, cursor: Array, row: int, head: int, first: int, count: int, wanted: Array, runs: Array
 ) -> Any:
-    """Where ``count`` of a head's live tokens and slots from ``first`` on lie: ``runs`` (WIDTH, 5).
+    """Where ``count`` of a head's live tokens and slots from ``first`` on lie: ``runs`` (WIDTH, 7).
 
     ``cursor`` (3,) is the segment to look at first, which of the head's tokens and slots its first is, and the row's
     first segment; it goes on from call to call. Segments that are not ``wanted`` (most,) are left out. A run is the
-    addresses of its keys and values, how many they are, whether they are in half precision, and the number of the
-    segment in its row (-1: live tokens). The biases go to ``logits`` (WIDTH, P), divided among the lanes of a query.
+    addresses of its keys and values, how many they are, whether they are in half precision, the number of the segment
+    in its row (-1: live tokens), the address of its biases (0: none), and how far behind ``first`` it begins.
 
     Returns:
         how many runs there are, and how many tokens and slots in them.
@@ -455,33 +431,41 @@ def _find(
     if first < live:
         at = 4 * (row * call.live_row + head * call.live_head + first * dim)
         total = min(count, live - first)
-        runs[0, 0], runs[0, 1], runs[0, 2], runs[0, 3] = call.live_keys + at, call.live_values + at, total, 0
-        runs[0, 4] = -1
-        logits[:total] = _ZERO
+        runs[0, 0], runs[0, 1], runs[0, 2] = call.live_keys + at, call.live_values + at, total
+        runs[0, 3], runs[0, 4], runs[0, 5], runs[0, 6] = 0, -1, 0, 0
         number = 1
     tensors = _array(_pointer(call.tensors), (call.segments, 3), np.int64)
-    size, part = 2 if call.half else 4, _ONE / np.float32(call.spread)
+    size = 2 if call.half else 4
     segment, at, begun = cursor
     while at < first + count and segment < call.segments:
         begin = begins[segment, head]
         after = at + begins[segment, head + 1] - begin
         low, high = max(first, at), min(first + count, after)
-        if low < high and (call.focused == 0 or wanted[segment - begun]):
-            slot = begin + low - at
-            runs[number, 0], runs[number, 1] = (
-                tensors[segment, 0] + slot * dim * size,
-                tensors[segment, 1] + slot * dim * size,
-            )
-            runs[number, 2], runs[number, 3], runs[number, 4] = high - low, call.half, segment - begun
-            bias = _array(_pointer(tensors[segment, 2] + 4 * slot), (high - low,), np.float32)
-            for place in range(high - low):
-                logits[total + place] = max(bias[place], _NONE) * part
+        if low < high and wanted[segment - begun]:
+            slot, run = begin + low - at, runs[number]
+            run[0], run[1] = tensors[segment, 0] + slot * dim * size, tensors[segment, 1] + slot * dim * size
+            run[2], run[3], run[4] = high - low, call.half, segment - begun
+            run[5], run[6] = tensors[segment, 2] + 4 * slot, low - first
             number, total = number + 1, total + high - low
         if after > first + count:
             break
         segment, at = segment + 1, after
     cursor[0], cursor[1] = segment, at
     return number, total
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _begin(runs: Array, spread: int, logits: Array) -> None:
+    """Begin ``logits`` (WIDTH, P) with the runs' biases, divided among the lanes of a query."""
+    at, part = 0, _ONE / np.float32(spread)
+    for _, _, count, _, _, biases, _ in runs:
+        if biases:
+            bias = _array(_pointer(biases), (count,), np.float32)
+            for place in range(count):
+                logits[at + place] = max(bias[place], _NONE) * part
+        else:
+            logits[at : at + count] = _ZERO
+        at += count
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
@@ -495,60 +479,112 @@ def _hide(call: Any, part: int, row: int, first: int, count: int, logits: Array)
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _note(runs: Array, spread: int, logits: Array, largest: Array) -> None:
-    """Note the largest of the runs' ``logits`` (WIDTH, P), by segment and query: ``largest`` (most, P / spread)."""
+    """Note the largest of the runs' ``logits`` (WIDTH, P) by segment and query, ``largest`` (most, P).
+
+    That of a query with several lanes is noted in the first of them.
+    """
     at = 0
-    for _, _, count, _, segment in runs:
+    for _, _, count, _, segment, _, _ in runs:
+        high = largest[segment]
         for slot in range(at, at + count):
-            for p in range(largest.shape[1]):
-                logit = logits[slot, p * spread]
-                for lane in range(1, spread):
-                    logit += logits[slot, p * spread + lane]
-                largest[segment, p] = max(largest[segment, p], logit)
+            of = logits[slot]
+            if spread == 1:
+                for lane in range(len(of)):
+                    high[lane] = max(high[lane], of[lane])
+            else:
+                for lane in range(0, len(of), _SPREAD):
+                    high[lane] = max(high[lane], (of[lane] + of[lane + 1]) + (of[lane + 2] + of[lane + 3]))
         at += count
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _choose(largest: Array, prior: Array, focus: int, count: int, chosen: Array, wanted: Array) -> None:
-    """Which segments each query reads, ``chosen`` (most, P / spread), and which any of ``count`` does, ``wanted``.
+def _choose(largest: Array, prior: Array, focus: int, count: int, spread: int, barred: Array, wanted: Array) -> None:
+    """Which segments each query reads: ``barred`` (most, P) is added to logits of those that it does not.
 
-    ``largest`` (threads, most, P / spread) is what each thread noted; ``prior`` is the row's, one number a segment.
+    ``largest`` (threads, most, P) is what each thread noted; ``prior`` is the row's, one number a segment. ``wanted``
+    (most,) are the segments that any of ``count`` queries reads.
     """
-    many = len(prior)
-    scores = np.empty(many, np.float32)
-    wanted[:] = 0
-    for p in range(count):
-        for segment in range(many):
-            high = largest[0, segment, p]
+    many, lanes = len(prior), largest.shape[2]
+    scores = np.empty((many, lanes), np.float32)
+    last, where = np.empty(lanes, np.float32), np.empty(lanes, np.int32)
+    for segment in range(many):
+        for lane in range(lanes):
+            high = largest[0, segment, lane]
             for thread in range(1, len(largest)):
-                high = max(high, largest[thread, segment, p])
-            scores[segment] = high + prior[segment]
-        # the focus-th highest, those above it counted as often as they are there
-        last, left = np.float32(scores.max()), focus
-        while True:
-            below = np.float32(2) * _NONE
-            for segment in range(many):
-                if scores[segment] == last:
-                    left -= 1
-                elif scores[segment] < last:
-                    below = max(below, scores[segment])
-            if left <= 0:
-                break
-            last = below
-        for segment in range(many):
-            chosen[segment, p] = scores[segment] >= last - _TIE
-            wanted[segment] |= chosen[segment, p]
+                high = max(high, largest[thread, segment, lane])
+            scores[segment, lane] = high + prior[segment]
+    left = scores.copy()
+    for _ in range(focus):  # the highest is taken away
+        last[:] = left[0]
+        where[:] = 0
+        for segment in range(1, many):
+            for lane in range(lanes):
+                higher = left[segment, lane] > last[lane]
+                last[lane] = left[segment, lane] if higher else last[lane]
+                where[lane] = segment if higher else where[lane]
+        for lane in range(lanes):
+            left[where[lane], lane] = 4 * _NONE
+    for segment in range(many):
+        for lane in range(lanes):
+            barred[segment, lane] = _ZERO if scores[segment, lane] >= last[lane] - _TIE else _NONE
+        wanted[segment] = (barred[segment, : count * spread : spread] == _ZERO).any()
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _ignore(runs: Array, spread: int, count: int, chosen: Array, logits: Array) -> None:
-    """Take segments that a query has not ``chosen`` out of its ``logits``."""
+def _bar(runs: Array, barred: Array, logits: Array) -> None:
+    """Take segments that a query does not read out of the runs' ``logits`` (WIDTH, P)."""
     at = 0
-    for _, _, slots, _, segment in runs:
-        for p in range(count if segment >= 0 else 0):
-            if not chosen[segment, p]:
-                for slot in range(at, at + slots):
-                    logits[slot, p * spread] = _NONE
-        at += slots
+    for _, _, count, _, segment, _, _ in runs:
+        bar = barred[segment]
+        for slot in range(at, at + count):
+            of = logits[slot]
+            for lane in range(len(of)):
+                of[lane] += bar[lane]
+        at += count
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _joined(runs: Array, first: int) -> Any:
+    """The run behind those that follow each other from the ``first`` on, and how many slots these have."""
+    last, some = first + 1, runs[first, 2]
+    while last < len(runs) and runs[last, 6] == runs[first, 6] + some:
+        some += runs[last, 2]
+        last += 1
+    return last, some
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _look(runs: Array, some: int, spread: int, dim: int, asked: Array, keys: Array, logits: Array, ahead: bool) -> None:
+    """``logits`` (WIDTH, P) of the runs' ``some`` keys; ``keys`` (WIDTH, D) is room, ``ahead`` as in `_ask_few`."""
+    _begin(runs, spread, logits)
+    if spread > 1:  # read once, so there is nothing to keep
+        _ask_few(runs, asked, logits, ahead)
+    else:
+        _gather(runs, 0, dim, keys)
+        _add_product(keys.ctypes.data, dim, 1, asked, logits, some, dim)
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _take(
+    runs: Array,
+    some: int,
+    spread: int,
+    dim: int,
+    logits: Array,
+    values: Array,
+    shrink: Array,
+    top: Array,
+    total: Array,
+    read: Array,
+) -> None:
+    """Add to ``read`` the runs' ``some`` values by their ``logits``: see `_weigh_all`. ``values`` (WIDTH, D) is room."""
+    _weigh_all(some, spread, logits, shrink, top, total, read)
+    if spread > 1:
+        _take_few(runs, logits, read)
+    else:
+        _gather(runs, 1, dim, values)
+        filled = logits.shape[1]
+        _add_product(logits.ctypes.data, 1, filled, values, read, filled, some)
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
@@ -609,15 +645,16 @@ def _attend(call: Any) -> None:
     logits, scratch = scratch[: WIDTH * filled].reshape(WIDTH, filled), scratch[WIDTH * filled :]
     asked, shrink = scratch[: dim // spread * filled].reshape(dim // spread, filled), scratch[dim * filled :]
 
-    runs, cursor = np.empty((WIDTH, 5), np.int64), np.empty(3, np.int64)
+    runs, cursor = np.empty((WIDTH, 7), np.int64), np.empty(3, np.int64)
     number = (call.group * call.tokens + call.each - 1) // call.each
     line = number * (rows * heads * live + slots.sum() * (rows // len(of_row)))
     begin, end = line * thread // size, line * (thread + 1) // size
     wanted = np.ones(call.most, np.uint8)
-    chosen = np.empty((call.most, filled // spread), np.uint8)
-    noted = (size, number * rows * heads, call.most, filled // spread)
-    largest = _array(_pointer(call.largest), noted, np.float32)
     if call.focused:
+        largest = _array(_pointer(call.largest), (size, number * rows * heads, call.most, filled), np.float32)
+        # products are taken up to a multiple of rows: each thread's begin so many further on, out of the others' way
+        kept = _array(_pointer(call.kept), (line + _ROWS * size, filled), np.float32)
+        barred = np.empty((call.most, filled), np.float32)
         largest[thread] = _NONE
         at = 0
         for place in range(number * rows * heads):
@@ -629,52 +666,48 @@ def _attend(call: Any) -> None:
                 cursor[0], cursor[1], cursor[2] = of_row[own], live, of_row[own]
                 for first in range(max(begin - at, live), min(end - at, length), WIDTH):
                     some = min(min(end - at, length) - first, WIDTH)
-                    several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs, logits)
-                    if spread > 1:
-                        _ask_few(runs[:several], asked, logits)
-                    else:
-                        _gather_keys(runs[:several], keys)
-                        _add_product(keys.ctypes.data, dim, 1, asked, logits, some, dim)
-                    _note(runs[:several], spread, logits, largest[thread, place])
+                    several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs)
+                    found, here = runs[:several], kept[at + first + _ROWS * thread :]
+                    _look(found, some, spread, dim, asked, keys, here, False)
+                    _note(found, spread, here, largest[thread, place])
             at += length
         team.wait()
     at = 0
     for place in range(number * rows * heads):
         part, row, head = place // (rows * heads), place // heads % rows, place % heads
-        length = live + slots[0 if call.shared else row, head]
+        own = 0 if call.shared else row
+        length = live + slots[own, head]
         if at < end and begin < at + length:
             held = 0 if at <= begin else 1
             count = _ask(call, part, row, head, asked)
             read[held] = _ZERO
             top[held] = _NONE
             total[held] = _ZERO
-            own = 0 if call.shared else row
             cursor[0], cursor[1], cursor[2] = of_row[own], live, of_row[own]
-            if call.focused and focus[own]:
-                of = slice(of_row[own], of_row[own] + many[own])
-                _choose(largest[:, place], prior[of], focus[own], count, chosen, wanted)
-            else:
-                wanted[:] = 1
-            for first in range(max(begin - at, 0), min(end - at, length), WIDTH):
-                some = min(min(end - at, length) - first, WIDTH)
-                several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs, logits)
-                if some == 0:
-                    continue
+            stop = live if focus[own] else length
+            wanted[:] = 1
+            for first in range(max(begin - at, 0), min(end - at, stop), WIDTH):
+                some = min(min(end - at, stop) - first, WIDTH)
+                several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs)
                 found = runs[:several]
+                _look(found, some, spread, dim, asked, keys, logits, True)
                 if call.mask and first < live:
                     _hide(call, part, row, first, count, logits)
-                if spread > 1:  # read once, so there is nothing to keep
-                    _ask_few(found, asked, logits)
-                else:
-                    _gather(found, keys, values)
-                    _add_product(keys.ctypes.data, dim, 1, asked, logits, some, dim)
-                if call.focused and focus[own]:
-                    _ignore(found, spread, count, chosen, logits)
-                _weigh_all(some, spread, logits, shrink, top[held], total[held], read[held])
-                if spread > 1:
-                    _take_few(found, logits, read[held])
-                else:
-                    _add_product(logits.ctypes.data, 1, filled, values, read[held], filled, some)
+                _take(found, some, spread, dim, logits, values, shrink, top[held], total[held], read[held])
+            if focus[own]:
+                of = slice(of_row[own], of_row[own] + many[own])
+                _choose(largest[:, place], prior[of], focus[own], count, spread, barred, wanted)
+                cursor[0], cursor[1], cursor[2] = of_row[own], live, of_row[own]
+                for first in range(max(begin - at, live), min(end - at, length), WIDTH):
+                    some = min(min(end - at, length) - first, WIDTH)
+                    several, some = _find(call, begins, cursor, row, head, first, some, wanted, runs)
+                    run = 0
+                    while run < several:  # those that lie side by side together
+                        after, some = _joined(runs[:several], run)
+                        found, here = runs[run:after], kept[at + first + runs[run, 6] + _ROWS * thread :]
+                        _bar(found, barred, here)
+                        _take(found, some, spread, dim, here, values, shrink, top[held], total[held], read[held])
+                        run = after
             if at >= begin and at + length <= end:
                 _answer(call, part, row, head, count, read[held], total[held])
         at += length

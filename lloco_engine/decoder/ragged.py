@@ -59,6 +59,7 @@ class Segments:
         of_rows = np.split(lengths, self._of_row[1:])
         self._slots = np.stack([of_row.sum(0) for of_row in of_rows], 1)  # (layers, rows, heads)
         self._shapes: tuple[object, ...] = ()  # of what was last asked
+        self._kept = torch.empty(0)  # room for logits
         self._call = kernel.Attend(
             tensors=self._tensors.ctypes.data,
             of_row=self._of_row.ctypes.data,
@@ -94,10 +95,19 @@ class Segments:
             self._scratch = torch.zeros(threads, call.room)  # torch begins it with a line of the cache
             call.scratch = self._scratch.data_ptr()
             places = -(-call.group * call.tokens // call.each) * call.rows * call.heads
-            self._largest = torch.empty(threads if call.focused else 0, places, call.most, call.filled // call.spread)
+            self._largest = torch.empty(threads if call.focused else 0, places, call.most, call.filled)
             call.largest = self._largest.data_ptr()
         self._call.q = q.data_ptr()
         return self._call
+
+    def keep(self, live: int, slots: int, threads: int) -> None:
+        """Have room for the logits of so many live tokens and slots, where queries choose among segments."""
+        call = self._call
+        number = -(-call.group * call.tokens // call.each)
+        numbers = call.filled * (number * (call.rows * call.heads * live + slots) + 8 * threads)
+        if call.focused and self._kept.numel() < numbers:
+            self._kept = torch.empty(numbers + numbers // 4)  # more, since the live tokens become more
+            call.kept = self._kept.data_ptr()
 
 
 class Ragged(LayerSlots):
@@ -121,6 +131,7 @@ class Ragged(LayerSlots):
         threads = team.threads()
         call = self._segments.call(q, keys, scale, threads)
         call.begins, call.slots, call.live = self._begins, self._slots, live
+        self._segments.keep(live, self._total * (rows if call.shared else 1), threads)
         call.live_keys, call.live_values = keys.data_ptr(), values.data_ptr()
         call.mask, call.mask_row = 0, 0
         if mask is not None:
