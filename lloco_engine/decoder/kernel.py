@@ -577,7 +577,7 @@ def _take(
     total: Array,
     read: Array,
 ) -> None:
-    """Add to ``read`` the runs' ``some`` values by their ``logits``: see `_weigh_all`. ``values`` (WIDTH, D) is room."""
+    """Add to ``read`` the runs' ``some`` values by their ``logits`` (`_weigh_all`); ``values`` (WIDTH, D) is room."""
     _weigh_all(some, spread, logits, shrink, top, total, read)
     if spread > 1:
         _take_few(runs, logits, read)
