@@ -581,3 +581,6 @@ def test_linear_layers_in_bfloat16_give_nearly_the_same_loss_and_gradients():
     assert losses[0] != losses[1], "nothing ran in bfloat16"
     torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.02)
     assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.99
+    with torch.no_grad():  # what is held out is measured in single precision
+        measured = [answer_logits(decoder, prompts, gold, "new", in_bf16=in_bf16).logits for in_bf16 in (False, True)]
+    assert torch.equal(*measured)

@@ -85,9 +85,10 @@ class OptRunner(Runner):
         shape, adapted, body = self.shape, self.adapter is not None, self.body
         rows, tokens = inputs.shape[:2]
         mask = cache.begin(tokens)
+        halved = in_bf16 and torch.is_grad_enabled()
 
         def run(part: _Linear, x: torch.Tensor) -> torch.Tensor:
-            return in_bfloat16(partial(part, adapted=adapted))(x) if in_bf16 else part(x, adapted)
+            return in_bfloat16(partial(part, adapted=adapted))(x) if halved else part(x, adapted)
 
         def through(index: int, hidden: torch.Tensor) -> torch.Tensor:
             layer = self.blocks[index]

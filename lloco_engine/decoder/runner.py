@@ -119,7 +119,8 @@ class Runner:
             recompute: keep what goes into each layer alone for the gradients, and run the layer again to take them
                 (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"); the cache must bear being
                 appended to twice.
-            in_bf16: run the linear layers of a float32 decoder in bfloat16; what they give is float32 like all else.
+            in_bf16: with gradients, run a float32 decoder's linear layers in bfloat16; what they give is float32 like all
+                else.
 
         Returns:
             (B, T or wanted, hidden) hidden states after the final norm.
@@ -127,7 +128,7 @@ class Runner:
         shape = self.shape
         rows, tokens = inputs.shape[:2]
         products = self._products(few=rows * tokens <= _FEW)
-        if in_bf16:
+        if in_bf16 and torch.is_grad_enabled():
             products = list(map(in_bfloat16, products))
         if positions.dim() == 1:
             positions = positions[None]
