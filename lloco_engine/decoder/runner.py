@@ -119,8 +119,7 @@ class Runner:
             recompute: keep what goes into each layer alone for the gradients, and run the layer again to take them
                 (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"); the cache must bear being
                 appended to twice.
-            in_bf16: with gradients, run a float32 decoder's linear layers in bfloat16; what they give is float32 like all
-                else.
+            in_bf16: with gradients, run a float32 decoder's linear layers in bfloat16, all else in float32.
 
         Returns:
             (B, T or wanted, hidden) hidden states after the final norm.
