@@ -72,6 +72,7 @@ class QuestionCosts:
         self.config, self.decoder, self.embedder, self.corpus = config, decoder, embedder, corpus
         self.memory, self.tell = memory, tell
         self.questions = [question.question for question in demo_questions()]
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
 
     # -- what a question costs ----------------------------------------------------------------------------------
 
@@ -117,17 +118,29 @@ class QuestionCosts:
         return store.search(vector, top_k=self.config.top_k, question=question, lexical=RetrieveConfig.lexical)
 
     def _ask_whole(self, question: str, length: int, new_tokens: int | None = None) -> _Cost:
+        vector = self._vector(question)  # the embedding is not counted, as with retrieved segments
         began = time.perf_counter()
-        hits = self.corpus.whole.chunks(self.corpus.whole_id(length))
+        store, doc_id = self.corpus.whole, self.corpus.whole_id(length)
+        hits = store.chunks(doc_id)
+        listed = time.perf_counter()
+        lexical, filters = RetrieveConfig.lexical, {"doc_id": doc_id}
+        best = store.search(vector, top_k=len(hits), question=question, lexical=lexical, filters=filters)
+        scores = {hit.segment_id: hit.score for hit in best}
         found = time.perf_counter()
-        prefix = self._place(self.corpus.whole, hits)
-        parts = {"list_s": found - began, "open_s": time.perf_counter() - found}
+        prefix = self._place(store, hits, [scores.get(hit.segment_id, 0.0) for hit in hits])
+        opened = time.perf_counter()
+        parts = {"list_s": listed - began, "search_s": found - listed, "open_s": opened - found}
         return self._ask(question, prefix, parts=parts, new_tokens=new_tokens)
 
-    def _place(self, store: Store, hits: Sequence[Hit]) -> Prefix:
+    def _vector(self, question: str) -> npt.NDArray[np.float32]:
+        if question not in self._vectors:
+            self._vectors[question] = self.embedder.encode([question])[0]
+        return self._vectors[question]
+
+    def _place(self, store: Store, hits: Sequence[Hit], scores: Sequence[float] | None = None) -> Prefix:
         """Segments in parallel; their files are mapped here and read when the decoder first comes to a layer."""
         segments = tuple(store.load_segment(hit.segment_id) for hit in hits)
-        return place(segments, template_tokens=self.decoder.template_tokens)
+        return place(segments, template_tokens=self.decoder.template_tokens, scores=scores)
 
     # -- measurements -------------------------------------------------------------------------------------------
 
