@@ -129,7 +129,11 @@ class PrefixConfig(Config):
 
 @dataclass(frozen=True)
 class GenerateConfig(Config):
-    """How tokens are chosen. ``temperature`` 0 is greedy; then ``lookup`` guesses ahead, output unchanged."""
+    """How tokens are chosen. ``temperature`` 0 is greedy; then ``lookup`` guesses ahead, output unchanged.
+
+    ``spelling`` is by how much, in nats, a token is made likelier that goes on to a word of the sources
+    (docs/decisions/0010; 0: not at all).
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -137,6 +141,7 @@ class GenerateConfig(Config):
     stop: tuple[str, ...] = ()
     seed: int | None = None
     lookup: bool = True
+    spelling: float = 3.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -144,3 +149,4 @@ class GenerateConfig(Config):
         _require(self.temperature >= 0, "temperature must not be negative", self.temperature)
         _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         _require(all(self.stop), "a stop string must not be empty", self.stop)
+        _require(self.spelling >= 0, "spelling must not be negative (0 is not at all)", self.spelling)

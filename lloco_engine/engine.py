@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnswerStream", "AskOptions", "AsyncAnswerStream", "Engine", "Progress"]
 
-_DRAFT_WINDOWS = 4  # search windows whose text the decoder may find its next words in
+_WINDOWS = 4  # search windows whose text the decoder may find its next words in
 
 
 class Engine:
@@ -295,7 +295,8 @@ class Engine:
         text = Prompt(question, context=asked.context or None, history=tuple(asked.history), verbatim=asked.verbatim)
         room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
         memory = self._recall.recall(question, asked, self.retrieve, decoder, asked.prefix or self.prefix, room)
-        prompt = replace(text, prefix=memory.prefix, draft=_draft(memory.hits))
+        windows = _best_windows(memory.hits)
+        prompt = replace(text, prefix=memory.prefix, draft=windows, spelling=windows)
         adapter = self.adapters.choose(asked.adapter, memory.hits)
         generation, pieces = decoder.stream(prompt, generate, adapter)
         before = time.perf_counter() - began
@@ -389,9 +390,10 @@ class Engine:
         await asyncio.to_thread(self.delete, doc_id, tenant)
 
 
-def _draft(hits: Sequence[Hit]) -> str:
+def _best_windows(hits: Sequence[Hit]) -> str:
     """Text that an answer may repeat: the best search window of the best hits."""
-    return "\n".join(hit.quote(hit.windows[0]) for hit in hits[:_DRAFT_WINDOWS] if hit.windows)
+    ranked = sorted(hits, key=lambda hit: -hit.score)
+    return "\n".join(hit.quote(hit.windows[0]) for hit in ranked[:_WINDOWS] if hit.windows)
 
 
 def _answer(generation: Generation, memory: Recalled, **more: Any) -> Answer:

@@ -25,6 +25,7 @@ class Prompt:
         draft: text that the answer may repeat; only speeds up greedy decoding, never changes it.
         history: earlier turns of the conversation, oldest first.
         verbatim: the question brings its own instructions: nothing is written between it and what it is about.
+        spelling: text of the sources, as which an answer spells its words (`lloco_engine.decoder.spelling`); not read.
     """
 
     question: str
@@ -33,6 +34,7 @@ class Prompt:
     draft: str = ""
     history: tuple[Turn, ...] = ()
     verbatim: bool = False
+    spelling: str = ""
 
 
 @dataclass

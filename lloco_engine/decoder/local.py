@@ -21,6 +21,7 @@ from lloco_engine.decoder.lora import adapter_source
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.opt import runner_of
 from lloco_engine.decoder.runner import Attention, Runner
+from lloco_engine.decoder.spelling import Speller
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
 from lloco_engine.types import Prefix
@@ -316,7 +317,7 @@ class LocalDecoder:
     ) -> Iterator[str]:
         began = time.perf_counter()
         text = TextStream(self.tokenizer, config.stop)
-        sampler = self._generator(config)
+        sampler, speller = self._generator(config), Speller(self.tokenizer, prompt.spelling, config.spelling)
         memory = self._memory([prompt])
         cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
         position = self._position(prompt) - cache.length
@@ -336,7 +337,8 @@ class LocalDecoder:
                     return
             guesses = draft.guess(generation.token_ids) if drafting else []
             hidden = self._step([[generation.token_ids[-1], *guesses]], position, cache, memory, adapter)
-            chosen = choose(self.runner.logits(hidden[0]), config, sampler).tolist()
+            answers = [[*generation.token_ids, *guesses[:many]] for many in range(len(guesses) + 1)]
+            chosen = choose(speller.spell(self.runner.logits(hidden[0]), answers), config, sampler).tolist()
             kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
             cache.length -= len(guesses) - kept
             accepted = chosen[: kept + 1]
@@ -379,6 +381,7 @@ class LocalDecoder:
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
         texts = [TextStream(self.tokenizer, config.stop) for _ in prompts]
         sampler = self._generator(config)
+        spellers = [Speller(self.tokenizer, prompt.spelling, config.spelling) for prompt in prompts]
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
@@ -389,7 +392,10 @@ class LocalDecoder:
         step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
         while True:
             hidden = self._step(step, offset[:, None], cache, memory, adapter, wanted=1)
-            tokens = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
+            logits = self.runner.logits(hidden[:, -1])
+            for row, speller, generation in zip(logits, spellers, generations, strict=True):
+                speller.spell(row[None], [generation.token_ids])
+            tokens = choose(logits, config, sampler).tolist()
             now = time.perf_counter() - began
             for token, generation, text in zip(tokens, generations, texts, strict=True):
                 if not generation.finish:

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Encoder", "Material", "Method", "Reader", "Reading", "Remembered"]
 
 
+_SPELLED = 4  # windows, as many as an engine takes
+
+
 @dataclass(frozen=True)
 class Method:
     """How a prompt is made.
@@ -129,12 +132,14 @@ class Reading:
         prefix: what stands before them, or None.
         text_tokens: how many of the prefix's slots are text that was prefilled.
         left_out: tokens of text that did not fit the window.
+        searched: the chunks that search found or weighed, in whose best windows' spelling answers are given.
     """
 
     numbers: tuple[int, ...]
     prefix: Prefix | None = None
     text_tokens: int = 0
     left_out: int = 0
+    searched: tuple[int, ...] = ()
 
 
 class Material:
@@ -211,6 +216,14 @@ class Material:
             starts += [first + start for start in compressor.chain_starts(decoder, lengths)]
         return starts
 
+    def spelling(self, number: int, chunks: Sequence[int]) -> str:
+        """What answers spell words as: the best search window of the best four of some chunks for a question."""
+        best: dict[int, str] = {}
+        for chunk, text in self.ranked[number]:
+            if chunk in chunks and len(best) < _SPELLED:
+                best.setdefault(chunk, text)
+        return "\n".join(best.values())
+
     def hits(self, number: int) -> tuple[int, ...]:
         """The chunks that a question retrieves, best first: a chunk scores as its best window."""
         return tuple(dict.fromkeys(chunk for chunk, _ in self.ranked[number]))[: self._top_k]
@@ -258,7 +271,7 @@ class Reader:
             elif method.compresses:
                 assert ratio is not None
                 prefix = self._compressed(material, method.memory, ratio, chosen, max(tails[n] for n in numbers))
-                yield from self._asked_by(material, method, numbers, prefix)
+                yield from self._asked_by(material, method, chosen, numbers, prefix)
             elif method.memory == "text":
                 yield self._text(material, method, chosen, numbers, adapter, max(tails[n] for n in numbers))
             else:
@@ -276,16 +289,18 @@ class Reader:
         return place(made, self._placing, template_tokens=self.decoder.template_tokens)
 
     def _asked_by(
-        self, material: Material, method: Method, numbers: Sequence[int], prefix: Prefix
+        self, material: Material, method: Method, chosen: tuple[int, ...], numbers: Sequence[int], prefix: Prefix
     ) -> Iterator[Reading]:
         """The prefix as each question reads it: where it is guided, with what search thinks of all chunks."""
+        searched = chosen if method.retrieved or method.guided else ()
         if not method.guided or len(prefix.compact) < 2:
-            yield Reading(tuple(numbers), prefix)
+            yield Reading(tuple(numbers), prefix, searched=searched)
             return
         template = self.decoder.template_tokens
         for number in numbers:
             scores = material.scores(number)
-            yield Reading((number,), place(prefix.segments, self._placing, template_tokens=template, scores=scores))
+            placed = place(prefix.segments, self._placing, template_tokens=template, scores=scores)
+            yield Reading((number,), placed, searched=searched)
 
     def _summaries(
         self, material: Material, cache: SegmentCache, ratio: float, chosen: Sequence[int], tail: int

@@ -57,14 +57,20 @@ class Scorer:
             size = self._rows([questions[n] for n in reading.numbers], reading.prefix)
             for at in range(0, len(reading.numbers), size):
                 numbers = reading.numbers[at : at + size]
-                batch = self._score([questions[n] for n in numbers], reading, adapter)
+                spelling = [material.spelling(n, reading.searched) if reading.searched else "" for n in numbers]
+                batch = self._score([questions[n] for n in numbers], reading, spelling, adapter)
                 for number, value in zip(numbers, batch, strict=True):
                     values[number] = value
         return {"questions": values, "left_out": left_out, "seconds": time.perf_counter() - began}
 
-    def _score(self, questions: Sequence[Question], reading: Reading, adapter: str | None) -> list[dict[str, Any]]:
+    def _score(
+        self, questions: Sequence[Question], reading: Reading, spelling: Sequence[str], adapter: str | None
+    ) -> list[dict[str, Any]]:
         prefix = reading.prefix
-        prompts = [Prompt(self.task.ask(question), prefix) for question in questions]
+        prompts = [
+            Prompt(self.task.ask(question), prefix, spelling=text)
+            for question, text in zip(questions, spelling, strict=True)
+        ]
         values = [
             {
                 "prompt_tokens": len(self.decoder.template.question_ids(prompt.question)) + reading.text_tokens,
