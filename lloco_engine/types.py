@@ -137,7 +137,7 @@ class Turn:
 class Hit:
     """One retrieved segment and why it was retrieved.
 
-    ``score`` is that of its best search window, at most 1 (`Store.search`; 1.0 for whole-document mode);
+    ``score`` is that of its best search window, at most 1 (`Store.search`; 1.0 where nothing was searched for);
     ``windows`` are the matching search windows, best first; ``text`` is the chunk's verbatim text;
     ``slots`` is what the segment costs in a prompt (mean over heads, rounded up).
     """

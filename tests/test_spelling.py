@@ -8,7 +8,7 @@ from decoder_cases import TEXT, place, tiny, tokens, whole
 
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.local import Prompt
-from lloco_engine.decoder.spelling import Speller
+from lloco_engine.decoder.spelling import Pieces, Speller
 from lloco_engine.errors import ConfigError
 
 
@@ -16,6 +16,9 @@ class Letters:
     """A tokenizer whose tokens are these texts."""
 
     TOKENS = ("Ed", "win", "gar", " Marsh", ".", "wins", "w", " ", "Edwin", "ing", "ed", "report")
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": ids(".")}
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(self.TOKENS[number] for number in ids)
@@ -27,7 +30,7 @@ def ids(*texts: str) -> list[int]:
 
 def made_likelier(source: str, *answer: str) -> set[str]:
     logits = torch.zeros(1, len(Letters.TOKENS))
-    spelled = Speller(Letters(), source, 3.0).spell(logits, [ids(*answer)])
+    spelled = Speller(Pieces(Letters()), source, 3.0).spell(logits, [ids(*answer)])
     assert set(spelled[0].tolist()) <= {0.0, 3.0}
     return {token for token, logit in zip(Letters.TOKENS, spelled[0].tolist(), strict=True) if logit}
 
@@ -49,7 +52,7 @@ def test_only_the_likeliest_tokens_are_looked_at_and_each_row_has_its_own_word(m
     monkeypatch.setattr("lloco_engine.decoder.spelling._CANDIDATES", 2)
     logits = torch.zeros(2, len(Letters.TOKENS))
     logits[:, ids("gar", "ing")] = 1.0
-    spelled = Speller(Letters(), "Edgar", 3.0).spell(logits, [ids("Ed"), ids("win")])
+    spelled = Speller(Pieces(Letters()), "Edgar", 3.0).spell(logits, [ids("Ed"), ids("win")])
     assert spelled[0, ids("gar")].tolist() == [4.0] and float(spelled.sum()) == 4 + 3
 
 

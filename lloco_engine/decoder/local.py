@@ -21,7 +21,7 @@ from lloco_engine.decoder.lora import adapter_source
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.opt import runner_of
 from lloco_engine.decoder.runner import Attention, Runner
-from lloco_engine.decoder.spelling import Speller
+from lloco_engine.decoder.spelling import Pieces, Speller
 from lloco_engine.decoder.template import Template, encode
 from lloco_engine.errors import AdapterError, PromptTooLong
 from lloco_engine.types import Prefix
@@ -51,6 +51,7 @@ class LocalDecoder:
         self.template = Template.suited(tokenizer, model.config, template)
         self.tokenizer_fingerprint = fingerprints.tokenizer_fingerprint(tokenizer)
         self.fingerprint = ""
+        self._pieces = Pieces(tokenizer)
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
         self._adapters: dict[str, Path] = {}
         self._lock = threading.RLock()
@@ -317,7 +318,7 @@ class LocalDecoder:
     ) -> Iterator[str]:
         began = time.perf_counter()
         text = TextStream(self.tokenizer, config.stop)
-        sampler, speller = self._generator(config), Speller(self.tokenizer, prompt.spelling, config.spelling)
+        sampler, speller = self._generator(config), Speller(self._pieces, prompt.spelling, config.spelling)
         memory = self._memory([prompt])
         cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
         position = self._position(prompt) - cache.length
@@ -381,7 +382,7 @@ class LocalDecoder:
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
         texts = [TextStream(self.tokenizer, config.stop) for _ in prompts]
         sampler = self._generator(config)
-        spellers = [Speller(self.tokenizer, prompt.spelling, config.spelling) for prompt in prompts]
+        spellers = [Speller(self._pieces, prompt.spelling, config.spelling) for prompt in prompts]
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Speller"]
+__all__ = ["Pieces", "Speller"]
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _BEGUN = re.compile(r"\w+(?:['’]\w*)*\Z")
@@ -24,51 +24,60 @@ _CANDIDATES = 64  # likeliest tokens that are looked at: no other comes near
 _TAIL = 12  # tokens that a word has at most
 
 
+class Pieces:
+    """What each token adds to the text before it, decoded once: a step of decoding asks for dozens.
+
+    Args:
+        tokenizer: the decoder's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # something stands before it, since some tokenizers drop the space that a text would begin with
+        self._before = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._length = len(tokenizer.decode(self._before))
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            text = self._tokenizer.decode([*self._before, token], skip_special_tokens=True)
+            self._known[token] = text[self._length :]
+        return self._known[token]
+
+
 class Speller:
     """Makes tokens likelier that go on to a word of the sources.
 
     Args:
-        tokenizer: the decoder's.
+        pieces: of the decoder's tokenizer.
         text: of the sources.
         weight: by how much, in nats.
     """
 
-    def __init__(self, tokenizer: Any, text: str, weight: float) -> None:
-        self._tokenizer, self._weight = tokenizer, weight
-        self._words = sorted({word.lower() for word in _WORD.findall(text)})
+    def __init__(self, pieces: Pieces, text: str, weight: float) -> None:
+        self._pieces, self._weight = pieces, weight
+        self._words = sorted({word.lower() for word in _WORD.findall(text)}) if weight else []
 
     def spell(self, logits: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits (B, vocabulary) of what follows each answer's tokens, as the sources have it."""
-        if not self._words or not self._weight:
-            return logits
-        for row, answer in enumerate(answers):
-            begun = self._begun(answer)
-            if begun and (fitting := self._fitting(answer, begun, logits[row])):
-                logits[row, fitting] += self._weight
+        """Logits (B, vocabulary) of what follows each answer's tokens, as the sources have it; changed in place."""
+        for row, answer in enumerate(answers if self._words else ()):
+            begun = _BEGUN.search("".join(self._pieces[token] for token in answer[-_TAIL:]))
+            if begun and self._goes_on(begun[0].lower()):
+                likeliest = torch.topk(logits[row], min(_CANDIDATES, logits.shape[1])).indices.tolist()
+                logits[row, [token for token in likeliest if self._fits(begun[0].lower(), token)]] += self._weight
         return logits
 
-    def _begun(self, answer: Sequence[int]) -> str:
-        """The word that the answer is in, as far as it is there, where some word of the sources goes on from there."""
-        found = _BEGUN.search(self._tokenizer.decode(list(answer[-_TAIL:]), skip_special_tokens=True))
-        begun = found[0].lower() if found else ""
-        return begun if begun and self._goes_on(begun) else ""
-
-    def _fitting(self, answer: Sequence[int], begun: str, logits: torch.Tensor) -> list[int]:
-        likeliest = torch.topk(logits, min(_CANDIDATES, len(logits))).indices.tolist()
-        before = self._tokenizer.decode(list(answer[-_TAIL:]), skip_special_tokens=True)
-        return [token for token in likeliest if self._fits(before, answer, begun, token)]
-
-    def _fits(self, before: str, answer: Sequence[int], begun: str, token: int) -> bool:
+    def _fits(self, begun: str, token: int) -> bool:
         """Whether a token adds to the word, and makes it a word of the sources or the beginning of one."""
-        after = self._tokenizer.decode([*answer[-_TAIL:], token], skip_special_tokens=True)
-        added = _WORD.match(begun + after[len(before) :].lower())
+        text = begun + self._pieces[token].lower()
+        added = _WORD.match(text)
         if added is None or len(added[0]) <= len(begun):
             return False
-        word, whole = added[0], added.end() == len(begun) + len(after) - len(before)
-        at = bisect_left(self._words, word)
+        at = bisect_left(self._words, added[0])
         if at == len(self._words):
             return False
-        return bool(self._words[at].startswith(word) if whole else self._words[at] == word)
+        ended = added.end() < len(text)
+        return self._words[at] == added[0] if ended else self._words[at].startswith(added[0])
 
     def _goes_on(self, begun: str) -> bool:
         """Whether a word of the sources begins so and is longer."""
