@@ -36,7 +36,7 @@ EVERY_ROW = 10**6  # fit_rows that leaves none out
 def _full_precision(request, monkeypatch):
     """Reference queries in the decoder's own precision, whatever this machine's processor is quick at."""
     if "as_the_machine_has_it" not in request.fixturenames:
-        monkeypatch.setattr(attention_matching, "_quicker_in_bf16", lambda decoder: False)
+        monkeypatch.setattr(attention_matching, "quicker_in_bf16", lambda device, dtype: False)
 
 
 @pytest.fixture
@@ -424,7 +424,7 @@ def test_queries_in_half_precision_serve_as_well(monkeypatch):
     decoder = tiny()
     ids, expected, off = tokens(decoder, TEXT), logits(decoder, whole(decoder)), []
     for half in (False, True):
-        monkeypatch.setattr(attention_matching, "_quicker_in_bf16", lambda decoder, half=half: half)
+        monkeypatch.setattr(attention_matching, "quicker_in_bf16", lambda device, dtype, half=half: half)
         made = AttentionMatching().compress(decoder, ids, [4])[0]
         assert {part.dtype for part in (made.keys, made.values, made.bias)} == {torch.float32}
         off.append(float((logits(decoder, made) - expected).abs().mean()))

@@ -17,6 +17,7 @@ from lloco_engine.compress.least_squares import nnls
 from lloco_engine.compress.repetition import Repetition, Seen
 from lloco_engine.compress.rereading import Rereading
 from lloco_engine.errors import ConfigError
+from lloco_engine.models import quicker_in_bf16
 from lloco_engine.types import Segment
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class AttentionMatching(Compressor):
         repeat = [*decoder.template.repeat_ids(), *token_ids]
         cache = decoder.prefill(token_ids, room=len(repeat))
         repetition = Repetition(cache, decoder.template_tokens, decoder.runner.scale, self._fit_rows, self._fit_tokens)
-        decoder.follow(repeat, cache, repetition.attend, in_bf16=_quicker_in_bf16(decoder))
+        in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
+        decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16)
         importance = torch.stack([seen.importance for seen in repetition.seen])
         keeps = (select(importance, ratio, self._floor) for ratio in ratios)
         return [self._fit(decoder, repeat[: self._fit_tokens], cache, repetition.seen, keep) for keep in keeps]
@@ -98,7 +100,8 @@ class AttentionMatching(Compressor):
         bias, goal = self._bias(cache, seen, keep, chunk), [one.read for one in seen]
         rereading = Rereading(cache, chunk.start, goal, keep, bias, scale=decoder.runner.scale, ridge=self._ridge)
         own = decoder.new_cache(1, len(repeat))
-        decoder.follow(repeat, own, rereading.attend, offset=chunk.stop, in_bf16=_quicker_in_bf16(decoder))
+        in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
+        decoder.follow(repeat, own, rereading.attend, offset=chunk.stop, in_bf16=in_bf16)
         keys = torch.cat([cache.keys[layer][0, :, chunk][kept] for layer, kept in enumerate(keep)])
         return Segment(keys.float(), torch.cat(rereading.values), torch.cat(bias), keep.sum(dim=-1), keep.shape[-1])
 
@@ -142,13 +145,6 @@ class AttentionMatching(Compressor):
         pull = _PULL * gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) / valid.sum(dim=-1, keepdim=True) + 1e-12
         gram.diagonal(dim1=1, dim2=2).add_(pull)  # towards w = 1
         return torch.where(valid, nnls(gram, right + pull, self._iterations).clamp_min(_LEAST_MASS), 1.0)
-
-
-def _quicker_in_bf16(decoder: LocalDecoder) -> bool:
-    """Whether a float32 decoder runs on a CPU that multiplies bfloat16 matrices in hardware."""
-    on_cpu = decoder.runner.device.type == "cpu" and decoder.runner.dtype == torch.float32
-    can = torch.cpu.get_capabilities() if on_cpu else {}
-    return bool(can.get("amx_bf16", False) or can.get("avx512_bf16", False))
 
 
 def select(importance: torch.Tensor, ratio: float, floor: float) -> torch.Tensor:

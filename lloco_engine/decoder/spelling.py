@@ -71,13 +71,13 @@ class Speller:
         """Whether a token adds to the word, and makes it a word of the sources or the beginning of one."""
         text = begun + self._pieces[token].lower()
         added = _WORD.match(text)
-        if added is None or len(added[0]) <= len(begun):
+        word: str = added[0] if added else ""
+        if len(word) <= len(begun):
             return False
-        at = bisect_left(self._words, added[0])
+        at = bisect_left(self._words, word)
         if at == len(self._words):
             return False
-        ended = added.end() < len(text)
-        return self._words[at] == added[0] if ended else self._words[at].startswith(added[0])
+        return self._words[at] == word if len(word) < len(text) else self._words[at].startswith(word)
 
     def _goes_on(self, begun: str) -> bool:
         """Whether a word of the sources begins so and is longer."""
