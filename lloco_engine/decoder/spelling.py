@@ -56,7 +56,7 @@ class Speller:
 
     def __init__(self, pieces: Pieces, text: str, weight: float) -> None:
         self._pieces, self._weight = pieces, weight
-        self._words = sorted({word.lower() for word in _WORD.findall(text)}) if weight else []
+        self._words: list[str] = sorted({word.lower() for word in _WORD.findall(text)}) if weight else []
 
     def spell(self, logits: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits (B, vocabulary) of what follows each answer's tokens, as the sources have it; changed in place."""
