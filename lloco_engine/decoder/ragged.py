@@ -90,12 +90,10 @@ class Segments:
             call.heads, call.group, call.scale = keys.shape[1], query_heads // keys.shape[1], scale
             call.q_row, call.q_head, call.q_token, _ = q.stride()
             call.live_row, call.live_head, *_ = keys.stride()
-            call.each, call.filled, call.spread = kernel.parts(call.group * call.tokens, call.dim)
-            call.room = kernel.room(call.dim, call.filled)
-            self._scratch = torch.zeros(threads, call.room)  # torch begins it with a line of the cache
-            call.scratch = self._scratch.data_ptr()
-            places = -(-call.group * call.tokens // call.each) * call.rows * call.heads
-            self._largest = torch.empty(threads if call.focused else 0, places, call.most, call.filled)
+            call.each, call.filled, call.few, call.step = kernel.parts(call.group * call.tokens, call.dim)
+            call.places = -(-call.group * call.tokens // call.each) * call.rows * call.heads
+            self._desks = kernel.furnish(call, threads)
+            self._largest = torch.empty(threads if call.focused else 0, call.places, call.most, call.filled)
             call.largest = self._largest.data_ptr()
         self._call.q = q.data_ptr()
         return self._call
@@ -103,8 +101,8 @@ class Segments:
     def keep(self, live: int, slots: int, threads: int) -> None:
         """Have room for the logits of so many live tokens and slots, where queries choose among segments."""
         call = self._call
-        number = -(-call.group * call.tokens // call.each)
-        numbers = call.filled * (number * (call.rows * call.heads * live + slots) + 8 * threads)
+        line = call.places * live + call.places // (call.rows * call.heads) * slots
+        numbers = kernel.kept(line, call.places, threads, call.step)
         if call.focused and self._kept.numel() < numbers:
             self._kept = torch.empty(numbers + numbers // 4)  # more, since the live tokens become more
             call.kept = self._kept.data_ptr()
