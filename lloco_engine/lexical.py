@@ -8,6 +8,7 @@ et al. 2023, An Analysis of Fusion Functions for Hybrid Retrieval), a word weigh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Ids = npt.NDArray[np.int64]
-    Shares = npt.NDArray[np.float32]
+    Rows = npt.NDArray[np.int64]
+    Shares = npt.NDArray[np.float64]
 
 __all__ = ["MOST", "coverage", "words"]
 
@@ -30,24 +31,27 @@ def words(text: str) -> list[str]:
     return list(dict.fromkeys(word.lower() for word in _WORD.findall(text)))
 
 
-def coverage(found: Sequence[Ids], windows: int) -> tuple[Ids, Shares] | None:
+def coverage(found: Sequence[Rows], searched: int, held: int) -> Shares | None:
     """The share of a question's words that windows have.
 
     Args:
-        found: for each word of the question, the ids of the windows that have it, each once.
-        windows: how many are searched.
+        found: for each word of the question, the rows of the windows that have it, each once.
+        searched: how many windows are searched.
+        held: how many rows there are.
 
     Returns:
-        ids, ascending, and the share of each, above 0 and at most 1; None when no word tells windows apart: one that
-        more than a quarter of them have does not count.
+        (held,) the share of each row, from 0 to 1; None when no word tells windows apart: one that more than a
+        quarter of those searched have does not count.
     """
     import numpy as np
 
-    telling = [ids for ids in found if len(ids) <= windows / 4]
+    telling = [rows for rows in found if len(rows) <= searched / 4]
     if not telling:
         return None
-    counts = np.array([len(ids) for ids in telling])
-    weights = np.log1p((windows - counts + 0.5) / (counts + 0.5))
-    ids, place = np.unique(np.concatenate(telling), return_inverse=True)
-    shares = np.bincount(place, np.repeat(weights, counts), minlength=len(ids)) / weights.sum()
-    return ids, shares.astype(np.float32)
+    shares, total = np.zeros(held), 0.0
+    for rows in telling:
+        weight = math.log1p((searched - len(rows) + 0.5) / (len(rows) + 0.5))
+        shares[rows] += weight
+        total += weight
+    shares /= total
+    return shares

@@ -218,6 +218,56 @@ def test_a_word_of_too_many_windows_is_not_looked_at(store, monkeypatch):
     assert same(store.search(unit(0), top_k=4, question="d1001", lexical=0.5), slowly(store, unit(0), 4))
 
 
+def test_words_follow_every_change(tmp_path):
+    question = "d3001 new1001 new4000 d8002 nowhere"
+    with make_store(tmp_path / "s", *corpus()) as store, Store.open(tmp_path / "s") as other:
+
+        def agree(n):
+            for each in (store, other, store, other):  # asked again, they answer from what they have looked up
+                hits = each.search(unit(n), top_k=9, question=question, lexical=0.5)
+                assert same(hits, slowly_with_words(store, unit(n), 9, question, 0.5))
+
+        agree(6)
+        for n in range(6):  # always 72 windows
+            with store.writer() as writer:
+                writer.delete_document(f"d{n}")
+                put(writer, document(f"e{n}", 60))
+                put(writer, document(f"d{n + 6}", 60, seed=f"new{n}"))
+                agree(n)  # before the writer has saved the index
+            agree(n)
+
+
+def test_words_follow_an_index_that_is_made_again(tmp_path):
+    question, filters = "d36001 d38000", {"part": [0, 1, 2]}
+    with graph_store(tmp_path / "s") as store:
+
+        def agree():
+            hits = store.search(unit(3), top_k=9, question=question, lexical=0.5, filters=filters)
+            expected = slowly_with_words(store, unit(3), 9, question, 0.5, lambda info: info.metadata["part"] < 3)
+            assert same(hits, expected)
+
+        with store.writer() as writer:
+            for n in range(35):
+                writer.delete_document(f"d{n}")
+            agree()
+            rows = len(store._index._ids)
+        agree()
+        assert (rows, len(store._index._ids)) == (240, 30), "the same windows, in other rows"
+
+
+def test_few_words_and_filters_are_remembered(store, monkeypatch):
+    monkeypatch.setattr("lloco_engine.store.index._CACHED_WORDS", 2)
+    monkeypatch.setattr("lloco_engine.store.index._CACHED_FILTERS", 2)
+    store._index._having.clear()
+    store._index._allowed.clear()
+    question = "d1001 d2002 d3003 d4004 d1001"
+    for year in (2000, 2001, 2002, 2000):
+        hits = store.search(unit(0), top_k=4, question=question, lexical=0.5, filters={"year": year})
+        expected = slowly_with_words(store, unit(0), 4, question, 0.5, lambda i, y=year: i.metadata["year"] == y)
+        assert same(hits, expected)
+    assert len(store._index._having) == len(store._index._allowed) == 2
+
+
 def is_graph(store):
     import faiss
 

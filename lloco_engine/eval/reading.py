@@ -187,9 +187,8 @@ class Material:
         share = RetrieveConfig.lexical
         for number, question in enumerate(questions):
             found = [np.array(having.get(word, ()), np.int64) for word in lexical.words(question)[: lexical.MOST]]
-            if (covered := lexical.coverage(found, len(texts))) is not None:
-                scores[number] *= 1 - share
-                scores[number, covered[0]] += share * covered[1]
+            if (shares := lexical.coverage(found, len(texts), len(texts))) is not None:
+                scores[number] = (1 - share) * scores[number] + share * shares
         return scores
 
     @cached_property

@@ -11,10 +11,10 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lloco_engine.errors import StoreError
 from lloco_engine.lexical import MOST, coverage, words
@@ -26,18 +26,21 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Ids = npt.NDArray[np.int64]
+    Rows = npt.NDArray[np.int64]
     Vectors = npt.NDArray[np.float32]
-    Shares = npt.NDArray[np.float32]
+    Shares = npt.NDArray[np.floating]
 
 __all__ = ["Query", "SearchIndex", "remove_index_files"]
 
+_Value = TypeVar("_Value")
 _log = logging.getLogger(__name__)
 _LINKS = 32  # neighbours of a window in the HNSW graph
 _BUILD_WIDTH = 80
 _SEARCH_WIDTH = 64
 _CACHED_FILTERS = 64
+_CACHED_WORDS = 256  # 20 MB at most
 _MOST_WITH = 10_000  # a word that more windows have is not looked at, so that a search stays quick
-_CANDIDATES = 256  # windows with the most of a question's words that are looked at beside the nearest
+_CANDIDATES = 256  # windows with the most of a question's words that are looked at beside the nearest in a graph
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,14 @@ class SearchIndex:
         self._hnsw_above = hnsw_above
         self._lock = threading.RLock()
         self._index: Any = None  # faiss.IndexIDMap2; may hold windows that the catalogue no longer has
-        self._ids: Ids | None = None  # what it holds, ascending
+        self._graph: Any = None  # the HNSW graph in it, if there is one
+        self._flat: Any = None  # the vectors in it
+        self._ids: Ids  # the window of each row
+        self._order: Rows  # rows by ascending window
         self._generation = -1
         self._read_from = -1  # generation of the file that was last read
-        self._allowed: OrderedDict[tuple[Any, ...], Ids] = OrderedDict()
+        self._allowed: OrderedDict[tuple[Any, ...], Rows] = OrderedDict()
+        self._having: OrderedDict[tuple[str, int], Rows | None] = OrderedDict()
 
     def search(
         self, catalogue: Catalogue, query: Query, k: int, tenant: str, filters: Filters
@@ -82,44 +89,70 @@ class SearchIndex:
         """
         with self._lock:
             self._follow(catalogue)
-            allowed = self._allowed_ids(catalogue, tenant, filters)
+            allowed = self._allowed_rows(catalogue, tenant, filters)
+            if not len(allowed):
+                return [], 0
             k = min(k, len(allowed))
-            near = self._search(query.vector, k, allowed) if k else []
-            having = self._having(catalogue, query, allowed)
-            return (near if having is None else self._blend(query, near, *having)), len(allowed)
+            shares = self._shares(catalogue, query, allowed)
+            rows = self._candidates(query, k, allowed, shares)
+            scores = self._products(query.vector, rows)
+            if shares is not None:
+                scores = (1 - query.lexical) * scores + query.lexical * shares[rows]
+            best = _highest(scores, k)
+            return list(zip(self._ids[rows[best]].tolist(), scores[best].tolist(), strict=True)), len(allowed)
 
-    def _having(self, catalogue: Catalogue, query: Query, allowed: Ids) -> tuple[Ids, Shares] | None:
-        """Which allowed windows have how much of the query's words; what others' windows hold does not count."""
-        import numpy as np
-
-        if not query.lexical or not len(allowed):
+    def _shares(self, catalogue: Catalogue, query: Query, allowed: Rows) -> Shares | None:
+        """How much of the query's words each allowed window has; what others' windows hold does not count."""
+        if not query.lexical:
             return None
-        everything = len(allowed) == len(self._held())
+        everything = len(allowed) == len(self._ids)
         most = min(_MOST_WITH, len(allowed) // 4) if everything else _MOST_WITH
-        found = (catalogue.window_ids_with(word, most) for word in words(query.text)[:MOST])
-        ids = [np.array(each, np.int64) for each in found if each is not None]
+        having = (self._rows_having(catalogue, word, most) for word in words(query.text)[:MOST])
+        found = [rows for rows in having if rows is not None]
         if not everything:
-            ids = [np.intersect1d(each, allowed, assume_unique=True) for each in ids]
-        return coverage(ids, len(allowed))
+            marks = self._marks(allowed)
+            found = [rows[marks[rows]] for rows in found]
+        return coverage(found, len(allowed), len(self._ids))
 
-    def _blend(
-        self, query: Query, near: list[tuple[int, float]], having: Ids, shares: Shares
-    ) -> list[tuple[int, float]]:
-        """As many as there are near by vector, of them and of those that have the query's words, by both."""
+    def _candidates(self, query: Query, k: int, allowed: Rows, shares: Shares | None) -> Rows:
+        """The rows to score: all allowed ones, or of many the nearest in the graph and those with the most words."""
         import numpy as np
 
-        ids, cosine = np.array([row for row, _ in near]), np.array([score for _, score in near])
-        most = having[np.argsort(-shares, kind="stable")[:_CANDIDATES]]
-        if len(others := np.setdiff1d(most, ids, assume_unique=True)):
-            ids = np.concatenate([ids, others])
-            cosine = np.concatenate([cosine, self._index.reconstruct_batch(others) @ query.vector])
-        share = np.zeros(len(ids))
-        place = np.searchsorted(having, ids).clip(max=max(len(having) - 1, 0))
-        has = having[place] == ids if len(having) else np.zeros(len(ids), np.bool_)
-        share[has] = shares[place[has]]
-        scores = (1 - query.lexical) * cosine + query.lexical * share
-        best = np.lexsort((ids, -scores))[: len(near)]
-        return list(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
+        near = self._nearest(query.vector, k, allowed) if self._wants_graph(len(allowed)) else None
+        if near is None:
+            return allowed
+        if shares is None:
+            return near
+        having = np.flatnonzero(shares)
+        return np.union1d(near, having[_highest(shares[having], _CANDIDATES)])
+
+    def _nearest(self, vector: Vectors, k: int, allowed: Rows) -> Rows | None:
+        """The ``k`` nearest allowed rows by the graph; None without a graph, or when it does not reach so many."""
+        import numpy as np
+
+        faiss = _faiss()
+
+        if self._graph is None:
+            return None
+        selector = None
+        if len(allowed) < len(self._ids):
+            selector = faiss.IDSelectorBitmap(np.packbits(self._marks(allowed), bitorder="little"))
+        parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=max(_SEARCH_WIDTH, 2 * k))
+        with _one_thread():
+            rows: Rows = self._graph.search(vector.reshape(1, -1), k, params=parameters)[1][0]
+        return None if (rows < 0).any() else rows
+
+    def _products(self, vector: Vectors, rows: Rows) -> Vectors:
+        """Inner products of a vector with those of the rows, which FAISS reads where they lie."""
+        import numpy as np
+
+        faiss = _faiss()
+
+        made = np.empty(len(rows), np.float32)
+        pointers = faiss.swig_ptr(vector), self._flat.get_xb(), faiss.swig_ptr(rows)
+        with _one_thread():
+            faiss.fvec_inner_products_by_idx(faiss.swig_ptr(made), *pointers, self._dim, 1, len(rows))
+        return made
 
     def publish(self, catalogue: Catalogue) -> None:
         """Save the index for the catalogue's state, record it there, and remove older files.
@@ -135,7 +168,7 @@ class SearchIndex:
             self._follow(catalogue)
             live = self._live_ids(catalogue)
             graph = self._wants_graph(len(live))
-            renew = graph != _is_graph(self._index) or len(live) < 0.5 * len(self._held())
+            renew = graph != (self._graph is not None) or len(live) < 0.5 * len(self._ids)
             vectors = self._index.reconstruct_batch(live) if renew else None
             data: Any = None if renew else faiss.serialize_index(self._index)
         if vectors is not None:  # a graph takes long to make, and searches go on meanwhile
@@ -143,7 +176,7 @@ class SearchIndex:
             data = faiss.serialize_index(index)
             with self._lock:
                 if self._generation == generation:
-                    self._index, self._ids = index, live
+                    self._hold(index)
         self._save(catalogue, generation, len(live), data.data)
 
     def _save(self, catalogue: Catalogue, generation: int, windows: int, data: memoryview) -> None:
@@ -173,7 +206,9 @@ class SearchIndex:
         generation = catalogue.generation()
         if generation == self._generation and not self._graph_is_waiting(catalogue):
             return
-        self._allowed.clear()
+        if self._index is None:
+            self._index = _build(np.empty(0, np.int64), np.empty((0, self._dim), np.float32), graph=False)
+        self._hold(self._index)
         recorded = catalogue.index_file()
         if (
             recorded is not None
@@ -182,20 +217,34 @@ class SearchIndex:
         ):
             index, damage = self._read(recorded)
             if damage is None:
-                self._adopt(index)
+                self._hold(index)
             else:
                 _log.warning("%s; rebuilding the search index from the catalogue", damage)
             self._read_from = recorded[0]
         live = self._live_ids(catalogue)
-        if self._index is None:
-            self._index, self._ids = _build(live[:0], np.empty((0, self._dim), np.float32), graph=False), live[:0]
-        self._add(catalogue, np.setdiff1d(live, self._held(), assume_unique=True))
-        self._drop(np.setdiff1d(self._held(), live, assume_unique=True))
+        self._add(catalogue, np.setdiff1d(live, self._ids, assume_unique=True))
+        self._drop(np.setdiff1d(self._ids, live, assume_unique=True))
+        self._hold(self._index)
         self._generation = generation
+
+    def _hold(self, index: Any) -> None:
+        """Search in this index, as it is now. Rows are places in it, so nothing that is known of rows stays."""
+        import numpy as np
+
+        faiss = _faiss()
+
+        inner = faiss.downcast_index(index.index)
+        self._index = index
+        self._graph = inner if isinstance(inner, faiss.IndexHNSW) else None
+        self._flat = inner if self._graph is None else faiss.downcast_index(inner.storage)
+        self._ids = faiss.vector_to_array(index.id_map)
+        self._order = np.argsort(self._ids)
+        self._allowed.clear()
+        self._having.clear()
 
     def _graph_is_waiting(self, catalogue: Catalogue) -> bool:
         """Whether a writer has published an HNSW graph that this exact index could be changed for."""
-        if not self._wants_graph(len(self._held())) or _is_graph(self._index):
+        if not self._wants_graph(len(self._ids)) or self._graph is not None:
             return False
         recorded = catalogue.index_file()
         return recorded is not None and recorded[0] > self._read_from and self._wants_graph(recorded[1])
@@ -225,14 +274,6 @@ class SearchIndex:
             return None, f"{path} holds {index.ntotal} vectors of {index.d}, not {windows} of {self._dim}"
         return index, None
 
-    def _adopt(self, index: Any) -> None:
-        import numpy as np
-
-        faiss = _faiss()
-
-        self._index = index
-        self._ids = np.sort(faiss.vector_to_array(index.id_map))
-
     def _add(self, catalogue: Catalogue, ids: Ids) -> None:
         import numpy as np
 
@@ -240,72 +281,46 @@ class SearchIndex:
             rows = sorted(catalogue.vectors(ids[at : at + 4096].tolist()))
             vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f4").reshape(-1, self._dim)
             self._index.add_with_ids(vectors, np.array([row for row, _ in rows], np.int64))
-        self._ids = np.union1d(self._held(), ids)
 
     def _drop(self, ids: Ids) -> None:
-        import numpy as np
-
         faiss = _faiss()
 
-        if len(ids) and not _is_graph(self._index):  # HNSW cannot forget; such windows are never allowed again
+        if len(ids) and self._graph is None:  # HNSW cannot forget; such windows are never allowed again
             self._index.remove_ids(faiss.IDSelectorBatch(ids))
-            self._ids = np.setdiff1d(self._held(), ids, assume_unique=True)
-
-    def _held(self) -> Ids:
-        import numpy as np
-
-        return np.empty(0, np.int64) if self._ids is None else self._ids
 
     def _live_ids(self, catalogue: Catalogue) -> Ids:
         import numpy as np
 
         return np.array(catalogue.window_ids(), np.int64)
 
-    def _allowed_ids(self, catalogue: Catalogue, tenant: str, filters: Filters) -> Ids:
+    def _rows(self, ids: Sequence[int] | Ids) -> Rows:
+        """The rows of windows that are held."""
         import numpy as np
 
+        return self._order[np.searchsorted(self._ids, np.asarray(ids, np.int64), sorter=self._order)]
+
+    def _marks(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Of every row whether it is one of these."""
+        import numpy as np
+
+        marks = np.zeros(len(self._ids), np.bool_)
+        marks[rows] = True
+        return marks
+
+    def _allowed_rows(self, catalogue: Catalogue, tenant: str, filters: Filters) -> Rows:
         key = (tenant, *sorted((name, filter_options(name, value)) for name, value in filters.items()))
-        if (found := self._allowed.get(key)) is None:
-            found = np.array(catalogue.allowed_window_ids(tenant, filters), np.int64)
-            self._allowed[key] = found
-            if len(self._allowed) > _CACHED_FILTERS:
-                self._allowed.popitem(last=False)
-        return found
+        return _cached(
+            self._allowed, key, _CACHED_FILTERS, lambda: self._rows(catalogue.allowed_window_ids(tenant, filters))
+        )
 
-    def _search(self, vector: Vectors, k: int, allowed: Ids) -> list[tuple[int, float]]:
-        import numpy as np
+    def _rows_having(self, catalogue: Catalogue, word: str, most: int) -> Rows | None:
+        """The rows, of whichever tenant, that have a word; None when over ``most``."""
 
-        faiss = _faiss()
+        def look_up() -> Rows | None:
+            ids = catalogue.window_ids_with(word, most)
+            return None if ids is None else self._rows(ids)
 
-        selector = None
-        if len(allowed) < self._index.ntotal:
-            marks = np.zeros(int(self._held()[-1]) + 1, np.bool_)
-            marks[allowed] = True
-            selector = faiss.IDSelectorBitmap(np.packbits(marks, bitorder="little"))
-        query = vector.reshape(1, -1)
-        found = None
-        with _one_thread():
-            if not _is_graph(self._index):
-                found = self._index.search(query, k, params=faiss.SearchParameters(sel=selector))
-            elif self._wants_graph(len(allowed)):
-                width = max(_SEARCH_WIDTH, 2 * k)
-                found = self._index.search(query, k, params=faiss.SearchParametersHNSW(sel=selector, efSearch=width))
-            if found is None or (found[1] < 0).any():  # the graph may not reach k allowed windows; a scan does
-                found = self._scan(query, k, selector)
-        pairs = zip(found[1][0].tolist(), found[0][0].tolist(), strict=True)
-        return sorted(((row, score) for row, score in pairs if row >= 0), key=lambda pair: (-pair[1], pair[0]))
-
-    def _scan(self, query: Vectors, k: int, selector: Any) -> Any:
-        """Exact search among the vectors that an HNSW index keeps."""
-        import numpy as np
-
-        faiss = _faiss()
-
-        flat = faiss.downcast_index(faiss.downcast_index(self._index.index).storage)
-        ids = faiss.vector_to_array(self._index.id_map)
-        inner = None if selector is None else faiss.IDSelectorTranslated(self._index.id_map, selector)
-        scores, rows = flat.search(query, k, params=faiss.SearchParameters(sel=inner))
-        return scores, np.where(rows < 0, -1, ids[rows])
+        return _cached(self._having, (word, most), _CACHED_WORDS, look_up)
 
 
 @contextmanager
@@ -343,10 +358,25 @@ def _build(ids: Ids, vectors: Vectors, *, graph: bool) -> Any:
     return index
 
 
-def _is_graph(index: Any) -> bool:
-    faiss = _faiss()
+def _highest(scores: Shares, most: int) -> Rows:
+    """Places of the highest scores, highest first, equal ones in order; sorts no more than it must."""
+    import numpy as np
 
-    return index is not None and isinstance(faiss.downcast_index(index.index), faiss.IndexHNSW)
+    if most >= len(scores):
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, -most)[-most]
+    places = np.flatnonzero(scores >= least)
+    return places[np.argsort(-scores[places], kind="stable")[:most]]
+
+
+def _cached(cache: OrderedDict[Any, _Value], key: Hashable, most: int, make: Callable[[], _Value]) -> _Value:
+    """What a cache has for a key, made when it has nothing; of more than ``most`` the longest unused one goes."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def remove_index_files(layout: Layout) -> None:
