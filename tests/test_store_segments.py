@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -102,6 +104,71 @@ def test_a_file_of_another_shape_type_or_name_is_refused(tmp_path):
         segments.read(path, ID, segments.SegmentFormat(LAYERS + 1, KV_HEADS, HEAD_DIM, "float16"))
     with pytest.raises(SegmentUnavailable, match="missing"):
         segments.read(tmp_path / "none", ID, FORM)
+
+
+def rewritten(path, change):
+    """Change the header of a file and nothing else."""
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[start:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("lengths"),
+        lambda header: header.pop("__metadata__"),
+        lambda header: header["__metadata__"].update(source_tokens="many"),
+        lambda header: header["keys"].update(data_offsets=[-24, 0]),
+        lambda header: header["keys"].update(data_offsets=[at + 10**9 for at in header["keys"]["data_offsets"]]),
+        lambda header: header["keys"].update(data_offsets=[at + 10**30 for at in header["keys"]["data_offsets"]]),
+        lambda header: header["bias"].update(shape=[float("inf")]),
+        lambda header: header["values"].update(dtype="BF16"),
+        lambda header: [header[name]["shape"].__setitem__(0, -1) for name in ("bias", "keys", "values")],
+        lambda header: [header[name]["shape"].__setitem__(0, -5) for name in ("bias", "keys", "values")],
+        lambda header: header.update(keys=header["values"], values=5),
+    ],
+)
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_header_that_does_not_fit_the_file_is_noticed_without_the_checksum(tmp_path, change, cut):
+    path, _ = saved(tmp_path)
+    rewritten(path, change)
+    if cut:  # also where sizes and offsets of nothing would add up
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SegmentUnavailable):
+        segments.read(path, ID, FORM)
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_offsets_that_agree_with_a_wrong_shape_do_not_help(tmp_path, rows):
+    path, _ = saved(tmp_path)
+
+    def change(header):
+        begin = 0
+        for name, size in (("bias", 4), ("lengths", 4), ("keys", 8), ("values", 8)):
+            if name == "lengths":
+                end = begin + 4 * LAYERS * KV_HEADS
+            else:
+                header[name]["shape"][0] = rows
+                end = begin + rows * size
+            header[name]["data_offsets"] = [begin, end]
+            begin = max(end, 0)
+
+    rewritten(path, change)
+    with pytest.raises(SegmentUnavailable):
+        segments.read(path, ID, FORM)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.dtype)
+def test_a_file_of_no_slots_is_refused(tmp_path, form):
+    rows = torch.zeros(0, HEAD_DIM)
+    made = Segment(rows, rows, torch.zeros(0), torch.zeros(LAYERS, KV_HEADS, dtype=torch.int64), 7)
+    path, _ = saved(tmp_path, form, made)
+    with pytest.raises(SegmentUnavailable, match="no slots"):
+        segments.read(path, ID, form)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.dtype)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AnyFormat", "SegmentFormat", "SummaryFormat", "checksum", "encode", "probe", "read", "verify"]
 
-_TYPES = {"F16": "float16", "F32": "float32", "I8": "int8", "I32": "int32"}  # safetensors' names, and torch's
+# Types of tensors as safetensors calls them: as numpy does, and the bytes of a number.
+_TYPES = {"F16": ("<f2", 2), "F32": ("<f4", 4), "I8": ("i1", 1), "I32": ("<i4", 4)}
 
 
 def encode(segment: AnySegment, segment_id: str, form: AnyFormat) -> tuple[bytes, str]:
@@ -54,7 +56,7 @@ def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def read(path: Path, segment_id: str, form: AnyFormat) -> AnySegment:
+def read(path: Path | str, segment_id: str, form: AnyFormat) -> AnySegment:
     """A segment on the CPU, its tensors backed by the file until they are touched (int8 is made float16 here).
 
     Keys, values and vectors are float16, bias float32, lengths int64. The checksum is not looked at, the rest is.
@@ -66,7 +68,7 @@ def read(path: Path, segment_id: str, form: AnyFormat) -> AnySegment:
     return form.unpack(tensors, int(header["source_tokens"]))
 
 
-def verify(path: Path, segment_id: str, form: AnyFormat) -> tuple[AnySegment, str]:
+def verify(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[AnySegment, str]:
     """Like `read`, after every byte was compared with the checksum in the header, which is returned too."""
     tensors, header = _open(path, segment_id, form)
     if checksum(tensors, header) != header.get("checksum"):
@@ -79,15 +81,18 @@ def probe(path: Path, segment_id: str, form: AnyFormat) -> None:
     _open(path, segment_id, form)
 
 
-def _open(path: Path, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
+def _open(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
     """Tensors over a private memory map of the file, and the strings of its header."""
     try:
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # half the time of `open`, which makes a buffer
+        try:
+            mapped = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(file)
         tensors, header = _parse(mapped, form)
     except FileNotFoundError as error:
         raise _unavailable(segment_id, path, "the file is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise _unavailable(segment_id, path, f"the file is damaged ({error})") from error
     if header.get("segment_id") != segment_id or not header.get("source_tokens", "").isdecimal():
         what = f"its header says segment {header.get('segment_id')!r} of {header.get('source_tokens')!r} tokens"
@@ -99,6 +104,7 @@ def _open(path: Path, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[s
 
 def _parse(mapped: mmap.mmap, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
     """Read a safetensors file of known tensors: a third of `safe_open`'s time, and a prompt may need 85 files."""
+    import numpy as np
     import torch
 
     start = 8 + int.from_bytes(mapped[:8], "little")
@@ -110,16 +116,16 @@ def _parse(mapped: mmap.mmap, form: AnyFormat) -> tuple[Tensors, dict[str, str]]
         raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.kind!r}")
     tensors, total = {}, 0
     for name, (code, shape) in form.shapes(header).items():
-        entry, count, dtype = header[name], math.prod(shape), getattr(torch, _TYPES[code])
+        entry, (dtype, size) = header[name], _TYPES[code]
         begin, end = entry["data_offsets"]
-        if entry["dtype"] != code or entry["shape"] != shape or end - begin != count * dtype.itemsize or begin < 0:
+        if entry["dtype"] != code or entry["shape"] != shape or end - begin != math.prod(shape) * size or begin < 0:
             raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {code} {shape}")
-        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin).view(shape)
+        tensors[name] = torch.from_numpy(np.ndarray(shape, dtype, mapped, start + begin))
         total += end - begin
     if start + total != len(mapped):
         raise ValueError(f"{len(mapped)} bytes, not the {start + total} that its header describes")
     return tensors, strings
 
 
-def _unavailable(segment_id: str, path: Path, why: str) -> SegmentUnavailable:
+def _unavailable(segment_id: str, path: Path | str, why: str) -> SegmentUnavailable:
     return SegmentUnavailable(f"segment {segment_id} ({path}) cannot be used: {why}; ingest its document again")

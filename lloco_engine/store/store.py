@@ -327,7 +327,7 @@ class Store:
             SegmentUnavailable: missing or damaged.
             NotInStore: not an id of a segment.
         """
-        path = self._layout.segment(segment_id)
+        path = self._layout.segment_name(segment_id)
         if verify:
             return segments.verify(path, segment_id, self._form)[0]
         return segments.read(path, segment_id, self._form)
