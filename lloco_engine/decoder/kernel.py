@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 from lloco_engine.decoder import team
 from lloco_engine.decoder.focus import TIE
 
-__all__ = ["Attend", "Desk", "attend", "furnish", "kept", "parts", "prepare", "runs"]
+__all__ = ["Attend", "Desk", "furnish", "kept", "parts", "prepare", "runs"]
 
 WIDTH = 64  # tokens or slots read at once: their keys, or values, and what is made of them stay in the first cache
 _MOST = 48  # queries of a part, likewise
@@ -68,6 +68,7 @@ def runs() -> bool:
 
 _function: Any = cgutils.get_or_insert_function
 _variable: Any = cgutils.alloca_once_value
+_room: Any = cgutils.alloca_once
 
 
 def _to_single(context: Any, number: Any) -> Any:
@@ -331,7 +332,7 @@ def _to_choice(
             score = builder.fadd(high, _splat(builder, more))
             for begin, what in ((less, high), (scores, score), (left, score)):
                 builder.store(what, place(begin, loop.index, row), align=4)
-        last = cgutils.alloca_once(builder, _VECTOR)
+        last = _room(builder, _VECTOR)
         with cgutils.for_range(builder, focus):  # the highest is taken away
             builder.store(_all(8 * _NONE_LOGIT), last)
             best = _variable(builder, ir.VectorType(_WORD, _LANES)([0] * _LANES))
@@ -528,7 +529,7 @@ def _runs(desk: Any) -> Any:
 def _ask_few(call: Any, desk: Any, several: int) -> None:
     """Add to the desk's ``sums`` the products of runs' keys, where they are, with few queries.
 
-    Where none are chosen from, their values are brought nearer meanwhile.
+    The values of what is not chosen from are brought nearer meanwhile.
     """
     runs, sums, asked, dim = _runs(desk), desk.sums, desk.asked, call.dim
     for run in range(several):
@@ -538,7 +539,7 @@ def _ask_few(call: Any, desk: Any, several: int) -> None:
             at = keys + slot * size
             for line in range(at + WIDTH * size, at + (WIDTH + _ROWS) * size, 64):
                 _fetch(line)
-                if not call.focused:
+                if runs[run, 4] < 0 or not call.focused:
                     _fetch(line + beside)
             if count - slot < _ROWS:
                 for _ in range(slot, count):
@@ -591,7 +592,7 @@ def _gather(desk: Any, several: int, which: int, dim: int, out: int, wide: int) 
 
 
 class Attend(ctypes.Structure):
-    """A call of `attend`: addresses and sizes, of a layer.
+    """A call of the kernel: addresses and sizes, of a layer.
 
     ``q`` (rows, H * group, tokens, D) are the queries and ``out`` (rows, tokens, H * group, D) is the result;
     ``q_row``, ``q_head`` and ``q_token`` say how many numbers lie between two of ``q``. ``live_keys`` and
@@ -1096,10 +1097,8 @@ def _attend_at(address: Any) -> None:
 
 @cache
 def prepare() -> team.Task:
-    """The compiled function; some seconds the first time on a machine, and a fraction of one afterwards."""
+    """Attention of queries over the live tokens and a layer's slots: the task of an `Attend`.
+
+    It is compiled here: some seconds the first time on a machine, and a fraction of one afterwards.
+    """
     return team.Task(_attend_at)
-
-
-def attend(call: Attend, threads: int) -> None:
-    """Attention of queries over the live tokens and a layer's slots, by so many threads."""
-    prepare()(call, threads)

@@ -43,7 +43,9 @@ class Memory:
         self._prior = [() if prefix is None else prefix.prior for prefix in prefixes]
         self._focused = any(0 < most < len(row) for most, row in zip(self._focus, self._rows, strict=True))
         self._heads = next(segment.lengths.shape[1] for row in self._rows for segment in row)
-        self._layers: dict[tuple[int, bool], LayerSlots] = {}
+        self._served = ragged.serves(device, dtype)  # asked once, and not in every layer of every step
+        self._layers: dict[int, LayerSlots] = {}
+        self._compiled: dict[int, LayerSlots] = {}
         self._segments: ragged.Segments | None = None
 
     @classmethod
@@ -58,10 +60,11 @@ class Memory:
 
     def layer(self, index: int) -> LayerSlots:
         """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch."""
-        compiled = not torch.is_grad_enabled() and ragged.serves(self._device, self._dtype)
-        if (index, compiled) not in self._layers:
-            self._layers[index, compiled] = self._lay_out(index, compiled)
-        return self._layers[index, compiled]
+        compiled = self._served and not torch.is_grad_enabled()
+        layers = self._compiled if compiled else self._layers
+        if index not in layers:
+            layers[index] = self._lay_out(index, compiled)
+        return layers[index]
 
     def _lay_out(self, index: int, compiled: bool) -> LayerSlots:
         if not compiled:

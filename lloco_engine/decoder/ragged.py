@@ -6,7 +6,9 @@ them there. Keys and values stay in half precision if the segments are (docs/dec
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,19 @@ _ALONE = 4096  # queries times tokens and slots below which a second thread cost
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel serves a decoder on this machine."""
     return device.type == "cpu" and dtype == torch.float32 and kernel.runs()
+
+
+class _Room(NamedTuple):
+    """A call of the kernel for what is asked in one shape.
+
+    ``result`` is the shape of what it makes; there is room for at most ``live`` live tokens. What the call is given the
+    addresses of is ``held``.
+    """
+
+    call: kernel.Attend
+    result: tuple[int, int, int]
+    live: int
+    held: list[object]
 
 
 class Segments:
@@ -58,54 +73,73 @@ class Segments:
         self._prior = np.array([one for given in priors for one in given], np.float32)
         of_rows = np.split(lengths, self._of_row[1:])
         self._slots = np.stack([of_row.sum(0) for of_row in of_rows], 1)  # (layers, rows, heads)
-        self._shapes: tuple[object, ...] = ()  # of what was last asked
-        self._kept = torch.empty(0)  # room for logits
-        self._call = kernel.Attend(
-            tensors=self._tensors.ctypes.data,
-            of_row=self._of_row.ctypes.data,
-            segments=len(segments),
-            shared=len(rows) == 1,
-            half=half,
-            focused=bool(self._focus.any()),
-            many=self._many.ctypes.data,
-            most=max(many),
-            focus=self._focus.ctypes.data,
-            prior=self._prior.ctypes.data,
-        )
+        self._most = int(self._slots.sum((1, 2)).max())  # slots of a layer
+        self._threads = team.threads()
+        self._run = kernel.prepare()
+        self._rooms: dict[tuple[object, ...], _Room] = {}  # by the shapes of what is asked: steps alternate between few
+        self._facts: dict[str, int] = {
+            "tensors": self._tensors.ctypes.data,
+            "of_row": self._of_row.ctypes.data,
+            "segments": len(segments),
+            "shared": len(rows) == 1,
+            "half": half,
+            "focused": bool(self._focus.any()),
+            "many": self._many.ctypes.data,
+            "most": max(many),
+            "focus": self._focus.ctypes.data,
+            "prior": self._prior.ctypes.data,
+        }
 
-    def layer(self, index: int) -> tuple[int, int, int]:
-        """Where a layer's `kernel.Attend.begins` and ``slots`` are, and how many slots there are."""
-        slots = self._slots[index]
-        return self._begins[index].ctypes.data, slots.ctypes.data, int(slots.sum())
+    def layer(self, index: int) -> tuple[int, int]:
+        """Where a layer's `kernel.Attend.begins` and ``slots`` are."""
+        return self._begins[index].ctypes.data, self._slots[index].ctypes.data
 
-    def call(self, q: torch.Tensor, keys: torch.Tensor, scale: float, threads: int) -> kernel.Attend:
-        """A call that says all but the layer, how many live tokens there are, and where they, mask and result are.
+    def attend(
+        self,
+        begins: int,
+        slots: int,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention over the slots of a `layer`; see `LayerSlots.attend`."""
+        live, shapes = keys.shape[2], (q.shape, q.stride(), keys.stride(), scale)
+        room = self._rooms.get(shapes)
+        if room is None or live > room.live:
+            room = self._rooms[shapes] = self._prepare(q, keys, scale)
+        call, out = room.call, torch.empty(room.result)
+        call.q, call.out, call.begins, call.slots = q.data_ptr(), out.data_ptr(), begins, slots
+        call.live_keys, call.live_values, call.live = keys.data_ptr(), values.data_ptr(), live
+        call.mask = 0
+        if mask is not None:
+            mask = mask.contiguous()
+            call.mask, call.mask_row = mask.data_ptr(), 0 if len(mask) == 1 else call.tokens * live
+        much = call.group * call.tokens * (call.rows * call.heads * live + self._most) >= _ALONE
+        self._run(call, self._threads if much else 1)
+        return out
 
-        The next one takes its place.
-        """
-        shapes = q.shape, q.stride(), keys.shape[1], keys.stride(), scale, threads
-        if shapes != self._shapes:  # else an earlier layer's or step's serves
-            self._shapes, call = shapes, self._call
-            call.rows, query_heads, call.tokens, call.dim = q.shape
-            call.heads, call.group, call.scale = keys.shape[1], query_heads // keys.shape[1], scale
-            call.q_row, call.q_head, call.q_token, _ = q.stride()
-            call.live_row, call.live_head, *_ = keys.stride()
-            call.each, call.filled, call.few, call.step = kernel.parts(call.group * call.tokens, call.dim)
-            call.places = -(-call.group * call.tokens // call.each) * call.rows * call.heads
-            self._desks = kernel.furnish(call, threads)
-            self._largest = torch.empty(threads if call.focused else 0, call.places, call.most, call.filled)
-            call.largest = self._largest.data_ptr()
-        self._call.q = q.data_ptr()
-        return self._call
-
-    def keep(self, live: int, slots: int, threads: int) -> None:
-        """Have room for the logits of so many live tokens and slots, where queries choose among segments."""
-        call = self._call
-        line = call.places * live + call.places // (call.rows * call.heads) * slots
-        numbers = kernel.kept(line, call.places, threads, call.step)
-        if call.focused and self._kept.numel() < numbers:
-            self._kept = torch.empty(numbers + numbers // 4)  # more, since the live tokens become more
-            call.kept = self._kept.data_ptr()
+    def _prepare(self, q: torch.Tensor, keys: torch.Tensor, scale: float) -> _Room:
+        """A call that says all but the layer, how many live tokens there are, and where they, mask and result are."""
+        call, (heads, live) = kernel.Attend(**self._facts), keys.shape[1:3]
+        call.rows, query_heads, call.tokens, call.dim = q.shape
+        call.heads, call.group, call.scale = heads, query_heads // heads, scale
+        call.q_row, call.q_head, call.q_token, _ = q.stride()
+        call.live_row, call.live_head, *_ = keys.stride()
+        call.each, call.filled, call.few, call.step = kernel.parts(call.group * call.tokens, call.dim)
+        parts = -(-call.group * call.tokens // call.each)
+        call.places = parts * call.rows * call.heads
+        held = [kernel.furnish(call, self._threads)]
+        if call.focused:  # room for logits
+            live += live // 4  # more, since the live tokens become more
+            line = call.places * live + parts * self._most * (call.rows if call.shared else 1)
+            held.append(largest := torch.empty(self._threads, call.places, call.most, call.filled))
+            held.append(kept := torch.empty(kernel.kept(line, call.places, self._threads, call.step)))
+            call.largest, call.kept = largest.data_ptr(), kept.data_ptr()
+        else:
+            live = sys.maxsize
+        return _Room(call, (call.rows, call.tokens, query_heads * call.dim), live, held)
 
 
 class Ragged(LayerSlots):
@@ -118,25 +152,10 @@ class Ragged(LayerSlots):
 
     def __init__(self, segments: Segments, layer: int) -> None:
         self._segments = segments
-        self._begins, self._slots, self._total = segments.layer(layer)
+        self._place = segments.layer(layer)
 
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         """See `LayerSlots.attend`."""
-        rows, query_heads, tokens, dim = q.shape
-        heads, live = keys.shape[1:3]
-        threads = team.threads()
-        call = self._segments.call(q, keys, scale, threads)
-        call.begins, call.slots, call.live = self._begins, self._slots, live
-        self._segments.keep(live, self._total * (rows if call.shared else 1), threads)
-        call.live_keys, call.live_values = keys.data_ptr(), values.data_ptr()
-        call.mask, call.mask_row = 0, 0
-        if mask is not None:
-            mask = mask.contiguous()
-            call.mask, call.mask_row = mask.data_ptr(), 0 if len(mask) == 1 else tokens * live
-        out = torch.empty(rows, tokens, query_heads * dim)
-        call.out = out.data_ptr()
-        much = query_heads // heads * tokens * (rows * heads * live + self._total) >= _ALONE
-        kernel.attend(call, threads if much else 1)
-        return out
+        return self._segments.attend(*self._place, q, keys, values, mask, scale)
