@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lloco_engine.decoder import call as calls
 from lloco_engine.decoder import kernel, team
 from lloco_engine.decoder.slots import LayerSlots
 from lloco_engine.types import Segment
@@ -34,7 +35,7 @@ class _Room(NamedTuple):
     addresses of is ``held``.
     """
 
-    call: kernel.Attend
+    call: calls.Attend
     result: tuple[int, int, int]
     live: int
     held: list[object]
@@ -91,7 +92,7 @@ class Segments:
         }
 
     def layer(self, index: int) -> tuple[int, int]:
-        """Where a layer's `kernel.Attend.begins` and ``slots`` are."""
+        """Where a layer's `calls.Attend.begins` and ``slots`` are."""
         return self._begins[index].ctypes.data, self._slots[index].ctypes.data
 
     def attend(
@@ -122,20 +123,20 @@ class Segments:
 
     def _prepare(self, q: torch.Tensor, keys: torch.Tensor, scale: float) -> _Room:
         """A call that says all but the layer, how many live tokens there are, and where they, mask and result are."""
-        call, (heads, live) = kernel.Attend(**self._facts), keys.shape[1:3]
+        call, (heads, live) = calls.Attend(**self._facts), keys.shape[1:3]
         call.rows, query_heads, call.tokens, call.dim = q.shape
         call.heads, call.group, call.scale = heads, query_heads // heads, scale
         call.q_row, call.q_head, call.q_token, _ = q.stride()
         call.live_row, call.live_head, *_ = keys.stride()
-        call.each, call.filled, call.few, call.step = kernel.parts(call.group * call.tokens, call.dim)
+        call.each, call.filled, call.few, call.step = calls.parts(call.group * call.tokens, call.dim)
         parts = -(-call.group * call.tokens // call.each)
         call.places = parts * call.rows * call.heads
-        held = [kernel.furnish(call, self._threads)]
+        held = [calls.furnish(call, self._threads)]
         if call.focused:  # room for logits
             live += live // 4  # more, since the live tokens become more
             line = call.places * live + parts * self._most * (call.rows if call.shared else 1)
             held.append(largest := torch.empty(self._threads, call.places, call.most, call.filled))
-            held.append(kept := torch.empty(kernel.kept(line, call.places, self._threads, call.step)))
+            held.append(kept := torch.empty(calls.kept(line, call.places, self._threads, call.step)))
             call.largest, call.kept = largest.data_ptr(), kept.data_ptr()
         else:
             live = sys.maxsize

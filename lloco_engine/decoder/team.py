@@ -8,7 +8,9 @@ elsewhere the calling thread does all parts.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from llvmlite import binding
 from numba import cfunc, njit, types
 
-__all__ = ["Task", "can_keep", "number", "size", "threads", "wait"]
+__all__ = ["Task", "can_keep", "number", "renew", "size", "threads", "wait"]
 
 # of OpenMP, for compiled functions: this thread's number in its team, the team's size, and waiting until all are here
 number: Any = types.ExternalFunction("lloco_team_number", types.int32())
@@ -67,6 +69,16 @@ def can_keep() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def renew(file: str, *others: str) -> None:
+    """Have what numba keeps of a file compiled anew where another that it is made of has changed since.
+
+    By itself numba looks at the file of each function alone, and not at those of what is compiled into it.
+    """
+    if max(os.stat(other).st_mtime for other in others) > os.stat(file).st_mtime:
+        with suppress(OSError):  # where files cannot be changed none has been
+            os.utime(file)
 
 
 def threads() -> int:
