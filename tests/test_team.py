@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from lloco_engine.decoder import kernel, team
+from lloco_engine.decoder import call, kernel, team
 
 needs_kernel = pytest.mark.skipif(not kernel.runs(), reason="the processor does not convert half precision")
 ALONE = """
@@ -43,4 +45,24 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch):
 
 
 def test_fields_of_calls_are_words_of_eight_bytes():
-    assert ctypes.sizeof(kernel.Attend) == 8 * len(kernel.Attend._fields_)
+    for record in (call.Attend, call.Desk):
+        assert ctypes.sizeof(record) == 8 * len(record._fields_)
+
+
+def test_what_is_kept_is_made_anew_when_what_it_is_made_of_has_changed(tmp_path):
+    file, other = tmp_path / "kernel.py", tmp_path / "vectors.py"
+    for path, changed in ((file, 1000), (other, 900)):
+        path.touch()
+        os.utime(path, (changed, changed))
+    team.renew(str(file), str(other))
+    assert file.stat().st_mtime == 1000
+    os.utime(other, (1100, 1100))
+    team.renew(str(file), str(other))
+    assert file.stat().st_mtime >= 1100
+
+
+def test_compiling_is_said_to_take_a_while(monkeypatch, caplog):
+    monkeypatch.setattr(kernel, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(team, "Task", lambda function: time.sleep(0.5))
+    kernel.prepare.__wrapped__()
+    assert "compiling attention" in caplog.text

@@ -12,7 +12,9 @@ others'. Where queries choose among segments, a place's slots are looked at, the
 
 from __future__ import annotations
 
+import logging
 import platform
+import threading
 from functools import cache
 from typing import Any
 
@@ -56,6 +58,14 @@ from lloco_engine.decoder.vectors import (
 )
 
 __all__ = ["prepare", "runs"]
+
+_log = logging.getLogger(__name__)
+_PATIENCE_S = 2.0
+_WAIT = (
+    "compiling attention for this machine's processor: up to half a minute, once, since what is compiled is kept"
+    if team.can_keep()
+    else "compiling attention for this machine's processor: up to half a minute, each time, since no folder can be written"
+)
 
 team.renew(__file__, focus.__file__, calls.__file__, vectors.__file__)
 
@@ -585,6 +595,13 @@ def _attend_at(address: Any) -> None:
 def prepare() -> team.Task:
     """Attention of queries over the live tokens and a layer's slots: the task of an `Attend`.
 
-    It is compiled here: some seconds the first time on a machine, and a fraction of one afterwards.
+    It is compiled here: some seconds the first time on a machine, which are then said to be no standstill, and a
+    fraction of one afterwards.
     """
-    return team.Task(_attend_at)
+    wait = threading.Timer(_PATIENCE_S, _log.warning, [_WAIT])
+    wait.daemon = True
+    wait.start()
+    try:
+        return team.Task(_attend_at)
+    finally:
+        wait.cancel()
