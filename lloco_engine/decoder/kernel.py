@@ -61,10 +61,8 @@ __all__ = ["prepare", "runs"]
 
 _log = logging.getLogger(__name__)
 _PATIENCE_S = 2.0
-_WAIT = (
-    "compiling attention for this machine's processor: up to half a minute, once, since what is compiled is kept"
-    if team.can_keep()
-    else "compiling attention for this machine's processor: up to half a minute, each time, since no folder can be written"
+_WAIT = "compiling attention for this machine's processor: up to half a minute, " + (
+    "once, since what is compiled is kept" if team.can_keep() else "each time, since no folder can be written"
 )
 
 team.renew(__file__, focus.__file__, calls.__file__, vectors.__file__)
