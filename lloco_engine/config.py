@@ -131,7 +131,8 @@ class PrefixConfig(Config):
 class GenerateConfig(Config):
     """How tokens are chosen. ``temperature`` 0 is greedy; then ``lookup`` guesses ahead, output unchanged.
 
-    ``spelling`` is by how much, in nats, a token is made likelier that goes on to a word of the sources
+    ``spelling`` is by how much, in nats, a token is made likelier that goes on to a word of the sources; ``pointing``
+    by how much at most one that begins or goes on to a word that stands beside the question's words in them
     (docs/decisions/0010; 0: not at all).
     """
 
@@ -142,6 +143,7 @@ class GenerateConfig(Config):
     seed: int | None = None
     lookup: bool = True
     spelling: float = 3.0
+    pointing: float = 6.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -150,3 +152,4 @@ class GenerateConfig(Config):
         _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         _require(all(self.stop), "a stop string must not be empty", self.stop)
         _require(self.spelling >= 0, "spelling must not be negative (0 is not at all)", self.spelling)
+        _require(self.pointing >= 0, "pointing must not be negative (0 is not at all)", self.pointing)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decoder_cases import TEXT, place, tiny, tokens, whole
 
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.local import Prompt
+from lloco_engine.decoder.pointing import Asked
 from lloco_engine.decoder.spelling import Pieces, Speller
 from lloco_engine.errors import ConfigError
 
@@ -56,22 +59,87 @@ def test_only_the_likeliest_tokens_are_looked_at_and_each_row_has_its_own_word(m
     assert spelled[0, ids("gar")].tolist() == [4.0] and float(spelled.sum()) == 4 + 3
 
 
+def pointed_to(
+    source: str, question: str, *answer: str, first: str = "report", pointing: float = 3.0
+) -> dict[str, float]:
+    """By how much tokens are made likelier where ``first`` is the likeliest one."""
+    logits = torch.zeros(1, len(Letters.TOKENS))
+    logits[0, ids(first)] = 0.5
+    before = logits.clone()
+    Speller(Pieces(Letters()), source, 0.0, question, pointing).spell(logits, [ids(*answer)])
+    more = (logits - before)[0].tolist()
+    return {token: round(amount, 3) for token, amount in zip(Letters.TOKENS, more, strict=True) if amount}
+
+
+SOURCE = "The keeper of Orrin is Edwin Marsh. The weather is fine. The barley is ripe. The mayor is Edgar."
+QUESTION = "Who is the keeper of Orrin?"
+
+
+def test_words_beside_those_of_the_question_are_likelier_to_be_begun_and_gone_on_to():
+    begun = pointed_to(SOURCE, QUESTION)
+    assert set(begun) == {"Ed", "ed", "Edwin", " Marsh"} and len(set(begun.values())) == 1
+    assert set(pointed_to(SOURCE, QUESTION, "Ed")) == {"win", "w"}, "the mayor is called otherwise"
+    doubled = pointed_to(SOURCE, QUESTION, pointing=6.0)
+    assert doubled["Ed"] == pytest.approx(2 * begun["Ed"], abs=0.01)
+
+
+def test_nothing_is_pointed_to_where_grammar_the_question_or_the_end_comes_next():
+    assert pointed_to(SOURCE + " It reports.", QUESTION + " Reports?") == {}, "report begins a word of it"
+    assert pointed_to("The report is. Report it. A report is. The report was of Edwin.", "Was it?") == {}, (
+        "it is common"
+    )
+    assert pointed_to(SOURCE, QUESTION, first=".") == {}
+    assert pointed_to(SOURCE, "Why Xanadu?") == {}, "no sentence has a word of it"
+    assert pointed_to("", QUESTION) == {}
+
+
+def test_what_was_said_is_not_asked_for_again():
+    assert pointed_to(SOURCE, QUESTION, "Edwin", " ") == {}
+    assert pointed_to(SOURCE, QUESTION, "Edwin", first=" Marsh") == {}
+    assert " Marsh" in pointed_to(SOURCE, QUESTION, "report", first=" Marsh"), "what was said is none of the sources'"
+
+
+def test_a_word_counts_by_its_sentence_and_its_rarity():
+    asked = Asked(SOURCE, QUESTION)
+    assert asked.amount("edwin") == asked.amount("marsh") > 10 * asked.amount("edgar")
+    assert asked.amount("keeper") == asked.amount("orrin") == asked.amount("is") == 0, "the question's own"
+    assert asked.amount("ed") == 0 and asked.amount("ed", ended=False) == asked.amount("edwin")
+    assert asked.tells("edwin") and asked.tells("xanadu")
+    assert not asked.tells("the") and not asked.tells("keep")
+    assert not Asked(SOURCE, "") and not Asked("", QUESTION) and not Asked(SOURCE, "Why?")
+
+
 def test_answers_are_spelled_as_the_source_streamed_and_in_batches_and_guessing_changes_nothing():
     decoder = tiny()
     prefix = place(decoder, [whole(decoder)])
     plain = Prompt("Who?", prefix)
     spelled = Prompt("Who?", prefix, spelling=TEXT, draft=TEXT)
-    config = GenerateConfig(24, spelling=50.0)
+    config = GenerateConfig(24, spelling=50.0, pointing=0.0)
     (batched,) = decoder.generate([spelled], config)
     generation, pieces = decoder.stream(spelled, config)
     assert "".join(pieces) == batched.text and generation.token_ids == batched.token_ids
-    (off,) = decoder.generate([spelled], GenerateConfig(24, spelling=0.0))
+    (off,) = decoder.generate([spelled], GenerateConfig(24, spelling=0.0, pointing=0.0))
     assert off.token_ids == decoder.generate([plain], GenerateConfig(24))[0].token_ids != batched.token_ids
     both = decoder.generate([plain, spelled], config)
     assert [one.token_ids for one in both] == [off.token_ids, batched.token_ids]
     assert tokens(decoder, TEXT)
 
 
-def test_a_weight_below_zero_is_refused():
-    with pytest.raises(ConfigError, match="spelling"):
-        GenerateConfig(spelling=-1.0)
+def test_answers_point_streamed_and_in_batches_from_the_first_token_on_and_guessing_changes_nothing():
+    decoder = tiny()
+    prefix = place(decoder, [whole(decoder)])
+    asking = Prompt("Who is the keeper?", prefix, spelling=TEXT)
+    off, on = (GenerateConfig(24, spelling=0.0, pointing=pointing) for pointing in (0.0, 200.0))
+    (plain,), (pointed,) = decoder.generate([asking], off), decoder.generate([asking], on)
+    assert plain.token_ids[0] != pointed.token_ids[0]
+    for draft in ("", TEXT):
+        generation, pieces = decoder.stream(replace(asking, draft=draft), on)
+        assert "".join(pieces) == pointed.text and generation.token_ids == pointed.token_ids
+    both = decoder.generate([replace(asking, spelling=""), asking], on)
+    assert [one.token_ids for one in both] == [plain.token_ids, pointed.token_ids]
+
+
+@pytest.mark.parametrize("name", ["spelling", "pointing"])
+def test_a_weight_below_zero_is_refused(name):
+    with pytest.raises(ConfigError, match=name):
+        GenerateConfig(**{name: -1.0})

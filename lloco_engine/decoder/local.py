@@ -318,12 +318,12 @@ class LocalDecoder:
     ) -> Iterator[str]:
         began = time.perf_counter()
         text = TextStream(self.tokenizer, config.stop)
-        sampler, speller = self._generator(config), Speller(self._pieces, prompt.spelling, config.spelling)
+        sampler, speller = self._generator(config), self._speller(prompt, config)
         memory = self._memory([prompt])
         cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
         position = self._position(prompt) - cache.length
         hidden = self._step([ids], position, cache, memory, adapter, wanted=1)
-        accepted = choose(self.runner.logits(hidden[:, -1]), config, sampler).tolist()
+        accepted = choose(speller.spell(self.runner.logits(hidden[:, -1]), [[]]), config, sampler).tolist()
         generation.ttft_s = time.perf_counter() - began
         drafting = config.lookup and config.temperature == 0
         draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
@@ -382,7 +382,7 @@ class LocalDecoder:
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
         texts = [TextStream(self.tokenizer, config.stop) for _ in prompts]
         sampler = self._generator(config)
-        spellers = [Speller(self._pieces, prompt.spelling, config.spelling) for prompt in prompts]
+        spellers = [self._speller(prompt, config) for prompt in prompts]
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
         filler = self.tokenizer.eos_token_id
@@ -445,6 +445,9 @@ class LocalDecoder:
                 recompute=recompute,
                 in_bf16=in_bf16,
             )
+
+    def _speller(self, prompt: Prompt, config: GenerateConfig) -> Speller:
+        return Speller(self._pieces, prompt.spelling, config.spelling, prompt.question, config.pointing)
 
     def _generator(self, config: GenerateConfig) -> torch.Generator | None:
         if config.seed is None:

@@ -1,10 +1,11 @@
-"""Words that an answer has begun are spelled as the sources spell them.
+"""Words of an answer are spelled as the sources spell them, and those that are asked for are preferred.
 
 A compressed segment says well which word is meant, and its last syllables less well: a name of several tokens comes
 out as another that begins alike. The sources' text is at hand, since the store has it, though it is not in the prompt.
 So where an answer is in the middle of a word that begins as some word of the sources does, the tokens that go on to
-such a word are made likelier (docs/decisions/0010). Which word is begun, and every word that the sources do not have,
-is left to the decoder.
+such a word are made likelier. And where the decoder is about to say something that the question has not said, the words
+that it asks for are made likelier to be begun (`lloco_engine.decoder.pointing`; docs/decisions/0010). Whether a word is
+said at all, and all that is grammar, is left to the decoder.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 
+from lloco_engine.decoder.pointing import WORD, Asked
+
 __all__ = ["Pieces", "Speller"]
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
 _BEGUN = re.compile(r"\w+(?:['’]\w*)*\Z")
 _CANDIDATES = 64  # likeliest tokens that are looked at: no other comes near
-_TAIL = 12  # tokens that a word has at most
 
 
 class Pieces:
@@ -46,38 +47,64 @@ class Pieces:
 
 
 class Speller:
-    """Makes tokens likelier that go on to a word of the sources.
+    """Makes tokens likelier that go on to a word of the sources, or to one that is asked for.
 
     Args:
         pieces: of the decoder's tokenizer.
         text: of the sources.
-        weight: by how much, in nats.
+        weight: by how much, in nats, for any word that the answer has begun.
+        question: that is answered.
+        pointing: by how much at most, in nats, for a word that is asked for.
     """
 
-    def __init__(self, pieces: Pieces, text: str, weight: float) -> None:
-        self._pieces, self._weight = pieces, weight
-        self._words: list[str] = sorted({word.lower() for word in _WORD.findall(text)}) if weight else []
+    def __init__(self, pieces: Pieces, text: str, weight: float, question: str = "", pointing: float = 0.0) -> None:
+        self._pieces, self._weight, self._pointing = pieces, weight, pointing
+        self._words: list[str] = sorted({word.lower() for word in WORD.findall(text)}) if weight else []
+        self._asked = Asked(text if pointing else "", question)
 
     def spell(self, logits: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits (B, vocabulary) of what follows each answer's tokens, as the sources have it; changed in place."""
-        for row, answer in enumerate(answers if self._words else ()):
-            begun = _BEGUN.search("".join(self._pieces[token] for token in answer[-_TAIL:]))
-            if begun and self._goes_on(begun[0].lower()):
-                likeliest = torch.topk(logits[row], min(_CANDIDATES, logits.shape[1])).indices.tolist()
-                logits[row, [token for token in likeliest if self._fits(begun[0].lower(), token)]] += self._weight
+        for row, answer in enumerate(answers if self._words or self._asked else ()):
+            text = "".join(self._pieces[token] for token in answer).lower()
+            found = _BEGUN.search(text)
+            begun = found[0] if found else ""
+            if begun and self._goes_on(begun):
+                likeliest = _likeliest(logits[row])
+                logits[row, [token for token in likeliest if self._fits(begun, token)]] += self._weight
+            if self._asked:
+                self._point(logits[row], text[: len(text) - len(begun)], begun)
         return logits
+
+    def _point(self, logits: torch.Tensor, before: str, begun: str) -> None:
+        """Make what goes on to words that are asked for likelier, by as much more as they are than what was said."""
+        said = max(map(self._asked.amount, WORD.findall(before)), default=0.0)
+        said_now = max(said, self._asked.amount(begun))
+        word, new, _ = self._word(begun, int(logits.argmax()))
+        begins = new and word != "" and self._asked.tells(word)  # else what comes next is grammar, or the end
+        if not begins and (not begun or self._asked.amount(begun, ended=False) <= said):
+            return
+        more: dict[int, float] = {}
+        for token in _likeliest(logits):
+            word, new, ended = self._word(begun, token)
+            if word and (begins or not new):
+                more[token] = self._pointing * max(0.0, self._asked.amount(word, ended) - (said_now if new else said))
+        logits[list(more)] += logits.new_tensor(list(more.values()))
+
+    def _word(self, begun: str, token: int) -> tuple[str, bool, bool]:
+        """The word that a token goes on to, or none; whether it is not the one begun; whether it ends there."""
+        piece = self._pieces[token].lower()
+        if begun and (longer := WORD.match(begun + piece)) and len(longer[0]) > len(begun):
+            return longer[0], False, len(longer[0]) < len(begun + piece)
+        other = WORD.match(piece.lstrip())
+        return (other[0], True, len(other[0]) < len(piece.lstrip())) if other else ("", True, False)
 
     def _fits(self, begun: str, token: int) -> bool:
         """Whether a token adds to the word, and makes it a word of the sources or the beginning of one."""
-        text = begun + self._pieces[token].lower()
-        added = _WORD.match(text)
-        word: str = added[0] if added else ""
-        if len(word) <= len(begun):
-            return False
+        word, new, ended = self._word(begun, token)
         at = bisect_left(self._words, word)
-        if at == len(self._words):
+        if new or at == len(self._words):
             return False
-        return self._words[at] == word if len(word) < len(text) else self._words[at].startswith(word)
+        return self._words[at] == word if ended else self._words[at].startswith(word)
 
     def _goes_on(self, begun: str) -> bool:
         """Whether a word of the sources begins so and is longer."""
@@ -85,3 +112,7 @@ class Speller:
         if at < len(self._words) and self._words[at] == begun:
             at += 1
         return at < len(self._words) and self._words[at].startswith(begun)
+
+
+def _likeliest(logits: torch.Tensor) -> list[int]:
+    return torch.topk(logits, min(_CANDIDATES, len(logits))).indices.tolist()

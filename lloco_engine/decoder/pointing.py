@@ -1,0 +1,71 @@
+"""Which words of the sources a question asks for, as far as its own words say.
+
+What is asked for mostly stands in the sentence that has the question's words, and is none of them. So a word of the
+sources counts the more, the more of the question's words its sentence has, and the fewer other sentences have it.
+No list of stop words is needed: a word that many sentences have says little about any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from math import log
+
+__all__ = ["WORD", "Asked"]
+
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_SHARPNESS = 3  # a sentence with half of the best one's share of the question counts an eighth as much
+_TELLING = 0.6  # rarity from which on a word says something: of 24 sentences at most three have it
+
+
+class Asked:
+    """How much each word of the sources is asked for: from 0 to 1, and 0 for the question's own.
+
+    Args:
+        text: of the sources.
+        question: about them.
+    """
+
+    def __init__(self, text: str, question: str) -> None:
+        sentences = [words for part in _SENTENCE.split(text) if (words := _words(part))]
+        having, number = Counter(word for words in sentences for word in words), max(len(sentences), 2)
+        self._rarity = {word: log(number / many) / log(number) for word, many in having.items()}
+        own = _words(question)
+        whole = sum(self._rarity.get(word, 1.0) for word in own)
+        shares = [sum(self._rarity[word] for word in words & own) / whole for words in sentences] if whole else []
+        best = max(shares, default=0.0)
+        self._asked: dict[str, float] = {}
+        for words, share in zip(sentences, shares, strict=False):
+            if share:
+                for word in words - own:
+                    amount = share * (share / best) ** _SHARPNESS * self._rarity[word]
+                    self._asked[word] = max(self._asked.get(word, 0.0), amount)
+        self._words = sorted(self._asked)
+        self._own = [word for word in own if self._rarity.get(word, 0.0) >= _TELLING]
+
+    def __bool__(self) -> bool:
+        return bool(self._words)
+
+    def amount(self, word: str, ended: bool = True) -> float:
+        """How much a word in lower case is asked for; of one that is not ended yet, the most it can become."""
+        if ended:
+            return self._asked.get(word, 0.0)
+        most = 0.0
+        for at in range(bisect_left(self._words, word), len(self._words)):
+            if not self._words[at].startswith(word):
+                break
+            most = max(most, self._asked[self._words[at]])
+        return most
+
+    def tells(self, word: str) -> bool:
+        """Whether a word, or its beginning, tells more than grammar does or the question has said.
+
+        So may any word that the sources do not have.
+        """
+        return self._rarity.get(word, 1.0) >= _TELLING and not any(own.startswith(word) for own in self._own)
+
+
+def _words(text: str) -> set[str]:
+    return {word.lower() for word in WORD.findall(text)}
