@@ -143,7 +143,7 @@ class GenerateConfig(Config):
     seed: int | None = None
     lookup: bool = True
     spelling: float = 3.0
-    pointing: float = 6.0
+    pointing: float = 8.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))

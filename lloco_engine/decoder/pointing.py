@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from math import log
+from math import log, sqrt
 
 __all__ = ["WORD", "Asked"]
 
@@ -49,14 +49,18 @@ class Asked:
         return bool(self._words)
 
     def amount(self, word: str, ended: bool = True) -> float:
-        """How much a word in lower case is asked for; of one that is not ended yet, the most it can become."""
+        """How much a word in lower case is asked for.
+
+        One that is not ended counts as the word that it may become, and the less, the fewer of its letters there are:
+        "w" begins so many words that it hardly says which.
+        """
         if ended:
             return self._asked.get(word, 0.0)
         most = 0.0
         for at in range(bisect_left(self._words, word), len(self._words)):
             if not self._words[at].startswith(word):
                 break
-            most = max(most, self._asked[self._words[at]])
+            most = max(most, self._asked[self._words[at]] * sqrt(len(word) / len(self._words[at])))
         return most
 
     def tells(self, word: str) -> bool:

@@ -81,7 +81,7 @@ class Speller:
         said_now = max(said, self._asked.amount(begun))
         word, new, _ = self._word(begun, int(logits.argmax()))
         begins = new and word != "" and self._asked.tells(word)  # else what comes next is grammar, or the end
-        if not begins and (not begun or self._asked.amount(begun, ended=False) <= said):
+        if not begins and not (begun and self._asked.amount(begun, ended=False)):
             return
         more: dict[int, float] = {}
         for token in _likeliest(logits):
