@@ -133,7 +133,8 @@ class GenerateConfig(Config):
 
     ``spelling`` is by how much, in nats, a token is made likelier that goes on to a word of the sources; ``pointing``
     by how much at most one that begins or goes on to a word that stands beside the question's words in them
-    (docs/decisions/0010; 0: not at all).
+    (docs/decisions/0010; 0: not at all). With ``no_repeat_ngram`` N no run of N tokens comes twice in an answer: small
+    decoders go round in circles when they summarise (0: it may).
     """
 
     max_new_tokens: int = 128
@@ -144,6 +145,7 @@ class GenerateConfig(Config):
     lookup: bool = True
     spelling: float = 3.0
     pointing: float = 8.0
+    no_repeat_ngram: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -153,3 +155,4 @@ class GenerateConfig(Config):
         _require(all(self.stop), "a stop string must not be empty", self.stop)
         _require(self.spelling >= 0, "spelling must not be negative (0 is not at all)", self.spelling)
         _require(self.pointing >= 0, "pointing must not be negative (0 is not at all)", self.pointing)
+        _require(self.no_repeat_ngram >= 0, "no_repeat_ngram must not be negative (0: it may)", self.no_repeat_ngram)

@@ -260,7 +260,7 @@ def test_ask_passes_every_option_on(engine):
         "--focus", "3",
         "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
         "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
-        "--template", "lloco-nqa",
+        "--template", "lloco-nqa", "--no-repeat-ngram", "4",
     )  # fmt: skip
     assert engine.opened == {
         "store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu", "compressor": "c",
@@ -271,7 +271,9 @@ def test_ask_passes_every_option_on(engine):
             "top_k": 2, "filters": {"year": (2024, "2024"), "team": "pumps"}, "neighbours": 1, "whole_document": None,
             "prefix": PrefixConfig(focus=3),
             "tenant": "acme", "adapter": "law",
-            "generate": GenerateConfig(max_new_tokens=9, temperature=0.7, top_p=0.9, stop=("\n",), seed=3),
+            "generate": GenerateConfig(
+                max_new_tokens=9, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4
+            ),
         }),
     ]  # fmt: skip
 

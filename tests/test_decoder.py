@@ -253,6 +253,20 @@ def test_looking_up_the_draft_saves_steps_only_when_asked_for(lookup):
     assert (made.steps == 29) == (not lookup)
 
 
+@pytest.mark.parametrize("lookup", [True, False])
+def test_no_repeat_holds_in_streams_and_batches_alike(lookup):
+    """Also where the text that is looked up is the very circle that the decoder would go round."""
+    decoder = tiny()
+    circle = decoder.generate([Prompt(QUESTION)], GenerateConfig(max_new_tokens=40))[0]
+    config = GenerateConfig(max_new_tokens=40, lookup=lookup, no_repeat_ngram=2)
+    truth = decoder.generate([Prompt("Who?"), Prompt(QUESTION)], config)[1].token_ids
+    made, pieces = decoder.stream(Prompt(QUESTION, draft=circle.text), config)
+    list(pieces)
+    assert made.token_ids == truth != circle.token_ids
+    pairs = list(zip(truth, truth[1:], strict=False))
+    assert len(pairs) == len(set(pairs))
+
+
 def test_an_end_token_stops_and_is_not_shown():
     decoder = tiny()
     plain = decoder.generate([Prompt(QUESTION)], TWELVE)[0]

@@ -342,6 +342,9 @@ def test_other_settings_do_not_use_what_is_left(tmp_path):
         ({"ratios": ()}, "at least one ratio"),
         ({"segments": 0}, "segments must be at least 1"),
         ({"limit": 0}, "limit must be at least 1"),
+        ({"methods": ("none", "kv@default")}, "after a method's @ must be one of auto, not 'default'"),
+        ({"methods": ("magic@auto",)}, "not 'magic'"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram must not be negative"),
     ],
 )
 def test_settings_have_rules(changes, message):

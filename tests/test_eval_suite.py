@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,35 @@ def test_differences_are_paired():
     loss = one["metrics"]["loss"]
     assert loss["difference"] == pytest.approx(-0.495) and loss["interval"][1] < -0.49
     assert table[0]["recovered"] is None, "there is no full text with this adapter"
+
+
+def test_a_method_may_be_for_one_adapter_only(data, decoder, monkeypatch):
+    monkeypatch.setattr(type(decoder), "adapters", ("law",))
+    monkeypatch.setattr(decoder, "_use", lambda adapter: None)
+    methods = ("none", "full@none", "kv@law", "kv")
+    result = run(config(data, adapter="none,law", methods=methods, ratios=(8,), answers=False), decoder=decoder)
+    found = [(row["adapter"], row["method"]) for row in result["results"]]
+    assert found == [("none", "none"), ("none", "full"), ("none", "kv"), ("law", "none"), ("law", "kv")]
+    against = {
+        (d["method"], d["adapter"]): d["against"] for d in result["differences"] if d["against"]["method"] == "full"
+    }
+    assert against[("kv", "law")]["adapter"] == "none"
+
+
+def test_no_method_says_a_run_of_tokens_twice_where_that_is_forbidden(data, decoder, monkeypatch):
+    """The tiny decoder goes round in circles when it may."""
+    generate, made = type(decoder).generate, []
+    monkeypatch.setattr(type(decoder), "generate", lambda *given: made.append(generate(*given)) or made[-1])
+
+    def most(**more):
+        made.clear()
+        run(config(data, methods=("none", "full", "kv"), ratios=(8,), max_new_tokens=40, **more), decoder=decoder)
+        answers = [generation.token_ids for batch in made for generation in batch]
+        runs = [Counter(zip(ids, ids[1:], ids[2:], strict=False)) for ids in answers]
+        return max(count for each in runs for count in each.values())
+
+    assert most() > 1
+    assert most(no_repeat_ngram=3) == 1
 
 
 def test_recovered_is_within_the_same_adapter(data, decoder, monkeypatch):

@@ -246,6 +246,16 @@ def test_a_long_document_comes_alone_with_all_its_chunks_or_as_many_as_there_may
     assert set(limited.chunks) <= set(example.chunks)
 
 
+def test_of_too_many_chunks_those_come_that_the_questions_are_about():
+    words = " and more" * 90
+    parts = [f"The pump in hall {name} needs oil{words}." for name in ("amber", "birch", "cedar", "denim", "ebony")]
+    asked = (Question("What does the pump in hall denim need?", ("oil",)), Question("And the one in birch?", ("oil",)))
+    few = planner(segment_tokens=100, layouts=[[1, 1, 1.0]], max_segments=2, text_share=0, none_share=0)
+    (example,) = few.plan([Record("d", " ".join(parts), asked)], 0)
+    read = " ".join(tiny_tokenizer().decode(ids) for ids in example.chunks)
+    assert [name for name in ("amber", "birch", "cedar", "denim", "ebony") if name in read] == ["birch", "denim"]
+
+
 def test_documents_are_held_out_by_their_text():
     config = preset("small", holdout=0.1, holdout_documents=3)
     train, held = split_records(passages(50), config)

@@ -77,10 +77,20 @@ def test_a_seeded_generator_repeats_itself():
     assert not torch.equal(choose(logits, config, generator(2)), first)
 
 
+@pytest.mark.parametrize(("size", "forbidden"), [(0, []), (1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (4, []), (9, [])])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_run_of_tokens_comes_twice(size, forbidden, temperature):
+    config = GenerateConfig(temperature=temperature, no_repeat_ngram=size)
+    favourites = torch.eye(5) * 50  # each row's likeliest is another token
+    chosen = choose(favourites, config, generator(), [[1, 2, 3, 1, 3, 3, 1]] * 5).tolist()
+    assert [token for token in range(5) if chosen[token] != token] == forbidden
+    assert not set(chosen) & set(forbidden)
+
+
 def test_choosing_leaves_the_logits_alone():
     logits = PROBABILITIES.log().expand(3, -1).clone()
     before = logits.clone()
-    choose(logits, GenerateConfig(temperature=1.0, top_p=0.5), generator())
+    choose(logits, GenerateConfig(temperature=1.0, top_p=0.5, no_repeat_ngram=1), generator(), [[0, 1]] * 3)
     assert torch.equal(logits, before)
 
 

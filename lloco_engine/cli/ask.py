@@ -50,6 +50,9 @@ MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest an
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of probability to sample from.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+NoRepeat = Annotated[
+    int, typer.Option("--no-repeat-ngram", metavar="N", min=0, help="No run of N tokens comes twice; 0: it may.")
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer here; repeatable.")]
 
 
@@ -72,6 +75,7 @@ def ask(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    no_repeat_ngram: NoRepeat = 0,
     adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
@@ -93,7 +97,7 @@ def ask(
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
-    wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop)
+    wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop, no_repeat_ngram)
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
     ) as engine:
@@ -121,6 +125,7 @@ def compare(
     top_p: TopP = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    no_repeat_ngram: NoRepeat = 0,
     adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
@@ -142,7 +147,7 @@ def compare(
       lloco compare "Who repaired the crane?" --top-k 2 --json
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
-    wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop)
+    wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop, no_repeat_ngram)
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
     ) as engine:
@@ -188,12 +193,22 @@ def _wanted(
 
 
 def _generate(
-    max_new_tokens: int, temperature: float, top_p: float, seed: int | None, stop: list[str] | None
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop: list[str] | None,
+    no_repeat_ngram: int,
 ) -> GenerateConfig:
     if top_p <= 0:
         raise typer.BadParameter("--top-p must be above 0")
     if not all(stop or []):
         raise typer.BadParameter("--stop must not be empty")
     return GenerateConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop or ()), seed=seed
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=tuple(stop or ()),
+        seed=seed,
+        no_repeat_ngram=no_repeat_ngram,
     )

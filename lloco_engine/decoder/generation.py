@@ -50,8 +50,20 @@ class Generation:
     steps: int = 0  # passes through the decoder after the first token; fewer than tokens when guesses were kept
 
 
-def choose(logits: torch.Tensor, config: GenerateConfig, generator: torch.Generator | None) -> torch.Tensor:
-    """Next tokens (B,) from logits (B, vocabulary): greedy at temperature 0, else nucleus sampling."""
+def choose(
+    logits: torch.Tensor,
+    config: GenerateConfig,
+    generator: torch.Generator | None,
+    answers: Sequence[Sequence[int]] = (),
+) -> torch.Tensor:
+    """Next tokens (B,) from logits (B, vocabulary): greedy at temperature 0, else nucleus sampling.
+
+    Of ``answers``, the tokens of each row so far, no run of ``config.no_repeat_ngram`` tokens comes twice.
+    """
+    if config.no_repeat_ngram:
+        logits = logits.clone()
+        for row, answer in enumerate(answers):
+            logits[row, _repeating(answer, config.no_repeat_ngram)] = -torch.inf
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / config.temperature, dim=-1)
@@ -60,6 +72,13 @@ def choose(logits: torch.Tensor, config: GenerateConfig, generator: torch.Genera
         ordered[ordered.cumsum(dim=-1) - ordered >= config.top_p] = 0  # the first token always stays
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _repeating(answer: Sequence[int], size: int) -> list[int]:
+    """Tokens that would end a run of ``size`` tokens which the answer has already (Paulus et al. 2017, section 2.5)."""
+    begun = list(answer[len(answer) - size + 1 :]) if size <= len(answer) else None
+    ends = range(size - 1, len(answer))
+    return [answer[end] for end in ends if begun is not None and list(answer[end - size + 1 : end]) == begun]
 
 
 class TextStream:

@@ -87,6 +87,10 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Longest answer. Default: the task's own.")
     ] = None,
+    no_repeat_ngram: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="No run of N tokens comes twice in an answer. Default: the task's own."),
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Task needle: haystack lengths in tokens, such as 1k,8k,32k.")
     ] = None,
@@ -120,6 +124,7 @@ def evaluate(
       kvzip, snapkv    the same, evicted by another's rule
       text_retrieved, text_slots_retrieved, kv_retrieved, kvzip_retrieved,
       snapkv_retrieved  the same, of the --top-k best chunks only
+      full@none        with one of the --adapter names only
 
     Segments are kept in the cache folder: another run over the same documents
     does not compress again.
@@ -157,6 +162,7 @@ def evaluate(
         adapter=adapter,
         answers=answers,
         max_new_tokens=max_new_tokens,
+        no_repeat_ngram=no_repeat_ngram,
         compressor=compressor,
         decoder=decoder,
         device=device,

@@ -14,7 +14,7 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, CompressConfig, Config, PrefixConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, CompressConfig, Config, GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.errors import ConfigError, DocumentError
@@ -22,7 +22,7 @@ from lloco_engine.eval import results, tasks
 from lloco_engine.eval.data import Group
 from lloco_engine.eval.machine import check_writable, circumstances, write_json
 from lloco_engine.eval.partial import Partial
-from lloco_engine.eval.reading import METHODS, Encoder, Material, Reader, Remembered
+from lloco_engine.eval.reading import METHODS, Encoder, Material, Method, Reader, Remembered
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.scoring import Scorer
 from lloco_engine.eval.segments import SegmentCache
@@ -41,7 +41,7 @@ class EvalConfig(Config):
         task: of `lloco_engine.eval.tasks.NAMES`.
         task_settings: the task's own.
         limit: documents to read, None for all.
-        methods: of `lloco_engine.eval.reading.METHODS`.
+        methods: of `lloco_engine.eval.reading.METHODS`; ``"full@none"`` has a row with that one of the adapters only.
         ratios: source tokens per slot, for the methods that have one; summary embeddings have their own.
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
@@ -51,6 +51,7 @@ class EvalConfig(Config):
             name of a loaded one, or a folder; ``"auto"`` is the shipped one where it is for this decoder, else none.
         answers: also generate answers and score them.
         max_new_tokens: longest answer that is generated; None is the task's own.
+        no_repeat_ngram: tokens of which no run comes twice in an answer, 0 where it may; None is the task's own.
         decoder, device: as `LocalDecoder.load` takes them.
         embedder: as `lloco_engine.embedder.Embedder` takes it.
         compressor: of `lloco_engine.compress.registry.NAMES`, for ``kv``.
@@ -71,6 +72,7 @@ class EvalConfig(Config):
     adapter: str = "auto"
     answers: bool = True
     max_new_tokens: int | None = None
+    no_repeat_ngram: int | None = None
     decoder: str = DEFAULT_DECODER
     device: str | None = None
     embedder: str = DEFAULT_EMBEDDER
@@ -81,10 +83,11 @@ class EvalConfig(Config):
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
         object.__setattr__(self, "ratios", tuple(dict.fromkeys(self.ratios)))
-        if not self.methods or (unknown := [name for name in self.methods if name not in METHODS]):
-            received = repr(unknown[0]) if self.methods else "none at all"
+        asked = [name for name, _ in self._asked]
+        if not asked or (unknown := [name for name in asked if name not in METHODS]):
+            received = repr(unknown[0]) if asked else "none at all"
             raise ConfigError(f"methods must be some of {', '.join(METHODS)}, not {received}")
-        if any(METHODS[name].by_ratio for name in self.methods) and not self.ratios:
+        if any(METHODS[name].by_ratio for name in asked) and not self.ratios:
             raise ConfigError(f"ratios must name at least one ratio for the methods {', '.join(self.methods)}")
         if bad := [ratio for ratio in self.ratios if ratio < 1]:
             raise ConfigError(f"ratios must be at least 1 (source tokens per slot), not {bad[0]}")
@@ -95,23 +98,40 @@ class EvalConfig(Config):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 unit = "document" if name == "limit" else "token"
                 raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
-        PrefixConfig(focus=self.focus)  # raises where it breaks its rule
+        PrefixConfig(focus=self.focus)  # these raise where it breaks its rule
+        GenerateConfig(no_repeat_ngram=self.no_repeat_ngram or 0)
         if not self.adapters:
             raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
+        if other := [only for _, only in self._asked if only and only not in self.adapters]:
+            raise ConfigError(
+                f"the adapter after a method's @ must be one of {', '.join(self.adapters)}, not {other[0]!r}"
+            )
+
+    @property
+    def _asked(self) -> list[tuple[str, str]]:
+        """Each method with the adapter that it is for, "" for all."""
+        return [(name, only) for name, _, only in (method.partition("@") for method in self.methods)]
+
+    @property
+    def reads(self) -> tuple[Method, ...]:
+        """The methods themselves."""
+        return tuple(METHODS[name] for name in dict.fromkeys(name for name, _ in self._asked))
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters that there is a block of rows for."""
         return tuple(dict.fromkeys(name.strip() for name in self.adapter.split(",") if name.strip()))
 
-    def rows(self, adapters: Sequence[str]) -> list[Row]:
-        """What each row of the result is about, with the names that the adapters have in the decoder."""
-        return [
-            Row(method, ratio, adapter)
-            for adapter in adapters
-            for method in self.methods
+    def rows(self, adapters: Mapping[str, str]) -> list[Row]:
+        """What each row of the result is about; ``adapters`` has the names that `adapters` have in the decoder."""
+        made = [
+            Row(method, ratio, name)
+            for reference, name in adapters.items()
+            for method, only in self._asked
+            if only in ("", reference)
             for ratio in (self.ratios if METHODS[method].by_ratio else (None,))
         ]
+        return list(dict.fromkeys(made))
 
 
 def run(
@@ -159,14 +179,12 @@ def run(
         passages_per_chunk=config.passages_per_chunk,
         segments=config.segments,
     )
-    references = list(dict.fromkeys(_fitting(decoder, reference) for reference in config.adapters))
-    adapters = [load_named(decoder, reference) or "none" for reference in references]
+    fitting = {reference: _fitting(decoder, reference) for reference in config.adapters}
+    adapters = {reference: load_named(decoder, fit) or "none" for reference, fit in fitting.items()}
     evaluation = _Evaluation(config, task, decoder, embedder, cache or cache_folder() / "eval")
     facts = evaluation.facts() | {
-        "adapter": ",".join(adapters),
-        "adapter_sha256": {
-            name: hash_of_named(ref) for name, ref in zip(adapters, references, strict=True) if ref != "none"
-        },
+        "adapter": ",".join(dict.fromkeys(adapters.values())),
+        "adapter_sha256": {adapters[ref]: hash_of_named(fit) for ref, fit in fitting.items() if fit != "none"},
     }
     partial = Partial(output, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
     rows = config.rows(adapters)
@@ -208,19 +226,18 @@ class _Evaluation:
         self, config: EvalConfig, task: Task, decoder: LocalDecoder, embedder: Encoder | None, cache: Path
     ) -> None:
         self.config, self.task, self.decoder, self._given = config, task, decoder, embedder
-        kinds = {METHODS[name].memory for name in config.methods if METHODS[name].compresses}
+        kinds = {method.memory for method in config.reads if method.compresses}
         self.compressors = {
             kind: registry.get(config.compressor if kind == "kv" else kind) for kind in sorted(kinds | {"kv"})
         }
         segments = {kind: SegmentCache(cache / "segments", decoder, each) for kind, each in self.compressors.items()}
         self.segments = segments
-        new = config.max_new_tokens or task.max_new_tokens
-        self._scorer = Scorer(
-            task,
-            Reader(decoder, segments, config.ratios, PrefixConfig(focus=config.focus)),
-            answers=config.answers,
-            max_new_tokens=new,
+        self._generate = GenerateConfig(
+            config.max_new_tokens or task.max_new_tokens,
+            no_repeat_ngram=task.no_repeat_ngram if config.no_repeat_ngram is None else config.no_repeat_ngram,
         )
+        reader = Reader(decoder, segments, config.ratios, PrefixConfig(focus=config.focus))
+        self._scorer = Scorer(task, reader, self._generate, answers=config.answers)
         self._longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
         if config.passages_per_chunk == 1:  # else the caller has said what a chunk is
             self._longest = min(self._longest, config.segment_tokens)
@@ -265,7 +282,8 @@ class _Evaluation:
             "ratios": [int(ratio) if ratio == int(ratio) else ratio for ratio in config.ratios],
             "lexical": RetrieveConfig.lexical,
             "task_settings": self.task.settings,
-            "max_new_tokens": config.max_new_tokens or self.task.max_new_tokens,
+            "max_new_tokens": self._generate.max_new_tokens,
+            "no_repeat_ngram": self._generate.no_repeat_ngram,
             "decoder": {
                 "name": config.decoder,
                 "fingerprint": decoder.fingerprint,

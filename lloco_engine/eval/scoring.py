@@ -30,13 +30,13 @@ class Scorer:
     Args:
         task: how questions are asked and answers scored.
         reader: makes the prompts.
+        generate: how answers are generated.
         answers: also generate answers and score them.
-        max_new_tokens: longest answer that is generated.
     """
 
-    def __init__(self, task: Task, reader: Reader, *, answers: bool, max_new_tokens: int) -> None:
+    def __init__(self, task: Task, reader: Reader, generate: GenerateConfig, *, answers: bool) -> None:
         self.task, self.reader, self.decoder = task, reader, reader.decoder
-        self.answers, self.max_new_tokens = answers, max_new_tokens
+        self.generate, self.answers = generate, answers
 
     def measure(self, material: Material, method: Method, ratio: float | None, adapter: str | None) -> dict[str, Any]:
         """A row's values of every question, JSON-ready.
@@ -82,7 +82,7 @@ class Scorer:
         for value, scored in zip(values, self._gold(questions, prompts, adapter), strict=True):
             value.update(scored)
         if self.answers:
-            made = self.decoder.generate(prompts, GenerateConfig(self.max_new_tokens), adapter)
+            made = self.decoder.generate(prompts, self.generate, adapter)
             for question, value, generation in zip(questions, values, made, strict=True):
                 value.update(self._answer(question, generation.text))
         return values
@@ -127,7 +127,7 @@ class Scorer:
         candidates = [*self.task.options(question), question.answers[0]]
         longest = max(len(encode(self.decoder.tokenizer, text)) + 1 for text in candidates)
         asked = len(self.decoder.template.question_ids(self.task.ask(question)))
-        return asked + max(longest, self.max_new_tokens)
+        return asked + max(longest, self.generate.max_new_tokens)
 
     def _rows(self, questions: Sequence[Question], prefix: Prefix | None) -> int:
         """Questions to run together: few enough that the attention logits of a layer stay small."""

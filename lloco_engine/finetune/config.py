@@ -25,7 +25,7 @@ class FinetuneConfig(Config):
         batch_questions: least questions between two updates.
         ratios: source tokens per slot; each example draws one.
         layouts: how documents of one chunk share a prompt: see `Layout`. Longer ones come alone, with all their chunks.
-        max_segments: most chunks of a long document in one prompt; of more, as many are drawn.
+        max_segments: most chunks of a long document in one prompt; of more, those with most of the questions' words.
         text_share, none_share: shares of the examples that read the raw text, and nothing, instead of segments.
         holdout: share of the documents that is kept for measuring, at most ``holdout_documents``.
         evaluate_every: updates between two measurements.

@@ -6,11 +6,14 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from lloco_engine.chunking import Chunker
 from lloco_engine.decoder.template import encode
 from lloco_engine.finetune.config import FinetuneConfig
+from lloco_engine.lexical import coverage, words
 from lloco_engine.readers.records import Question, Record
 from lloco_engine.types import Document
 
@@ -52,7 +55,7 @@ class Planner:
         config: of the run.
     """
 
-    def __init__(self, chunker: Chunker, tokenizer: object, config: FinetuneConfig) -> None:
+    def __init__(self, chunker: Chunker, tokenizer: Any, config: FinetuneConfig) -> None:
         self._chunker, self._tokenizer, self._config = chunker, tokenizer, config
         self._most = chunker.config.segment_tokens
 
@@ -65,7 +68,9 @@ class Planner:
         draw = random.Random(seed)
         sources = [self._source(record) for record in records if record.questions]
         made = list(self._prompts([source for source in sources if len(source.chunks) == 1], draw))
-        made += [self._example(source.chunks, [source.record], draw) for source in sources if len(source.chunks) > 1]
+        made += [
+            self._example(self._asked(source), [source.record], draw) for source in sources if len(source.chunks) > 1
+        ]
         parts = [part for example in made for part in self._parts(example)]
         draw.shuffle(parts)
         return parts
@@ -125,7 +130,6 @@ class Planner:
         config = self._config
         kept = list(chunks)
         draw.shuffle(kept)
-        kept = kept[: config.max_segments]
         questions = [question for record in records for question in record.questions]
         draw.shuffle(questions)
         ratio, kind = draw.choice(config.ratios), draw.random()
@@ -134,6 +138,21 @@ class Planner:
         if kind < config.none_share + config.text_share and sum(map(len, kept)) <= self._most:
             return Example("text", tuple(kept), ratio, tuple(questions))
         return Example("memory", tuple(kept), ratio, tuple(questions))
+
+    def _asked(self, source: _Source) -> Sequence[Ids]:
+        """Of too many chunks those with most of the questions' words: each question's best first, as if retrieved."""
+        chunks, most = source.chunks, self._config.max_segments
+        if len(chunks) <= most:
+            return chunks
+        having = [set(words(self._tokenizer.decode(ids))) for ids in chunks]
+        ranked: list[list[int]] = []
+        for question in source.record.questions:
+            found = [[n for n, own in enumerate(having) if word in own] for word in words(question.question)]
+            shares = coverage([np.asarray(rows, dtype=np.int64) for rows in found], len(chunks), len(chunks))
+            if shares is not None:
+                ranked.append(np.argsort(-shares, kind="stable").tolist())
+        turns = [row[turn] for turn in range(len(chunks)) for row in ranked] or range(len(chunks))
+        return [chunks[n] for n in list(dict.fromkeys(turns))[:most]]
 
     def _parts(self, example: Example) -> Iterator[Example]:
         """The example in passes of at most ``rows`` questions, those of like length together: little is padding."""

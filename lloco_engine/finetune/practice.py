@@ -62,6 +62,24 @@ _GOODS = (
     ),
 )
 _ANIMALS = ("badger", "bittern", "crane", "falcon", "goat", "heron", "lynx", "magpie", "otter", "raven", "stag", "swan")
+_COLOURS = (
+    "amber",
+    "azure",
+    "beige",
+    "bronze",
+    "brown",
+    "crimson",
+    "green",
+    "grey",
+    "indigo",
+    "maroon",
+    "violet",
+    "white",
+)
+_CRAFTS = (
+    *("archery", "baskets", "bells", "cartography", "compasses", "coins", "falconry", "fishing", "glaciers", "harps"),
+    *("lace", "lanterns", "locks", "maps", "mining", "puppets", "railways", "rowing", "sundials", "typewriters"),
+)
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
@@ -89,6 +107,28 @@ _FACTS = (
     ("The school of {place} was opened on {answer}.", "On which day was the school of {place} opened?", "day"),
     ("There are {answer} wells in {place}.", "How many wells are there in {place}?", "number"),
     ("The tower of {place} has {answer} steps.", "How many steps has the tower of {place}?", "number"),
+    ("The gardener at {place} is named {answer}.", "What is the gardener at {place} named?", "person"),
+    ("At {place} the songs were written down by {answer}.", "Who wrote down the songs at {place}?", "person"),
+    ("The {answer} of {place} is sold as far away as the coast.", "What of {place} is sold far away?", "goods"),
+    (
+        "The smithy of {place} is best known for its {answer} work.",
+        "For what kind of work is the smithy of {place} best known?",
+        "goods",
+    ),
+    ("The ferry at {place} has {answer} sails.", "What colour are the sails of the ferry at {place}?", "colour"),
+    (
+        "The gate of {place} is {answer} since the repairs.",
+        "What colour is the gate of {place} since the repairs?",
+        "colour",
+    ),
+    ("The pupils of {place} wear {answer} coats.", "What colour are the coats of the pupils of {place}?", "colour"),
+    (
+        "The library of {place} collects books about {answer}.",
+        "What does the library of {place} collect books about?",
+        "craft",
+    ),
+    ("A club in {place} is given over to {answer}.", "What is the club in {place} given over to?", "craft"),
+    ("The exhibition at {place} was all about {answer}.", "What was the exhibition at {place} about?", "craft"),
     ("The road from {place} leads to {answer}.", "Where does the road from {place} lead?", "place"),
     ("The sister town of {place} is {answer}.", "What is the sister town of {place}?", "place"),
 )
@@ -203,6 +243,10 @@ def _answer(kind: str, chance: random.Random) -> str:
             return chance.choice(_GOODS)
         case "animal":
             return chance.choice(_ANIMALS)
+        case "colour":
+            return chance.choice(_COLOURS)
+        case "craft":
+            return chance.choice(_CRAFTS)
         case "day":
             return f"{chance.randint(1, 28)} {chance.choice(_MONTHS)}"
         case "number":
