@@ -109,8 +109,8 @@ class PrefixConfig(Config):
         max_slots: the budget (0: no limit but the decoder's window).
         focus: segments that each query of each head reads of those placed in parallel, the ones that it looks at most
             (0: all of them).
-        relevance: of a whole document, by how much a segment's largest logit counts for more where it is compared, for
-            each point of its score in search.
+        relevance: by how much a segment's largest logit counts for more where it is compared, for each point of its
+            score in search (0: search has no say in it).
     """
 
     placement: Literal["parallel", "sequence"] = "parallel"

@@ -53,7 +53,7 @@ def assemble(
         hits: where the segments come from, one each, in the same order; without, the given order is kept.
         needs: for each segment that is wanted, the places of those it is read after; the segments beyond
             ``len(needs)`` are not wanted by themselves. None: all are wanted and none needs another.
-        scores: what search thinks of each segment, for whole documents: ``config.relevance`` makes priors of them.
+        scores: what search thinks of each segment, of which ``config.relevance`` makes priors.
         rotary: whether a summary vector takes a position, as it does where positions are rotary.
 
     Raises:

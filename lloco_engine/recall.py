@@ -150,7 +150,7 @@ class Recall:
             window=decoder.shape.window,
             hits=[own.hit for own in read],
             needs=[[places[earlier.hit.segment_id] for earlier in own.after] for own in wanted],
-            scores=None if asked.whole_document is None else [own.hit.score for own in read],
+            scores=_scores([own.hit for own in read]),
             rotary=decoder.shape.rotary,
         )
         if assembly.dropped:
@@ -238,3 +238,9 @@ class Recall:
             return error
         self._checked.add(hit.segment_id)
         return segment
+
+
+def _scores(hits: Sequence[Hit]) -> list[float]:
+    """What search thinks of segments that are read together; those it did not find count as the worst that it did."""
+    worst = min((hit.score for hit in hits if hit.score), default=0.0)
+    return [hit.score or worst for hit in hits]

@@ -18,10 +18,32 @@ from lloco_engine.errors import ConfigError
 class Letters:
     """A tokenizer whose tokens are these texts."""
 
-    TOKENS = ("Ed", "win", "gar", " Marsh", ".", "wins", "w", " ", "Edwin", "ing", "ed", "report")
+    TOKENS = (
+        "Ed",
+        "win",
+        "gar",
+        " Marsh",
+        ".",
+        "wins",
+        "w",
+        " ",
+        "Edwin",
+        "ing",
+        "ed",
+        "report",
+        "Ma",
+        "rsh",
+        "E",
+        "a",
+    )
+    WRITTEN = {"Edwin": ("Ed", "win"), "edwin": ("ed", "win"), "Edgar": ("Ed", "gar"), "Marsh": ("Ma", "rsh")}
+    WITHIN = {"a Marsh": ("a", " Marsh"), "a Edwin": ("a", " ", "Ed", "win")}
 
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": ids(".")}
+    def __call__(self, texts, add_special_tokens=True):
+        if isinstance(texts, str):
+            return {"input_ids": ids("a")}
+        known = self.WRITTEN | self.WITHIN
+        return {"input_ids": [ids(*known.get(text, (".",))) for text in texts]}
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(self.TOKENS[number] for number in ids)
@@ -77,14 +99,34 @@ QUESTION = "Who is the keeper of Orrin?"
 
 def test_words_beside_those_of_the_question_are_likelier_to_be_begun_and_gone_on_to():
     begun = pointed_to(SOURCE, QUESTION)
-    assert set(begun) == {"Ed", "ed", "Edwin", " Marsh"} and begun["Edwin"] == begun[" Marsh"] > begun["Ed"]
-    assert set(pointed_to(SOURCE, QUESTION, "Ed")) == {"win", "w"}, "the mayor is called otherwise"
+    assert {"Ed", "ed", "Ma", " Marsh"} <= set(begun) and begun[" Marsh"] > begun["Ed"] == begun["ed"] > 0
+    assert begun["Ed"] == pytest.approx(begun[" Marsh"] * (2 / 5) ** 0.5, abs=0.01), "two letters of five say less"
+    assert set(pointed_to(SOURCE, QUESTION, "Ed")) == {"win"}, "the mayor is called otherwise"
     doubled = pointed_to(SOURCE, QUESTION, pointing=6.0)
     assert doubled["Ed"] == pytest.approx(2 * begun["Ed"], abs=0.01)
 
 
+def test_words_are_pointed_to_as_the_tokenizer_writes_them():
+    assert {"Edwin", "E", "w"}.isdisjoint(pointed_to(SOURCE, QUESTION)), "no way to write a word begins so"
+    assert pointed_to(SOURCE, QUESTION, "E") == {}, "nor goes on so"
+    assert set(pointed_to(SOURCE, QUESTION, "Ma")) == {"rsh"}
+    assert " Marsh" in (begun := pointed_to(SOURCE, QUESTION, "a", first=" Marsh")) and "Ma" not in begun, (
+        "it would join"
+    )
+
+
+def test_an_answer_neither_begins_with_the_questions_words_nor_is_nothing_else():
+    asked = "Who is the report of Orrin?"
+    source = "The report of Orrin is by Edwin Marsh. The weather is fine. The barley is ripe. The mayor is in."
+    assert " Marsh" in pointed_to(source, asked, first="report")
+    assert " Marsh" in pointed_to(source, asked, "report", first="."), "it would end"
+    assert pointed_to(source, asked, "a", " ", first="report") == {}, "a sentence may take them up"
+    assert pointed_to(source, asked, "report", " ", "Edwin", first=".") == {}, "something was said"
+    assert pointed_to(source, asked, "a", first=".") == {}, "and an answer without a word of either is the decoder's"
+
+
 def test_nothing_is_pointed_to_where_grammar_the_question_or_the_end_comes_next():
-    assert pointed_to(SOURCE + " It reports.", QUESTION + " Reports?") == {}, "report begins a word of it"
+    assert pointed_to(SOURCE + " It reports.", QUESTION + " Reports?", "a", " ") == {}, "report begins a word of it"
     assert pointed_to("The report is. Report it. A report is. The report was of Edwin.", "Was it?") == {}, (
         "it is common"
     )
@@ -103,14 +145,14 @@ def test_a_word_counts_by_its_sentence_and_its_rarity():
     asked = Asked(SOURCE, QUESTION)
     assert asked.amount("edwin") == asked.amount("marsh") > 10 * asked.amount("edgar")
     assert asked.amount("keeper") == asked.amount("orrin") == asked.amount("is") == 0, "the question's own"
-    assert asked.amount("ed") == 0 and asked.amount("edwin", ended=False) == asked.amount("edwin")
-    assert 0 < asked.amount("e", ended=False) < asked.amount("ed", ended=False) < asked.amount("edwin")
+    assert asked.amount("ed") == 0 and set(asked.amounts) >= {"edwin", "marsh"}
     other = Asked("Orrin has a keeper, Edwin. The mayor of Orrin was Edgar. The weather. A dog.", "Orrin, keeper?")
     assert 0 < other.amount("edgar") < other.amount("edwin") / 8, "it has a third of the question"
     common = Asked("Its keeper is old Edwin. The old mill. An old dog. A cat.", "Who is the keeper?")
     assert 0 < common.amount("old") < common.amount("edwin") / 2
     assert asked.tells("edwin") and asked.tells("xanadu")
     assert not asked.tells("the") and not asked.tells("keep")
+    assert asked.echoes("keeper") and asked.echoes("keep") and not asked.echoes("the") and not asked.echoes("edwin")
     assert not Asked(SOURCE, "") and not Asked("", QUESTION) and not Asked(SOURCE, "Why?")
 
 

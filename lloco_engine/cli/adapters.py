@@ -1,4 +1,4 @@
-"""``lloco adapters``: the LoRA adapters that a store keeps. None of the commands loads a decoder."""
+"""``lloco adapters``: the LoRA adapters that a store keeps, and the mean of two. None of it loads a decoder."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     commands.command()(add)
     commands.command("rm")(remove)
     commands.command()(rollback)
+    commands.command()(average)
     app.add_typer(commands, name="adapters")
 
 
@@ -122,6 +123,28 @@ def rollback(
     """
     version = _shelf(store).rollback(group, to)
     _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
+
+
+def average(
+    earlier: Annotated[Path, typer.Argument(help="Folder of the adapter that the training began with.")],
+    later: Annotated[Path, typer.Argument(help="Folder of the adapter that it made.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Write the adapter's folder here.")],
+    share: Annotated[float, typer.Option("--share", metavar="X", min=0.0, max=1.0, help="Of the later adapter.")] = 0.7,
+    as_json: AsJSON = False,
+) -> None:
+    """Average an adapter with the one that it was trained on from.
+
+    What `lloco finetune --from` teaches, it teaches at some cost of what the
+    adapter did before; between the two lie weights that do both.
+
+    \b
+    Examples:
+      lloco adapters average before/ after/ --share 0.7 --out both/
+    """
+    from lloco_engine.adapters.averaging import average as write_average
+
+    manifest = write_average(earlier, later, share, out)
+    _said(manifest.to_json(), f"written to {out}: {share:g} of {later}, the rest of {earlier}", as_json)
 
 
 def _shelf(store: Path) -> Shelf:

@@ -8,9 +8,8 @@ No list of stop words is needed: a word that many sentences have says little abo
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import Counter
-from math import log, sqrt
+from math import log
 
 __all__ = ["WORD", "Asked"]
 
@@ -22,6 +21,8 @@ _TELLING = 0.6  # rarity from which on a word says something: of 24 sentences at
 
 class Asked:
     """How much each word of the sources is asked for: from 0 to 1, and 0 for the question's own.
+
+    ``amounts`` has those that are, in lower case.
 
     Args:
         text: of the sources.
@@ -36,39 +37,37 @@ class Asked:
         whole = sum(self._rarity.get(word, 1.0) for word in own)
         shares = [sum(self._rarity[word] for word in words & own) / whole for words in sentences] if whole else []
         best = max(shares, default=0.0)
-        self._asked: dict[str, float] = {}
+        self.amounts: dict[str, float] = {}
         for words, share in zip(sentences, shares, strict=False):
             if share:
                 for word in words - own:
                     amount = share * (share / best) ** _SHARPNESS * self._rarity[word]
-                    self._asked[word] = max(self._asked.get(word, 0.0), amount)
-        self._words = sorted(self._asked)
+                    self.amounts[word] = max(self.amounts.get(word, 0.0), amount)
         self._own = [word for word in own if self._rarity.get(word, 0.0) >= _TELLING]
 
     def __bool__(self) -> bool:
-        return bool(self._words)
+        return bool(self.amounts)
 
-    def amount(self, word: str, ended: bool = True) -> float:
-        """How much a word in lower case is asked for.
-
-        One that is not ended counts as the word that it may become, and the less, the fewer of its letters there are:
-        "w" begins so many words that it hardly says which.
-        """
-        if ended:
-            return self._asked.get(word, 0.0)
-        most = 0.0
-        for at in range(bisect_left(self._words, word), len(self._words)):
-            if not self._words[at].startswith(word):
-                break
-            most = max(most, self._asked[self._words[at]] * sqrt(len(word) / len(self._words[at])))
-        return most
+    def amount(self, word: str) -> float:
+        """How much a word in lower case is asked for."""
+        return self.amounts.get(word, 0.0)
 
     def tells(self, word: str) -> bool:
         """Whether a word, or its beginning, tells more than grammar does or the question has said.
 
         So may any word that the sources do not have.
         """
-        return self._rarity.get(word, 1.0) >= _TELLING and not any(own.startswith(word) for own in self._own)
+        return self._says(word) and not self._from_question(word)
+
+    def echoes(self, word: str) -> bool:
+        """Whether a word tells as much, but the question has said it."""
+        return self._says(word) and self._from_question(word)
+
+    def _says(self, word: str) -> bool:
+        return self._rarity.get(word, 1.0) >= _TELLING
+
+    def _from_question(self, word: str) -> bool:
+        return any(own.startswith(word) for own in self._own)
 
 
 def _words(text: str) -> set[str]:

@@ -13,6 +13,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import nlargest
+from itertools import accumulate, dropwhile
+from math import sqrt
 from typing import Any
 
 import torch
@@ -23,6 +28,7 @@ __all__ = ["Pieces", "Speller"]
 
 _BEGUN = re.compile(r"\w+(?:['’]\w*)*\Z")
 _CANDIDATES = 64  # likeliest tokens that are looked at: no other comes near
+_POINTED, _LEAST = 32, 0.05  # words that are pointed to at most, and how much each of them must be asked for
 
 
 class Pieces:
@@ -45,6 +51,29 @@ class Pieces:
             self._known[token] = text[self._length :]
         return self._known[token]
 
+    def written(self, words: Sequence[str]) -> list[set[tuple[int, ...]]]:
+        """Of each word, the tokens that it is written in: where a text begins, and within one."""
+        if not words:
+            return []
+        before, size = self._before, len(self._before)
+        first = self._tokenizer(list(words), add_special_tokens=False)["input_ids"]
+        later = self._tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
+        pairs = zip(first, later, strict=True)
+        return [{tuple(own)} | ({tuple(ids[size:])} if ids[:size] == before else set()) for own, ids in pairs]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a word is written: tokens, the word up to the end of each, how much it is asked for.
+
+    ``joins``: its first token would go on with a word that stands before it.
+    """
+
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+    amount: float
+    joins: bool
+
 
 class Speller:
     """Makes tokens likelier that go on to a word of the sources, or to one that is asked for.
@@ -58,7 +87,7 @@ class Speller:
     """
 
     def __init__(self, pieces: Pieces, text: str, weight: float, question: str = "", pointing: float = 0.0) -> None:
-        self._pieces, self._weight, self._pointing = pieces, weight, pointing
+        self._pieces, self._text, self._weight, self._pointing = pieces, text, weight, pointing
         self._words: list[str] = sorted({word.lower() for word in WORD.findall(text)}) if weight else []
         self._asked = Asked(text if pointing else "", question)
 
@@ -72,23 +101,68 @@ class Speller:
                 likeliest = _likeliest(logits[row])
                 logits[row, [token for token in likeliest if self._fits(begun, token)]] += self._weight
             if self._asked:
-                self._point(logits[row], text[: len(text) - len(begun)], begun)
+                self._point(logits[row], answer, text[: len(text) - len(begun)], begun)
         return logits
 
-    def _point(self, logits: torch.Tensor, before: str, begun: str) -> None:
+    def _point(self, logits: torch.Tensor, answer: Sequence[int], before: str, begun: str) -> None:
         """Make what goes on to words that are asked for likelier, by as much more as they are than what was said."""
         said = max(map(self._asked.amount, WORD.findall(before)), default=0.0)
         said_now = max(said, self._asked.amount(begun))
         word, new, _ = self._word(begun, int(logits.argmax()))
-        begins = new and word != "" and self._asked.tells(word)  # else what comes next is grammar, or the end
-        if not begins and not (begun and self._asked.amount(begun, ended=False)):
-            return
+        begins = new and self._may_begin(word, WORD.findall(before + begun))
         more: dict[int, float] = {}
-        for token in _likeliest(logits):
-            word, new, ended = self._word(begun, token)
-            if word and (begins or not new):
-                more[token] = self._pointing * max(0.0, self._asked.amount(word, ended) - (said_now if new else said))
+        for way in self._ways:
+            for at, token in enumerate(way.tokens):
+                if at == 0:
+                    fits = begins and (not begun or not way.joins)
+                else:
+                    fits = begun == way.texts[at - 1] and tuple(answer[-at:]) == way.tokens[:at]
+                if fits:
+                    amount = way.amount * sqrt(len(way.texts[at]) / len(way.texts[-1])) - (said if at else said_now)
+                    more[token] = max(more.get(token, 0.0), self._pointing * amount)
         logits[list(more)] += logits.new_tensor(list(more.values()))
+
+    @cached_property
+    def _ways(self) -> list[_Way]:
+        """How the tokenizer writes the words that are asked for most, as the sources do and as a sentence begins.
+
+        A decoder writes a word as its tokenizer does. Another beginning of the same letters leads it elsewhere: "Gr" to
+        Gregory, where Greta is "G" and "reta".
+        """
+        forms: dict[str, set[str]] = {
+            word: {word, word.capitalize()}
+            for word in nlargest(_POINTED, self._asked.amounts, key=self._asked.amount)
+            if self._asked.amount(word) >= _LEAST
+        }
+        for form in WORD.findall(self._text):
+            if form.lower() in forms:
+                forms[form.lower()].add(form)
+        each = [(word, form) for word, its in forms.items() for form in sorted(its)]
+        written = self._pieces.written([form for _, form in each])
+        return [
+            self._way(tokens, self._asked.amount(word))
+            for (word, _), its in zip(each, written, strict=True)
+            for tokens in sorted(its)
+        ]
+
+    def _way(self, tokens: tuple[int, ...], amount: float) -> _Way:
+        tokens = tuple(dropwhile(lambda token: not self._pieces[token].strip(), tokens))  # some write a space apart
+        pieces = [self._pieces[token].lower() for token in tokens]
+        return _Way(
+            tokens, tuple(text.lstrip() for text in accumulate(pieces)), amount, WORD.match(pieces[0]) is not None
+        )
+
+    def _may_begin(self, word: str, answer: Sequence[str]) -> bool:
+        """Whether another word may be begun where this one would be, or where none is and the answer may end.
+
+        Not where it is grammar, nor in a sentence that takes up the question's words; but an answer may neither begin
+        with these nor be nothing else.
+        """
+        if word and self._asked.tells(word):
+            return True
+        if word:
+            return not answer and self._asked.echoes(word)
+        return any(map(self._asked.echoes, answer)) and not any(map(self._asked.tells, answer))
 
     def _word(self, begun: str, token: int) -> tuple[str, bool, bool]:
         """The word that a token goes on to, or none; whether it is not the one begun; whether it ends there."""

@@ -74,6 +74,10 @@ def evaluate(
     focus: Annotated[
         int, typer.Option(metavar="K", min=0, help="Segments of a prompt that each query reads; 0: all of them.")
     ] = PrefixConfig.focus,
+    relevance: Annotated[
+        float,
+        typer.Option(metavar="X", min=0.0, help="How much search weighs in where queries choose segments; 0: nothing."),
+    ] = PrefixConfig.relevance,
     adapter: Annotated[
         str,
         typer.Option(
@@ -159,6 +163,7 @@ def evaluate(
         segments=segments,
         top_k=top_k,
         focus=focus,
+        relevance=relevance,
         adapter=adapter,
         answers=answers,
         max_new_tokens=max_new_tokens,

@@ -58,7 +58,8 @@ class Method:
         name: as in the table above.
         memory: ``"none"``, ``"text"``, ``"slots"`` (as much text as a memory has slots) or a kind of compressor.
         retrieved: read the best chunks only.
-        guided: have search weigh in where queries choose among segments.
+        guided: read every chunk, and have search weigh in where queries choose among segments, as it does where chunks
+            are retrieved.
     """
 
     name: str
@@ -290,14 +291,14 @@ class Reader:
     def _asked_by(
         self, material: Material, method: Method, chosen: tuple[int, ...], numbers: Sequence[int], prefix: Prefix
     ) -> Iterator[Reading]:
-        """The prefix as each question reads it: where it is guided, with what search thinks of all chunks."""
+        """The prefix as each question reads it: where search has a part, with what it thinks of the chunks."""
         searched = chosen if method.retrieved or method.guided else ()
-        if not method.guided or len(prefix.compact) < 2:
+        if not searched or not self._placing.relevance or len(prefix.compact) < 2:
             yield Reading(tuple(numbers), prefix, searched=searched)
             return
         template = self.decoder.template_tokens
         for number in numbers:
-            scores = material.scores(number)
+            scores = [material.scores(number)[chunk] for chunk in chosen]
             placed = place(prefix.segments, self._placing, template_tokens=template, scores=scores)
             yield Reading((number,), placed, searched=searched)
 

@@ -46,7 +46,8 @@ class EvalConfig(Config):
         passages_per_chunk: consecutive documents whose texts form one chunk.
         segments: consecutive chunks that are compressed apart and placed together.
         top_k: chunks that the ``_retrieved`` methods read.
-        focus: segments of a prompt that each query reads, as `PrefixConfig` has it.
+        focus, relevance: segments of a prompt that each query reads, and how search weighs in, as `PrefixConfig`
+            has it.
         adapter: adapters with commas between them: ``"none"`` (the base weights), ``"default"`` (the shipped one), the
             name of a loaded one, or a folder; ``"auto"`` is the shipped one where it is for this decoder, else none.
         answers: also generate answers and score them.
@@ -69,6 +70,7 @@ class EvalConfig(Config):
     segments: int = 1
     top_k: int = 4
     focus: int = PrefixConfig.focus
+    relevance: float = PrefixConfig.relevance
     adapter: str = "auto"
     answers: bool = True
     max_new_tokens: int | None = None
@@ -98,7 +100,7 @@ class EvalConfig(Config):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 unit = "document" if name == "limit" else "token"
                 raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
-        PrefixConfig(focus=self.focus)  # these raise where it breaks its rule
+        _ = self.placing  # these raise where it breaks its rule
         GenerateConfig(no_repeat_ngram=self.no_repeat_ngram or 0)
         if not self.adapters:
             raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
@@ -106,6 +108,11 @@ class EvalConfig(Config):
             raise ConfigError(
                 f"the adapter after a method's @ must be one of {', '.join(self.adapters)}, not {other[0]!r}"
             )
+
+    @property
+    def placing(self) -> PrefixConfig:
+        """How segments are placed and read."""
+        return PrefixConfig(focus=self.focus, relevance=self.relevance)
 
     @property
     def _asked(self) -> list[tuple[str, str]]:
@@ -236,7 +243,7 @@ class _Evaluation:
             config.max_new_tokens or task.max_new_tokens,
             no_repeat_ngram=task.no_repeat_ngram if config.no_repeat_ngram is None else config.no_repeat_ngram,
         )
-        reader = Reader(decoder, segments, config.ratios, PrefixConfig(focus=config.focus))
+        reader = Reader(decoder, segments, config.ratios, config.placing)
         self._scorer = Scorer(task, reader, self._generate, answers=config.answers)
         self._longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
         if config.passages_per_chunk == 1:  # else the caller has said what a chunk is

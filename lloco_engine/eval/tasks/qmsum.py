@@ -15,3 +15,4 @@ class QMSum(Task):
     where = "qmsum"
     scores = ("f1", "rouge")
     max_new_tokens = 96
+    no_repeat_ngram = 3  # greedy summaries of a small decoder go round in circles, whatever it reads
