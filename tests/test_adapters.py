@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_decoder import save_adapter
 from typer.testing import CliRunner
 
 from lloco_engine import Document, Engine, __version__
 from lloco_engine.adapters import choosing, loading
+from lloco_engine.adapters.averaging import average
 from lloco_engine.adapters.choosing import group_of
-from lloco_engine.adapters.manifest import FORMAT_VERSION, AdapterManifest
+from lloco_engine.adapters.manifest import FORMAT_VERSION, WEIGHTS, AdapterManifest
 from lloco_engine.adapters.shelf import Shelf
 from lloco_engine.cli import app
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
@@ -278,6 +281,33 @@ def test_an_adapter_is_loaded_by_reference(made, decoder_folder, tmp_path, monke
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_an_adapter_and_of_one_trained_on_from_it(decoder, tmp_path):
+    before = adapter(tmp_path / "before", decoder)
+    began = {"sha256": AdapterManifest.load(before).weights_sha256, "data": [], "config": {}}
+    after = adapter(tmp_path / "after", decoder, seed=2, config={"rank": 4, "begun_with": began})
+    values = json.loads(
+        cli("adapters", "average", before, after, "--share", 0.25, "--out", tmp_path / "mean", "--json").stdout
+    )
+    old, new, mean = (load_file(tmp_path / name / WEIGHTS) for name in ("before", "after", "mean"))
+    for name, value in mean.items():
+        torch.testing.assert_close(value, 0.75 * old[name] + 0.25 * new[name])
+    assert values["config"]["averaged"]["share"] == 0.25 and values["config"]["rank"] == 4
+    assert "held_out_loss" not in values["metrics"], "it was not measured"
+    loading.load(decoder, tmp_path / "mean", "mean")
+    decoder.drop_adapter("mean")
+
+
+def test_only_adapters_that_come_from_each_other_have_a_mean(made, decoder, tmp_path):
+    stranger = adapter(tmp_path / "stranger", decoder, seed=3)
+    with pytest.raises(AdapterError, match=r"must have been trained on from .* it began with weights of sha256 none"):
+        average(made, stranger, 0.5, tmp_path / "mean")
+    with pytest.raises(ConfigError, match=r"share must be from 0 .* not 1\.5"):
+        average(made, stranger, 1.5, tmp_path / "mean")
+    with pytest.raises(ConfigError, match="must be new"):
+        average(made, stranger, 0.5, stranger)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stranger"]
 
 
 def test_adapters_on_the_command_line(store, made):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lloco_engine import Document, Engine, Failure
+from lloco_engine import Document, Engine, Failure, recall
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, PrefixConfig, StoreConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
@@ -439,6 +439,22 @@ def test_a_whole_document_is_read_with_what_search_thinks_of_its_segments(engine
     best = max(answer.hits, key=lambda hit: hit.score)
     assert (best.segment_id, best.score, best.windows) == (found[0].segment_id, found[0].score, found[0].windows)
     assert len({hit.score for hit in answer.hits}) > 1
+
+
+def test_what_was_retrieved_is_read_with_what_search_thinks_of_it(engine, monkeypatch):
+    placed = []
+    monkeypatch.setattr(
+        recall, "assemble", lambda *given, **more: placed.append(assemble(*given, **more)) or placed[-1]
+    )
+    question = "Where does the pump number 3 stand?"
+    hits = engine.retrieve(question, top_k=3, neighbours=1)
+    answer = engine.ask(question, top_k=3, neighbours=1, generate=SHORT)
+    assert answer.hits == tuple(hits) and {hit.score for hit in hits} > {0.0}, "neighbours were not found"
+    worst = min(hit.score for hit in hits if hit.score)
+    told = [PrefixConfig.relevance * ((hit.score or worst) - hits[0].score) for hit in hits]
+    assert placed[-1].prefix.prior == pytest.approx(tuple(told)) and min(told) < 0
+    engine.ask(question, top_k=3, generate=SHORT, prefix=PrefixConfig(relevance=0))
+    assert set(placed[-1].prefix.prior) == {0.0}
 
 
 def test_nothing_found_is_said(empty):

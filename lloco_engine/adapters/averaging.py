@@ -60,7 +60,7 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
             metadata={"format": "pt"},
         )
         for name in FILES:
-            if name not in (WEIGHTS, MANIFEST):
+            if name not in (WEIGHTS, MANIFEST) and (later / name).exists():
                 shutil.copyfile(later / name, draft / name)
         manifest = replace(
             last,
