@@ -115,6 +115,11 @@ def test_words_are_pointed_to_as_the_tokenizer_writes_them():
     )
 
 
+def test_a_word_that_the_tokenizer_cannot_write_is_not_pointed_to(monkeypatch):
+    monkeypatch.setattr(Letters, "WRITTEN", Letters.WRITTEN | {"Edwin": (" ",), "edwin": ()})
+    assert set(pointed_to(SOURCE, QUESTION)) & {"Ed", "ed", "Ma"} == {"Ed", "Ma"}, "only within a text"
+
+
 def test_an_answer_neither_begins_with_the_questions_words_nor_is_nothing_else():
     asked = "Who is the report of Orrin?"
     source = "The report of Orrin is by Edwin Marsh. The weather is fine. The barley is ripe. The mayor is in."

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +10,8 @@ from pathlib import Path
 
 from lloco_engine.adapters.loading import read
 from lloco_engine.adapters.manifest import FILES, MANIFEST, WEIGHTS, AdapterManifest
-from lloco_engine.errors import AdapterError, ConfigError, LLoCOError
+from lloco_engine.adapters.writing import new_folder
+from lloco_engine.errors import AdapterError, ConfigError
 
 __all__ = ["average"]
 
@@ -51,16 +50,11 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
             f"sha256 {begun or 'none'}, and these are {first.weights_sha256}"
         )
     old, new = load_file(earlier / WEIGHTS), load_file(later / WEIGHTS)
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:
-        draft.mkdir(parents=True)
-        save_file(
-            {name: (1 - share) * old[name] + share * value for name, value in new.items()},
-            draft / WEIGHTS,
-            metadata={"format": "pt"},
-        )
+    with new_folder(out) as draft:
+        mean = {name: (1 - share) * old[name] + share * value for name, value in new.items()}
+        save_file(mean, draft / WEIGHTS, metadata={"format": "pt"})
         for name in FILES:
-            if name not in (WEIGHTS, MANIFEST) and (later / name).exists():
+            if name not in (WEIGHTS, MANIFEST) and (later / name).is_file():
                 shutil.copyfile(later / name, draft / name)
         manifest = replace(
             last,
@@ -70,9 +64,4 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         (draft / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
-        os.replace(draft, out)
-    except OSError as error:
-        raise LLoCOError(f"the adapter could not be written to {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return manifest

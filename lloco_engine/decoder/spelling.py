@@ -52,14 +52,20 @@ class Pieces:
         return self._known[token]
 
     def written(self, words: Sequence[str]) -> list[set[tuple[int, ...]]]:
-        """Of each word, the tokens that it is written in: where a text begins, and within one."""
+        """Of each word, the tokens that it is written in: where a text begins, and within one.
+
+        Without a space of its own before it, and none where the tokenizer cannot write it.
+        """
         if not words:
             return []
         before, size = self._before, len(self._before)
         first = self._tokenizer(list(words), add_special_tokens=False)["input_ids"]
         later = self._tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
-        pairs = zip(first, later, strict=True)
-        return [{tuple(own)} | ({tuple(ids[size:])} if ids[:size] == before else set()) for own, ids in pairs]
+        ways = ((own, ids[size:] if ids[:size] == before else []) for own, ids in zip(first, later, strict=True))
+        return [{tuple(dropwhile(self._is_blank, ids)) for ids in way} - {()} for way in ways]
+
+    def _is_blank(self, token: int) -> bool:
+        return not self[token].strip()
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,6 @@ class Speller:
         ]
 
     def _way(self, tokens: tuple[int, ...], amount: float) -> _Way:
-        tokens = tuple(dropwhile(lambda token: not self._pieces[token].strip(), tokens))  # some write a space apart
         pieces = [self._pieces[token].lower() for token in tokens]
         return _Way(
             tokens, tuple(text.lstrip() for text in accumulate(pieces)), amount, WORD.match(pieces[0]) is not None

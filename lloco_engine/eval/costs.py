@@ -109,7 +109,7 @@ class QuestionCosts:
         embedded = time.perf_counter()
         hits = self._search(self.corpus.retrieved, vector, question)
         found = time.perf_counter()
-        prefix = self._place(self.corpus.retrieved, hits)
+        prefix = self._place(self.corpus.retrieved, hits, [hit.score for hit in hits])
         loaded = time.perf_counter()
         parts = {"embed_s": embedded - began, "search_s": found - embedded, "open_s": loaded - found}
         return self._ask(question, prefix, parts=parts)

@@ -298,7 +298,8 @@ class Reader:
             return
         template = self.decoder.template_tokens
         for number in numbers:
-            scores = [material.scores(number)[chunk] for chunk in chosen]
+            of_all = material.scores(number)
+            scores = [of_all[chunk] for chunk in chosen]
             placed = place(prefix.segments, self._placing, template_tokens=template, scores=scores)
             yield Reading((number,), placed, searched=searched)
 

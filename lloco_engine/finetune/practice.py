@@ -63,18 +63,8 @@ _GOODS = (
 )
 _ANIMALS = ("badger", "bittern", "crane", "falcon", "goat", "heron", "lynx", "magpie", "otter", "raven", "stag", "swan")
 _COLOURS = (
-    "amber",
-    "azure",
-    "beige",
-    "bronze",
-    "brown",
-    "crimson",
-    "green",
-    "grey",
-    "indigo",
-    "maroon",
-    "violet",
-    "white",
+    *("amber", "azure", "beige", "bronze", "brown", "crimson"),
+    *("green", "grey", "indigo", "maroon", "violet", "white"),
 )
 _CRAFTS = (
     *("archery", "baskets", "bells", "cartography", "compasses", "coins", "falconry", "fishing", "glaciers", "harps"),
@@ -84,6 +74,8 @@ _MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
 )
+
+_WORDS = {"goods": _GOODS, "animal": _ANIMALS, "colour": _COLOURS, "craft": _CRAFTS}
 
 # what is sown, what is asked, and the kind of the answer
 _FACTS = (
@@ -239,19 +231,13 @@ def _answer(kind: str, chance: random.Random) -> str:
     match kind:
         case "person":
             return f"{chance.choice(_FIRST)} {chance.choice(_LAST)}"
-        case "goods":
-            return chance.choice(_GOODS)
-        case "animal":
-            return chance.choice(_ANIMALS)
-        case "colour":
-            return chance.choice(_COLOURS)
-        case "craft":
-            return chance.choice(_CRAFTS)
         case "day":
             return f"{chance.randint(1, 28)} {chance.choice(_MONTHS)}"
         case "number":
             return str(chance.randint(3, 480))
-    return _place(chance)
+        case "place":
+            return _place(chance)
+    return chance.choice(_WORDS[kind])
 
 
 def _as_choice(question: Question, own: Sequence[str], others: Sequence[str], chance: random.Random) -> Question:

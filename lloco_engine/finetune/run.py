@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +17,13 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import facts_of, read
 from lloco_engine.adapters.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, AdapterManifest
 from lloco_engine.adapters.shelf import Kept, check_group
+from lloco_engine.adapters.writing import new_folder
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.decoder.template import encode
 from lloco_engine.engine import Engine
-from lloco_engine.errors import ConfigError, DocumentError, LLoCOError
+from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.finetune.checkpoint import State
 from lloco_engine.finetune.config import FinetuneConfig
 from lloco_engine.finetune.examples import Example, Planner, split_records, steps
@@ -336,19 +335,9 @@ def _write(
     target: Path, weights: bytes, lora: Any, manifest: AdapterManifest, log: Sequence[Mapping[str, Any]]
 ) -> None:
     """The adapter's folder, wholly or not at all."""
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        draft.mkdir(parents=True)
+    with new_folder(target, "its run is kept") as draft:
         (draft / WEIGHTS).write_bytes(weights)
         lora.inference_mode = True
         lora.save_pretrained(draft)
         (draft / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
         (draft / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
-        for file in draft.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(draft, target)
-    except OSError as error:
-        raise LLoCOError(f"the adapter could not be written to {target}: {error.strerror}; its run is kept") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
