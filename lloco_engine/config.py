@@ -134,10 +134,12 @@ class GenerateConfig(Config):
     ``spelling`` is by how much, in nats, a token is made likelier that goes on to a word of the sources; ``pointing``
     by how much at most one that begins or goes on to a word that stands beside the question's words in them
     (docs/decisions/0010; 0: not at all). With ``no_repeat_ngram`` N no run of N tokens comes twice in an answer: small
-    decoders go round in circles when they summarise (0: it may).
+    decoders go round in circles when they summarise (0: it may). No answer ends by itself before ``min_new_tokens``;
+    a stop string still ends it.
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
@@ -150,6 +152,8 @@ class GenerateConfig(Config):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
+        most = f"min_new_tokens must be from 0 to max_new_tokens ({self.max_new_tokens})"
+        _require(0 <= self.min_new_tokens <= self.max_new_tokens, most, self.min_new_tokens)
         _require(self.temperature >= 0, "temperature must not be negative", self.temperature)
         _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         _require(all(self.stop), "a stop string must not be empty", self.stop)

@@ -260,7 +260,7 @@ def test_ask_passes_every_option_on(engine):
         "--focus", "3",
         "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
         "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
-        "--template", "lloco-nqa", "--no-repeat-ngram", "4",
+        "--template", "lloco-nqa", "--no-repeat-ngram", "4", "--min-new-tokens", "2",
     )  # fmt: skip
     assert engine.opened == {
         "store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu", "compressor": "c",
@@ -272,7 +272,7 @@ def test_ask_passes_every_option_on(engine):
             "prefix": PrefixConfig(focus=3),
             "tenant": "acme", "adapter": "law",
             "generate": GenerateConfig(
-                max_new_tokens=9, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4
+                max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4
             ),
         }),
     ]  # fmt: skip

@@ -268,6 +268,22 @@ def test_no_repeat_holds_in_streams_and_batches_alike(lookup):
     assert len(pairs) == len(set(pairs))
 
 
+@pytest.mark.parametrize("lookup", [True, False])
+def test_the_shortest_answer_holds_in_streams_and_batches_alike(lookup):
+    decoder = tiny()
+    plain = decoder.generate([Prompt(QUESTION)], TWELVE)[0]
+    decoder.eos = set(plain.token_ids[3:6])
+    ended = decoder.generate([Prompt(QUESTION)], TWELVE)[0]
+    assert ended.finish == "stop"
+    config = GenerateConfig(max_new_tokens=12, min_new_tokens=9, lookup=lookup)
+    truth = decoder.generate([Prompt("Who?"), Prompt(QUESTION)], config)[1].token_ids
+    made, pieces = decoder.stream(Prompt(QUESTION, draft=plain.text), config)
+    list(pieces)
+    assert made.token_ids == truth
+    assert len(ended.token_ids) < 9 <= len(truth)
+    assert not decoder.eos & set(truth)
+
+
 def test_an_end_token_stops_and_is_not_shown():
     decoder = tiny()
     plain = decoder.generate([Prompt(QUESTION)], TWELVE)[0]

@@ -447,6 +447,20 @@ def test_no_method_says_a_run_of_tokens_twice_where_that_is_forbidden(data, deco
     assert most(no_repeat_ngram=3) == 1
 
 
+def test_answers_are_as_long_as_is_asked_for(data, decoder, monkeypatch):
+    generate, made = type(decoder).generate, []
+    monkeypatch.setattr(type(decoder), "generate", lambda *given: made.append(generate(*given)) or made[-1])
+    monkeypatch.setattr(decoder, "eos", set(range(0, len(decoder.tokenizer), 2)))
+
+    def least(**more):
+        made.clear()
+        run(config(data, methods=("none", "full", "kv"), ratios=(8,), max_new_tokens=12, **more), decoder=decoder)
+        return min(len(generation.token_ids) for batch in made for generation in batch)
+
+    assert least() < 8
+    assert least(min_new_tokens=8) >= 8
+
+
 def test_recovered_is_within_the_same_adapter(data, decoder, monkeypatch):
     """An adapter's rows are measured between its own no-context and full-text rows."""
     monkeypatch.setattr(type(decoder), "adapters", ("law",))

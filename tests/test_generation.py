@@ -87,10 +87,25 @@ def test_no_run_of_tokens_comes_twice(size, forbidden, temperature):
     assert not set(chosen) & set(forbidden)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_end_before_its_time(temperature):
+    config = GenerateConfig(temperature=temperature, min_new_tokens=2)
+    favourites = torch.eye(5)[[4, 4, 4, 0]] * 50
+    chosen = choose(favourites, config, generator(), [[], [1], [1, 2], [1]], {3, 4}).tolist()
+    assert not set(chosen[:2]) & {3, 4}
+    assert chosen[2:] == [4, 0], "it may end now, and another token is never held back"
+
+
 def test_choosing_leaves_the_logits_alone():
     logits = PROBABILITIES.log().expand(3, -1).clone()
     before = logits.clone()
-    choose(logits, GenerateConfig(temperature=1.0, top_p=0.5, no_repeat_ngram=1), generator(), [[0, 1]] * 3)
+    choose(
+        logits,
+        GenerateConfig(temperature=1.0, top_p=0.5, no_repeat_ngram=1, min_new_tokens=3),
+        generator(),
+        [[0, 1]] * 3,
+        {4},
+    )
     assert torch.equal(logits, before)
 
 

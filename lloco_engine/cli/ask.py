@@ -47,6 +47,7 @@ Focus = Annotated[
     typer.Option("--focus", metavar="K", min=0, help="Segments that each query of attention reads; 0: all of them."),
 ]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+MinNew = Annotated[int, typer.Option("--min-new-tokens", min=0, help="Shortest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of probability to sample from.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
@@ -71,6 +72,7 @@ def ask(
     whole_document: Whole = None,
     focus: Focus = PrefixConfig.focus,
     max_new_tokens: MaxNew = 128,
+    min_new_tokens: MinNew = 0,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -97,7 +99,15 @@ def ask(
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
-    wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop, no_repeat_ngram)
+    wanted["generate"] = _generate(
+        stop,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        no_repeat_ngram=no_repeat_ngram,
+    )
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
     ) as engine:
@@ -121,6 +131,7 @@ def compare(
     whole_document: Whole = None,
     focus: Focus = PrefixConfig.focus,
     max_new_tokens: MaxNew = 128,
+    min_new_tokens: MinNew = 0,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -147,7 +158,15 @@ def compare(
       lloco compare "Who repaired the crane?" --top-k 2 --json
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
-    wanted["generate"] = _generate(max_new_tokens, temperature, top_p, seed, stop, no_repeat_ngram)
+    wanted["generate"] = _generate(
+        stop,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        no_repeat_ngram=no_repeat_ngram,
+    )
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
     ) as engine:
@@ -192,23 +211,9 @@ def _wanted(
     }
 
 
-def _generate(
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    stop: list[str] | None,
-    no_repeat_ngram: int,
-) -> GenerateConfig:
+def _generate(stop: list[str] | None, *, top_p: float, **settings: Any) -> GenerateConfig:
     if top_p <= 0:
         raise typer.BadParameter("--top-p must be above 0")
     if not all(stop or []):
         raise typer.BadParameter("--stop must not be empty")
-    return GenerateConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop=tuple(stop or ()),
-        seed=seed,
-        no_repeat_ngram=no_repeat_ngram,
-    )
+    return GenerateConfig(stop=tuple(stop or ()), top_p=top_p, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,15 +55,18 @@ def choose(
     config: GenerateConfig,
     generator: torch.Generator | None,
     answers: Sequence[Sequence[int]] = (),
+    ends: Iterable[int] = (),
 ) -> torch.Tensor:
     """Next tokens (B,) from logits (B, vocabulary): greedy at temperature 0, else nucleus sampling.
 
-    Of ``answers``, the tokens of each row so far, no run of ``config.no_repeat_ngram`` tokens comes twice.
+    Of ``answers``, the tokens of each row so far, none ends (one of ``ends``) before ``config.min_new_tokens``, and no
+    run of ``config.no_repeat_ngram`` tokens comes twice.
     """
-    if config.no_repeat_ngram:
+    forbidden = [_forbidden(answer, config, ends) for answer in answers]
+    if any(forbidden):
         logits = logits.clone()
-        for row, answer in enumerate(answers):
-            logits[row, _repeating(answer, config.no_repeat_ngram)] = -torch.inf
+        for row, tokens in enumerate(forbidden):
+            logits[row, tokens] = -torch.inf
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / config.temperature, dim=-1)
@@ -72,6 +75,12 @@ def choose(
         ordered[ordered.cumsum(dim=-1) - ordered >= config.top_p] = 0  # the first token always stays
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _forbidden(answer: Sequence[int], config: GenerateConfig, ends: Iterable[int]) -> list[int]:
+    """Tokens that may not follow an answer's."""
+    repeating = _repeating(answer, config.no_repeat_ngram) if config.no_repeat_ngram else []
+    return [*repeating, *(ends if len(answer) < config.min_new_tokens else ())]
 
 
 def _repeating(answer: Sequence[int], size: int) -> list[int]:

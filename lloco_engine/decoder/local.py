@@ -323,7 +323,8 @@ class LocalDecoder:
         cache = self._start(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
         position = self._position(prompt) - cache.length
         hidden = self._step([ids], position, cache, memory, adapter, wanted=1)
-        accepted = choose(speller.spell(self.runner.logits(hidden[:, -1]), [[]]), config, sampler, [[]]).tolist()
+        logits = speller.spell(self.runner.logits(hidden[:, -1]), [[]])
+        accepted = choose(logits, config, sampler, [[]], self.eos).tolist()
         generation.ttft_s = time.perf_counter() - began
         drafting = config.lookup and config.temperature == 0
         draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
@@ -339,7 +340,8 @@ class LocalDecoder:
             guesses = draft.guess(generation.token_ids) if drafting else []
             hidden = self._step([[generation.token_ids[-1], *guesses]], position, cache, memory, adapter)
             answers = [[*generation.token_ids, *guesses[:many]] for many in range(len(guesses) + 1)]
-            chosen = choose(speller.spell(self.runner.logits(hidden[0]), answers), config, sampler, answers).tolist()
+            logits = speller.spell(self.runner.logits(hidden[0]), answers)
+            chosen = choose(logits, config, sampler, answers, self.eos).tolist()
             kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
             cache.length -= len(guesses) - kept
             accepted = chosen[: kept + 1]
@@ -396,7 +398,8 @@ class LocalDecoder:
             logits = self.runner.logits(hidden[:, -1])
             for row, speller, generation in zip(logits, spellers, generations, strict=True):
                 speller.spell(row[None], [generation.token_ids])
-            tokens = choose(logits, config, sampler, [generation.token_ids for generation in generations]).tolist()
+            answers = [generation.token_ids for generation in generations]
+            tokens = choose(logits, config, sampler, answers, self.eos).tolist()
             now = time.perf_counter() - began
             for token, generation, text in zip(tokens, generations, texts, strict=True):
                 if not generation.finish:

@@ -91,6 +91,9 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Longest answer. Default: the task's own.")
     ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Shortest answer. Default: the task's own.")
+    ] = None,
     no_repeat_ngram: Annotated[
         int | None,
         typer.Option(metavar="N", min=0, help="No run of N tokens comes twice in an answer. Default: the task's own."),
@@ -167,6 +170,7 @@ def evaluate(
         adapter=adapter,
         answers=answers,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         no_repeat_ngram=no_repeat_ngram,
         compressor=compressor,
         decoder=decoder,

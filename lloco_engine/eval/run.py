@@ -52,6 +52,7 @@ class EvalConfig(Config):
             name of a loaded one, or a folder; ``"auto"`` is the shipped one where it is for this decoder, else none.
         answers: also generate answers and score them.
         max_new_tokens: longest answer that is generated; None is the task's own.
+        min_new_tokens: shortest; None is the task's own.
         no_repeat_ngram: tokens of which no run comes twice in an answer, 0 where it may; None is the task's own.
         decoder, device: as `LocalDecoder.load` takes them.
         embedder: as `lloco_engine.embedder.Embedder` takes it.
@@ -74,6 +75,7 @@ class EvalConfig(Config):
     adapter: str = "auto"
     answers: bool = True
     max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
     no_repeat_ngram: int | None = None
     decoder: str = DEFAULT_DECODER
     device: str | None = None
@@ -100,14 +102,21 @@ class EvalConfig(Config):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 unit = "document" if name == "limit" else "token"
                 raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
-        _ = self.placing  # these raise where it breaks its rule
-        GenerateConfig(no_repeat_ngram=self.no_repeat_ngram or 0)
+        _ = self.placing, self.generation  # these raise where one breaks its rule
         if not self.adapters:
             raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
         if other := [only for _, only in self._asked if only and only not in self.adapters]:
             raise ConfigError(
                 f"the adapter after a method's @ must be one of {', '.join(self.adapters)}, not {other[0]!r}"
             )
+
+    @property
+    def generation(self) -> GenerateConfig:
+        """How answers are generated: what is not said here is the task's own."""
+        task = tasks.get(self.task, **self.task_settings)
+        names = ("max_new_tokens", "min_new_tokens", "no_repeat_ngram")
+        own = {name: getattr(self, name) for name in names}
+        return GenerateConfig(**{name: getattr(task, name) if value is None else value for name, value in own.items()})
 
     @property
     def placing(self) -> PrefixConfig:
@@ -239,10 +248,7 @@ class _Evaluation:
         }
         segments = {kind: SegmentCache(cache / "segments", decoder, each) for kind, each in self.compressors.items()}
         self.segments = segments
-        self._generate = GenerateConfig(
-            config.max_new_tokens or task.max_new_tokens,
-            no_repeat_ngram=task.no_repeat_ngram if config.no_repeat_ngram is None else config.no_repeat_ngram,
-        )
+        self._generate = config.generation
         reader = Reader(decoder, segments, config.ratios, config.placing)
         self._scorer = Scorer(task, reader, self._generate, answers=config.answers)
         self._longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
@@ -290,6 +296,7 @@ class _Evaluation:
             "lexical": RetrieveConfig.lexical,
             "task_settings": self.task.settings,
             "max_new_tokens": self._generate.max_new_tokens,
+            "min_new_tokens": self._generate.min_new_tokens,
             "no_repeat_ngram": self._generate.no_repeat_ngram,
             "decoder": {
                 "name": config.decoder,

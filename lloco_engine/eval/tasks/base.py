@@ -26,6 +26,7 @@ class Task(ABC):
     about          : one line for ``--help``.
     scores         : of `lloco_engine.eval.metrics.SCORES`, taken of every generated answer.
     max_new_tokens : longest answer that is generated.
+    min_new_tokens : shortest, 0 where the decoder ends it as it likes.
     no_repeat_ngram: tokens of which no run comes twice in an answer; 0 where it may.
     where          : its folder inside the folder of data.
     """
@@ -34,6 +35,7 @@ class Task(ABC):
     about: ClassVar[str]
     scores: ClassVar[tuple[str, ...]] = ("f1", "em", "rouge")
     max_new_tokens: ClassVar[int] = 32
+    min_new_tokens: ClassVar[int] = 0
     no_repeat_ngram: ClassVar[int] = 0
     where: ClassVar[str]
 
