@@ -139,7 +139,6 @@ class GenerateConfig(Config):
     """
 
     max_new_tokens: int = 128
-    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
@@ -148,6 +147,7 @@ class GenerateConfig(Config):
     spelling: float = 3.0
     pointing: float = 8.0
     no_repeat_ngram: int = 0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
