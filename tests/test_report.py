@@ -35,7 +35,8 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     ]
     against = {"method": "full", "ratio": None, "adapter": "none"}
     difference = {"method": "kv", "ratio": 8, "adapter": "law", "against": against,
-                  "metrics": {"loss": {"difference": -0.5, "interval": [-0.75, -0.25]}}}  # fmt: skip
+                  "metrics": {"loss": {"difference": -0.5, "interval": [-0.75, -0.25]},
+                              "success": {"difference": 0.05, "interval": [-0.01, 0.125]}}}  # fmt: skip
     config = {
         "task": "needle", "data": "essays", "decoder": {"name": "embedded"}, "compressor": {"name": "x"},
         "notes": ["something was cut"], "hardware": {"processor": "P", "threads": 2, "dtype": "float32"},
@@ -61,7 +62,8 @@ def test_a_report_has_a_table_and_every_plot_that_can_be_drawn(saved, tmp_path):
     assert {line.rpartition("/")[2] for line in done.stdout.split()} == names
     text = (out / "report.md").read_text()
     assert "| kv | law | 32 | 2.300 [2.175, 2.550] | 0.500 | 0.250 | 0.750 | 40 | 47 | 1,500 |" in text
-    assert "**-0.500 [-0.750, -0.250]**" in text and "something was cut" in text
+    assert "| method | adapter | ratio | against | loss | F1 | success |" in text
+    assert "| **-0.500 [-0.750, -0.250]** | - | +0.050 [-0.010, +0.125] |" in text and "something was cut" in text
     assert "ROUGE" not in text, "a score that no row has is left out"
     assert all(f"]({name})" in text for name in names if name.endswith("png"))
 

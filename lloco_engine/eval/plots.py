@@ -15,6 +15,7 @@ __all__ = ["drawings"]
 # Okabe and Ito: colours that differ to every eye; a method keeps its own in every plot
 _COLOURS = {
     "kv": "#0072B2",
+    "kv_guided": "#000000",
     "kv_retrieved": "#56B4E9",
     "kvzip": "#E69F00",
     "kvzip_retrieved": "#E69F00",
@@ -27,6 +28,7 @@ _COLOURS = {
     "none": "#767676",
 }
 _QUIET = "#767676"
+_MARKERS = "osD^v"  # one for each adapter
 _BASELINES = ("none", "full", "text_retrieved")
 
 Row = Mapping[str, Any]
@@ -97,18 +99,25 @@ def _interval_line(axes: Axes, places: Sequence[float], rows: Sequence[Row], nam
 
 
 def _against_prompt(result: Mapping[str, Any], path: Path) -> None:
-    """Loss against what the prompt holds, tokens and slots together; hollow points are without an adapter."""
+    """Loss against what the prompt holds, tokens and slots together.
+
+    Hollow points are without an adapter; every adapter has its own marker.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     rows = result["results"]
+    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
+    tuned = [adapter for adapter in adapters if adapter != "none"]
+    marker = {"none": "o"} | {adapter: _MARKERS[at % len(_MARKERS)] for at, adapter in enumerate(tuned)}
     figure = Figure(figsize=(8.2, 4.8), layout="constrained")
     axes = figure.subplots()
     for row in rows:
         colour = _COLOURS.get(row["method"], "#000000")
         size = row["prompt_tokens"] + row["prompt_slots"]
         axes.plot(
-            size, row["loss"], marker="o", markersize=8, color=colour, linestyle="none",
+            size, row["loss"], marker=marker[row["adapter"]], markersize=8, color=colour, linestyle="none",
             markerfacecolor="white" if row["adapter"] == "none" else colour, markeredgewidth=1.8,
         )  # fmt: skip
         if row["ratio"] is not None:
@@ -117,13 +126,14 @@ def _against_prompt(result: Mapping[str, Any], path: Path) -> None:
             )
     methods = list(dict.fromkeys(row["method"] for row in rows))
     handles = [Line2D([], [], color=_COLOURS.get(m, "#000000"), marker="o", linestyle="none", label=m) for m in methods]
-    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
     for adapter in adapters if len(adapters) > 1 else ():
-        fill = "white" if adapter == "none" else _QUIET
-        label = _adapter(adapter)
-        handles.append(Line2D([], [], color=_QUIET, markerfacecolor=fill, marker="o", linestyle="none", label=label))
+        fill, mark, label = "white" if adapter == "none" else _QUIET, marker[adapter], _adapter(adapter)
+        handles.append(Line2D([], [], color=_QUIET, markerfacecolor=fill, marker=mark, linestyle="none", label=label))
     axes.legend(handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("prompt: text tokens and slots, of the question too")
     axes.set_ylabel("gold-answer loss per token (lower is better)")
     _dress(axes)

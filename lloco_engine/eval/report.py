@@ -25,6 +25,7 @@ _SCORES = {
     "accuracy_generated": "accuracy, generated",
     "success": "success",
 }
+_HEADLINES = ("rouge_l", "f1", "accuracy", "success")  # scores whose differences are shown
 
 
 def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
@@ -102,26 +103,31 @@ def _evaluation(result: Mapping[str, Any]) -> Iterator[str]:
             for row in rows
         ],
     )
-    if lines := list(_differences(result)):
-        yield "Loss less that of a baseline, paired by document (below 0 is better; clear of 0 in bold):"
-        yield _table(["method", "adapter", "ratio", "against", "difference"], lines)
+    compared = ["loss", *(name for name in _HEADLINES if name in scores)]
+    if lines := list(_differences(result, compared)):
+        yield "A row less a baseline, paired by document (of loss, below 0 is better; clear of 0 in bold):"
+        yield _table(["method", "adapter", "ratio", "against", *(_SCORES.get(name, name) for name in compared)], lines)
     for note in config.get("notes", ()):
         yield f"* {note}"
     yield _circumstances(config)
 
 
-def _differences(result: Mapping[str, Any]) -> Iterator[list[str]]:
+def _differences(result: Mapping[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
     for each in result.get("differences", ()):
-        loss, against = each["metrics"].get("loss"), each["against"]
-        if loss is None or each["method"] in ("none", "full", "text_retrieved"):
-            continue
-        shown = f"{loss['difference']:+.3f}"
-        if (bounds := loss["interval"]) is not None:
-            shown += f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
-            if bounds[0] > 0 or bounds[1] < 0:
-                shown = f"**{shown}**"
-        other = f"{against['method']}, adapter {against['adapter']}"
-        yield [each["method"], each["adapter"], _number(each["ratio"], 0), other, shown]
+        if each["method"] not in ("none", "full", "text_retrieved"):
+            other = f"{each['against']['method']}, adapter {each['against']['adapter']}"
+            shown = [_difference(each["metrics"].get(name)) for name in names]
+            yield [each["method"], each["adapter"], _number(each["ratio"], 0), other, *shown]
+
+
+def _difference(taken: Mapping[str, Any] | None) -> str:
+    if taken is None:
+        return "-"
+    shown, bounds = f"{taken['difference']:+.3f}", taken["interval"]
+    if bounds is None:
+        return shown
+    shown += f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
+    return f"**{shown}**" if bounds[0] > 0 or bounds[1] < 0 else shown
 
 
 def _bench(result: Mapping[str, Any]) -> Iterator[str]:
