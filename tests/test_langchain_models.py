@@ -15,7 +15,7 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
-from lloco_engine import AdapterError, Document, GenerateConfig, SegmentUnavailable, StoreLocked
+from lloco_engine import AdapterError, ConfigError, Document, GenerateConfig, SegmentUnavailable, StoreLocked
 from lloco_integrations.langchain import ChatLLoCO, HandleFragment, Handles, LLoCOLLM, LLoCORetriever, handle_block
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -204,6 +204,10 @@ def test_options_of_a_call_and_of_the_model(engine, model):
         type(model)(engine=engine, temperature=-1)
     with pytest.raises(ValueError, match="not 'colour'"):
         model.invoke("Hi", colour="red")
+    made = model._generate_config(None, {"min_tokens": 3, "no_repeat_ngram": 2})
+    assert (made.min_new_tokens, made.no_repeat_ngram, made.max_new_tokens) == (3, 2, model.max_tokens)
+    with pytest.raises(ConfigError, match="min_new_tokens must be from 0 to max_new_tokens"):
+        model.invoke("Hi", min_tokens=10**6)
     for asked in (model.bind(adapter="law"), model.model_copy(update={"adapter": "law"})):
         with pytest.raises(AdapterError, match="'law' is none of them"):
             asked.invoke("Hi")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, Secr
 
 from lloco_engine import Answer, Engine, GenerateConfig, PrefixConfig, StoreLocked
 from lloco_integrations.asking import Ask, Asker, AsyncReply, Frame, Message, Reply
+from lloco_integrations.generating import SETTINGS, generate_config
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.frames import SYSTEM, USER, frames_of
 from lloco_integrations.sentinel import SENTINEL
@@ -21,7 +22,7 @@ from lloco_integrations.sentinel import SENTINEL
 __all__ = ["PER_CALL", "LLoCOModel", "Read"]
 
 _T = TypeVar("_T")
-PER_CALL = ("adapter", "max_tokens", "seed", "temperature", "timeout", "top_p")
+PER_CALL = tuple(sorted(("adapter", "timeout", *SETTINGS)))
 _PASSED_OVER = ("model", "stream", "stream_usage")  # read by LangChain, or checked apart
 
 
@@ -60,6 +61,9 @@ class LLoCOModel(BaseModel):
         adapter: name of a LoRA adapter that the engine has loaded.
         temperature: 0 is greedy.
         max_tokens: of the answer.
+        min_tokens: before which no answer ends by itself.
+        no_repeat_ngram: tokens of which no run comes twice in an answer, which keeps a small decoder's summaries from
+            going round in circles; 0: it may.
         top_p: share of the probability that tokens are drawn from.
         seed: of the sampling.
         stop: texts that end the answer; they are left out of it.
@@ -82,6 +86,8 @@ class LLoCOModel(BaseModel):
     adapter: str | None = None
     temperature: float = 0.0
     max_tokens: int = 128
+    min_tokens: int = 0
+    no_repeat_ngram: int = 0
     top_p: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
@@ -152,13 +158,8 @@ class LLoCOModel(BaseModel):
         Raises:
             ConfigError: a value breaks its rule.
         """
-        return GenerateConfig(
-            max_new_tokens=options.get("max_tokens", self.max_tokens),
-            temperature=options.get("temperature", self.temperature),
-            top_p=options.get("top_p", self.top_p),
-            stop=tuple(self.stop or ()) if stop is None else tuple(stop),
-            seed=options.get("seed", self.seed),
-        )
+        own = self.stop or () if stop is None else stop
+        return generate_config(lambda name: options[name] if name in options else getattr(self, name), own)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         if unknown := sorted(set(options) - {*PER_CALL, *_PASSED_OVER}):

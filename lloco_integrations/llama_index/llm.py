@@ -25,20 +25,15 @@ from llama_index.core.prompts import BasePromptTemplate
 from lloco_engine import Answer, ConfigError, Engine, GenerateConfig, PrefixConfig
 from lloco_integrations.asking import Ask, Asker, Message, usage_dict
 from lloco_integrations.chunks import check_on_missing
+from lloco_integrations.generating import SETTINGS, generate_config
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.frames import frames_of, question_frames, system_frames
 from lloco_integrations.llama_index.prompt_helper import LLoCOPromptHelper, TokenCounter
 
 __all__ = ["LLoCOLLM"]
 
-# what a call may set, by LlamaIndex's names
-_SETTINGS = {
-    "max_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "stop": "stop",
-    "seed": "seed",
-}
+# what a call may set
+_SETTINGS = (*SETTINGS, "stop")
 
 
 class LLoCOLLM(LLM):
@@ -54,6 +49,8 @@ class LLoCOLLM(LLM):
         adapter: a group or the name of a loaded LoRA adapter; None takes that of what is read, ``"none"`` the base
             weights.
         max_tokens: longest answer.
+        min_tokens, no_repeat_ngram: tokens before which no answer ends by itself, and of which no run comes twice in
+            one (summaries of a small decoder need both); 0: as it likes.
         temperature: 0 is greedy.
         top_p: as in `GenerateConfig`.
         stop: texts that end an answer.
@@ -73,6 +70,8 @@ class LLoCOLLM(LLM):
     tenant: str = Field(default="", description="Whose documents are read.")
     adapter: str | None = Field(default=None, description="Which LoRA adapter answers.")
     max_tokens: int = Field(default=128, description="Longest answer.")
+    min_tokens: int = Field(default=0, description="Shortest answer.")
+    no_repeat_ngram: int = Field(default=0, description="No run of so many tokens comes twice; 0: it may.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus of sampling.")
     stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer.")
@@ -89,6 +88,8 @@ class LLoCOLLM(LLM):
         tenant: str = "",
         adapter: str | None = None,
         max_tokens: int = 128,
+        min_tokens: int = 0,
+        no_repeat_ngram: int = 0,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
@@ -107,6 +108,8 @@ class LLoCOLLM(LLM):
             "tenant": tenant,
             "adapter": adapter,
             "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
+            "no_repeat_ngram": no_repeat_ngram,
             "temperature": temperature,
             "top_p": top_p,
             "stop": tuple(stop),
@@ -253,9 +256,7 @@ class LLoCOLLM(LLM):
         if unknown := sorted(set(kwargs) - set(_SETTINGS)):
             raise ConfigError(f"a call may set {', '.join(_SETTINGS)}, not {unknown[0]!r}")
         wanted = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in _SETTINGS}
-        if isinstance(wanted["stop"], str):
-            wanted["stop"] = (wanted["stop"],)
-        return GenerateConfig(**{ours: wanted[theirs] for theirs, ours in _SETTINGS.items()})
+        return generate_config(wanted.__getitem__, wanted["stop"])
 
 
 _ROLES = {
