@@ -80,9 +80,8 @@ def _against_ratio(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("source tokens per slot")
         _dress(axes)
     panels[0].set_ylabel("gold-answer loss per token (lower is better)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        panels[-1].legend(handles, labels, frameon=False, fontsize=9)
+    drawn = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(drawn.values()), list(drawn), frameon=False, fontsize=9, loc="outside right center")
     _save(figure, result, path)
 
 
