@@ -95,7 +95,7 @@ def ask(
     Examples:
       lloco ask "Who repaired the crane?"
       lloco ask "What changed?" --filter year=2024 --filter team=pumps -k 2
-      lloco ask "Sum it up." --whole-document report.pdf --max-new-tokens 300
+      lloco ask "Sum it up." --whole-document report.pdf --min-new-tokens 48 --no-repeat-ngram 3
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
