@@ -354,6 +354,20 @@ def test_settings_have_rules(changes, message):
         EvalConfig("data.jsonl", **changes)
 
 
+def test_a_task_has_its_own_lengths_and_short_answers_may_be_asked_for():
+    lengths = [
+        (made.min_new_tokens, made.max_new_tokens)
+        for made in (
+            EvalConfig("data.jsonl", "qmsum").generation,
+            EvalConfig("data.jsonl", "qmsum", max_new_tokens=24).generation,
+            EvalConfig("data.jsonl", "qmsum", min_new_tokens=0).generation,
+        )
+    ]
+    assert lengths == [(48, 96), (24, 24), (0, 96)]
+    with pytest.raises(ConfigError, match="min_new_tokens"):
+        EvalConfig("data.jsonl", "qmsum", min_new_tokens=25, max_new_tokens=24)
+
+
 def test_an_adapter_that_is_not_loaded_is_refused(data, decoder):
     with pytest.raises(AdapterError, match="'law' is none of them"):
         run(config(data, adapter="law"), decoder=decoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ def choose(
     config: GenerateConfig,
     generator: torch.Generator | None,
     answers: Sequence[Sequence[int]] = (),
-    ends: Iterable[int] = (),
+    ends: Collection[int] = (),
 ) -> torch.Tensor:
     """Next tokens (B,) from logits (B, vocabulary): greedy at temperature 0, else nucleus sampling.
 
@@ -77,7 +77,7 @@ def choose(
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def _forbidden(answer: Sequence[int], config: GenerateConfig, ends: Iterable[int]) -> list[int]:
+def _forbidden(answer: Sequence[int], config: GenerateConfig, ends: Collection[int]) -> list[int]:
     """Tokens that may not follow an answer's."""
     repeating = _repeating(answer, config.no_repeat_ngram) if config.no_repeat_ngram else []
     return [*repeating, *(ends if len(answer) < config.min_new_tokens else ())]

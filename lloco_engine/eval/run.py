@@ -116,7 +116,10 @@ class EvalConfig(Config):
         task = tasks.get(self.task, **self.task_settings)
         names = ("max_new_tokens", "min_new_tokens", "no_repeat_ngram")
         own = {name: getattr(self, name) for name in names}
-        return GenerateConfig(**{name: getattr(task, name) if value is None else value for name, value in own.items()})
+        made = {name: getattr(task, name) if value is None else value for name, value in own.items()}
+        if self.min_new_tokens is None:  # whoever asks for short answers need not know the task's least length
+            made["min_new_tokens"] = min(made["min_new_tokens"], made["max_new_tokens"])
+        return GenerateConfig(**made)
 
     @property
     def placing(self) -> PrefixConfig:
