@@ -9,10 +9,12 @@ import warnings
 import pytest
 import torch
 from decoder_cases import OTHERS, SHAPES, TEXT, place, spiced, tiny, tokens, whole
+from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder import generation
-from lloco_engine.decoder.local import Prompt
+from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.decoder.replay import Replay
 from lloco_engine.decoder.runner import Runner
 from lloco_engine.decoder.shape import DecoderShape
 from lloco_engine.errors import AdapterError, PromptTooLong, UnsupportedModel
@@ -695,3 +697,65 @@ def test_an_adapter_on_a_part_that_is_not_adapted_here_is_refused_or_used(tmp_pa
         return
     expected = type(decoder)(merged, decoder.tokenizer).answer_losses([Prompt(QUESTION)], ["Ada"])
     assert decoder.answer_losses([Prompt(QUESTION)], ["Ada"], "law")[0] == pytest.approx(expected[0], rel=1e-4)
+
+
+# -- steps that are captured and replayed -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """As on a CUDA device, but that the graph runs the step anew; how often it did."""
+    runs = []
+
+    def capture(self):
+        class Graph:
+            def replay(graph):
+                runs.append(1)
+                self._logits = self._run(self._tokens, self._cache)
+
+        return Graph()
+
+    monkeypatch.setattr(Replay, "_capture", capture)
+    monkeypatch.setattr(LocalDecoder, "_replays", property(lambda _: True))
+    return runs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("reads", ["nothing", "segments", "text"])
+@pytest.mark.parametrize("adapter", [None, "new"])
+def test_replayed_steps_say_what_plain_ones_do(family, reads, adapter, request):
+    decoder = tiny(family)
+    if adapter:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+            for name, parameter in decoder.add_adapter(config, adapter).items():
+                parameter.data.normal_(std=0.2 if "lora_B" in name else 0.1)
+    segments = [whole(decoder), *(whole(decoder, text) for text in OTHERS)]
+    prefix = place(decoder, segments) if reads == "segments" else None
+    context = tokens(decoder, TEXT) if reads == "text" else None
+    prompts = [Prompt(question, prefix, context) for question in (QUESTION, "And when did she come from there?", "?")]
+    expected = [made.token_ids for made in decoder.generate(prompts, TWELVE, adapter)]
+    runs = request.getfixturevalue("replayed")
+    assert [made.token_ids for made in decoder.generate(prompts, TWELVE, adapter)] == expected
+    assert len(runs) >= 8
+    for prompt, ids in zip(prompts, expected, strict=True):
+        made, pieces = decoder.stream(prompt, TWELVE, adapter)
+        assert "".join(pieces) == made.text
+        assert made.token_ids == ids
+
+
+def test_what_is_replayed_stays_within_its_room_and_its_adapter(replayed):
+    decoder = tiny()
+    decoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "new")
+    cache = decoder._start(1, 2, "new")
+    step = decoder._stepper(cache, None, "new", 0)
+    for _ in range(2):
+        step([5])
+    with pytest.raises(ValueError, match="one more"):
+        step([5])
+    step = decoder._stepper(decoder._start(1, 9, "new"), None, "new", 0)
+    step([5])
+    decoder.drop_adapter("new")
+    with pytest.raises(AdapterError, match="not loaded"):
+        step([5])

@@ -9,16 +9,15 @@ import pytest
 import torch
 from decoder_cases import ragged, tiny
 
-from lloco_engine.decoder import blocks, kernel, memory
+from lloco_engine.decoder import kernel, memory
 from lloco_engine.decoder.attention import attend
-from lloco_engine.decoder.focus import TIE
 from lloco_engine.decoder.memory import Memory
+from lloco_engine.decoder.slots import TIE
 from lloco_engine.store import segments
 from lloco_engine.types import Prefix, Segment
 
 DIM, HEADS, LAYERS = 8, 2, 2
-# one block per head; blocks of 4, 16 and 128 slots for heads that differ in length; those of the kernel
-LAYOUTS = {"one": (10**9, 128), "of4": (0, 4), "of16": (0, 16), "of128": (0, 128), "kernel": None}
+LAYOUTS = ("padded", "kernel")
 SEGMENTS = [
     ragged(1, [[3, 9], [1, 20]]),
     ragged(2, [[4, 4], [4, 4]]),
@@ -42,10 +41,7 @@ def no_kernel(monkeypatch):
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
-    if LAYOUTS[request.param] is not None:
-        worth, width = LAYOUTS[request.param]
-        monkeypatch.setattr(blocks, "_WORTH", worth)
-        monkeypatch.setattr(blocks, "_WIDTHS", (width, width))
+    if request.param == "padded":
         without_kernel(monkeypatch)
     elif not kernel.runs():
         pytest.skip("the processor does not convert half precision")
@@ -165,41 +161,21 @@ def test_attention_is_that_of_a_loop_over_slots_and_tokens(rows, count, group, g
         torch.testing.assert_close(one, naive(q[:, :, -1:], keys, values, None, prefixes, 0, 0.3), **CLOSE)
 
 
+@pytest.mark.usefixtures("no_kernel")
 def test_rows_that_share_a_prefix_hold_it_once():
     same = prefix(*SEGMENTS)
-    assert make([same] * 5).layer(0).heads == HEADS
-    assert make([same, prefix(*SEGMENTS)]).layer(0).heads == 2 * HEADS
+    assert len(make([same] * 5).layer(0).keys) == 1
+    assert len(make([same, prefix(*SEGMENTS)]).layer(0).keys) == 2
 
 
 @pytest.mark.usefixtures("no_kernel")
-def test_long_heads_do_not_pad_the_others(monkeypatch):
-    uneven = prefix(ragged(5, [[2000, 10], [1000, 1000]]))
-    made = make([uneven])
-    cut, even = made.layer(0), made.layer(1)
-    assert cut.owner.tolist() == [0] * 32 + [1]
-    assert cut.keys.shape == (33, 1, 64, DIM)
-    assert even.owner.tolist() == [0, 1]
-    assert even.keys.shape == (2, 1, 1000, DIM)
-    monkeypatch.setattr(blocks, "_WORTH", 1990)
-    assert make([uneven]).layer(0).keys.shape == (2, 1, 2000, DIM)  # this much padding is worth one block per head
-
-
-@pytest.mark.usefixtures("no_kernel")
-def test_longer_heads_have_wider_blocks():
-    made = make([prefix(ragged(5, [[9000, 10], [80000, 10]]))])
-    assert [made.layer(layer).keys.shape[2] for layer in range(2)] == [512, 512]
-    assert make([prefix(ragged(5, [[3000, 10], [6000, 10]]))]).layer(0).keys.shape[2] == 128
-
-
-@pytest.mark.usefixtures("no_kernel")
-def test_what_fills_a_block_up_is_never_read():
+def test_what_fills_a_head_up_is_never_read():
     made = make([prefix(*SEGMENTS), None])
     for layer in range(LAYERS):
         laid = made.layer(layer)
         real = sum(int(segment.lengths[layer].sum()) for segment in SEGMENTS)
-        assert int((laid.bias > -1e30).sum()) == real
-        for held in (laid.keys, laid.values, laid.bias):
-            assert bool(torch.as_tensor(held).isfinite().all())
+        assert int(laid.bias.isfinite().sum()) == real
+        assert bool(laid.keys.isfinite().all() and laid.values.isfinite().all())
 
 
 @pytest.mark.usefixtures("layout")
@@ -228,17 +204,6 @@ def test_gradients_are_those_of_plain_attention(rows):
         found = torch.autograd.grad((read(made, 0, *leaves, mask) * weight).sum(), leaves)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_fold_puts_the_rows_side_by_side_and_unfold_takes_them_apart(rows):
-    x = random(rows * HEADS, 5, 4)
-    folded = blocks._fold(x, HEADS)
-    assert folded.shape == (HEADS, rows * 5, 4)
-    for row in range(rows):
-        for head in range(HEADS):
-            assert torch.equal(folded[head, row * 5 : row * 5 + 5], x[row * HEADS + head])
-    assert torch.equal(blocks._unfold(folded, rows * HEADS), x)
 
 
 @pytest.mark.usefixtures("layout")

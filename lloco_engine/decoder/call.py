@@ -34,7 +34,7 @@ class Attend(ctypes.Structure):
 
     ``focused`` is 1 where some queries do not read every segment: of ``many`` (rows or 1,) int64, a row's segments, at
     most ``most``, each query reads ``focus`` (rows or 1,) int64 (0: all), and ``prior`` (segments,) float32 (see
-    `lloco_engine.decoder.focus`). ``largest``: room for (threads, places, most, P) float32; ``kept``: for `kept`
+    `lloco_engine.decoder.slots`). ``largest``: room for (threads, places, most, P) float32; ``kept``: for `kept`
     numbers.
 
     ``each`` and ``filled``: queries of a part, and lanes that they fill (P). ``few`` is 1 where they take turns in a

@@ -24,7 +24,7 @@ import torch
 from numba import njit
 
 from lloco_engine.decoder import call as calls
-from lloco_engine.decoder import focus, team, vectors
+from lloco_engine.decoder import slots, team, vectors
 from lloco_engine.decoder.call import WIDTH, Attend, Desk
 from lloco_engine.decoder.vectors import (
     COLUMNS,
@@ -65,7 +65,7 @@ _WAIT = "compiling attention for this machine's processor: up to half a minute, 
     "once, since what is compiled is kept" if team.can_keep() else "each time, since no folder can be written"
 )
 
-team.renew(__file__, focus.__file__, calls.__file__, vectors.__file__)
+team.renew(__file__, slots.__file__, calls.__file__, vectors.__file__)
 
 # what is read is finite (`_find` makes it so), which lets sums and maxima be taken in any order
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True, "cache": team.can_keep(), "fastmath": True}

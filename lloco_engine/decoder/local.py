@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -20,6 +20,7 @@ from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStrea
 from lloco_engine.decoder.lora import adapter_source
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.opt import runner_of
+from lloco_engine.decoder.replay import PlacedCache, Replay
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.spelling import Pieces, Speller
 from lloco_engine.decoder.template import Template, encode
@@ -326,7 +327,9 @@ class LocalDecoder:
         logits = speller.spell(self.runner.logits(hidden[:, -1]), [[]])
         accepted = choose(logits, config, sampler, [[]], self.eos).tolist()
         generation.ttft_s = time.perf_counter() - began
-        drafting = config.lookup and config.temperature == 0
+        step = self._stepper(cache, memory, adapter, position)
+        # steps that are replayed cost less than guesses save
+        drafting = config.lookup and config.temperature == 0 and not self._replays
         draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
         while True:
             for token in accepted:
@@ -337,10 +340,13 @@ class LocalDecoder:
                     yield new
                 if generation.finish:
                     return
-            guesses = draft.guess(generation.token_ids) if drafting else []
-            hidden = self._step([[generation.token_ids[-1], *guesses]], position, cache, memory, adapter)
+            last, guesses = generation.token_ids[-1], draft.guess(generation.token_ids) if drafting else []
+            if guesses:
+                logits = self.runner.logits(self._step([[last, *guesses]], position, cache, memory, adapter)[0])
+            else:
+                logits = step([last])
             answers = [[*generation.token_ids, *guesses[:many]] for many in range(len(guesses) + 1)]
-            logits = speller.spell(self.runner.logits(hidden[0]), answers)
+            logits = speller.spell(logits, answers)
             chosen = choose(logits, config, sampler, answers, self.eos).tolist()
             kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
             cache.length -= len(guesses) - kept
@@ -392,10 +398,11 @@ class LocalDecoder:
         cache = self._start(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
         offset = self._tensor([self._position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
-        step = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
+        padded = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
+        hidden = self._step(padded, offset[:, None], cache, memory, adapter, wanted=1)
+        logits = self.runner.logits(hidden[:, -1])
+        step = self._stepper(cache, memory, adapter, offset[:, None])
         while True:
-            hidden = self._step(step, offset[:, None], cache, memory, adapter, wanted=1)
-            logits = self.runner.logits(hidden[:, -1])
             for row, speller, generation in zip(logits, spellers, generations, strict=True):
                 speller.spell(row[None], [generation.token_ids])
             answers = [generation.token_ids for generation in generations]
@@ -408,7 +415,7 @@ class LocalDecoder:
                     generation.decode_s = now - generation.ttft_s
             if all(generation.finish for generation in generations):
                 return generations
-            step = [[token] for token in tokens]
+            logits = step(tokens)
 
     def _memory(self, prompts: Sequence[Prompt]) -> Memory | None:
         return Memory.of(
@@ -448,6 +455,34 @@ class LocalDecoder:
                 recompute=recompute,
                 in_bf16=in_bf16,
             )
+
+    def _stepper(
+        self, cache: Cache, memory: Memory | None, adapter: str | None, offset: int | torch.Tensor
+    ) -> Callable[[Sequence[int]], torch.Tensor]:
+        """What runs steps of one token a row, which follow the cache: tokens (B,) in, logits (B, vocabulary) out."""
+
+        def run(tokens: torch.Tensor, cache: PlacedCache) -> torch.Tensor:
+            hidden = self.runner.forward(tokens, cache.place + offset, cache, memory, wanted=1)
+            return self.runner.logits(hidden[:, -1])
+
+        def replayed(tokens: Sequence[int]) -> torch.Tensor:
+            with self._lock:
+                self._use(adapter)
+                return replay(tokens)
+
+        def step(tokens: Sequence[int]) -> torch.Tensor:
+            hidden = self._step([[token] for token in tokens], offset, cache, memory, adapter, wanted=1)
+            return self.runner.logits(hidden[:, -1])
+
+        if not self._replays:
+            return step
+        replay = Replay(run, cache, held=self.runner.low_rank(adapter))
+        return replayed
+
+    @property
+    def _replays(self) -> bool:
+        """Whether decode steps are captured and replayed."""
+        return bool(self.runner.device.type == "cuda")
 
     def _speller(self, prompt: Prompt, config: GenerateConfig) -> Speller:
         return Speller(self._pieces, prompt.spelling, config.spelling, prompt.question, config.pointing)

@@ -65,7 +65,8 @@ def read_adapter(layers: Sequence[FusedLinear], name: str) -> LowRank | None:
             column, rank = sum(layer.sizes[:number]), weight.shape[1]
             up[row : row + rank, column : column + weight.shape[0]] = weight.T * part.scaling[name]
             row += rank
-        pairs.append((down, up))
+        # in the decoder's own precision: casting back and forth would double the operations of a step
+        pairs.append((down.to(layer.weight.dtype), up.to(layer.weight.dtype)))
     return LowRank(pairs, weights)
 
 
@@ -88,8 +89,6 @@ def adapted(base: Product, pair: tuple[torch.Tensor, torch.Tensor] | None) -> Pr
 
     def product(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
-        if out.dtype != up.dtype:
-            return out + (F.linear(x.to(down.dtype), down) @ up).to(out.dtype)
         low = F.linear(x, down)
         out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)  # just made by ``base``: nobody else's
         return out

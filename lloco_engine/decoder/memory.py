@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lloco_engine.decoder import blocks, ragged
-from lloco_engine.decoder.focus import Focused
+from lloco_engine.decoder import padded, ragged
 from lloco_engine.decoder.slots import LayerSlots
 from lloco_engine.types import Prefix
 
@@ -41,12 +40,9 @@ class Memory:
         ]
         self._focus = [0 if prefix is None else prefix.focus for prefix in prefixes]
         self._prior = [() if prefix is None else prefix.prior for prefix in prefixes]
-        self._focused = any(0 < most < len(row) for most, row in zip(self._focus, self._rows, strict=True))
-        self._heads = next(segment.lengths.shape[1] for row in self._rows for segment in row)
         self._served = ragged.serves(device, dtype)  # asked once, and not in every layer of every step
-        self._layers: dict[int, LayerSlots] = {}
-        self._compiled: dict[int, LayerSlots] = {}
-        self._segments: ragged.Segments | None = None
+        self._segments: dict[bool, ragged.Segments | padded.Segments] = {}  # by whether the kernel reads them
+        self._layers: dict[tuple[int, bool], LayerSlots] = {}
 
     @classmethod
     def of(
@@ -61,29 +57,11 @@ class Memory:
     def layer(self, index: int) -> LayerSlots:
         """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch."""
         compiled = self._served and not torch.is_grad_enabled()
-        layers = self._compiled if compiled else self._layers
-        if index not in layers:
-            layers[index] = self._lay_out(index, compiled)
-        return layers[index]
-
-    def _lay_out(self, index: int, compiled: bool) -> LayerSlots:
-        if not compiled:
-            pieces = self._pieces(index)
-            if not self._focused:
-                return blocks.lay_out(pieces, self._device, self._dtype)
-            focus = [most for most in self._focus for _ in range(self._heads)]
-            prior = [of_row for of_row in self._prior for _ in range(self._heads)]
-            return Focused(pieces, focus, prior, self._device, self._dtype)
-        self._segments = self._segments or ragged.Segments(self._rows, self._focus, self._prior)
-        return ragged.Ragged(self._segments, index)
-
-    def _pieces(self, layer: int) -> list[list[blocks.Piece]]:
-        """A layer's slots by head, rows one after another: of each segment its keys, values and biases there."""
-        heads = range(layer * self._heads, (layer + 1) * self._heads)
-        pieces: list[list[blocks.Piece]] = []
-        for row in self._rows:
-            ends = [segment.lengths.flatten().cumsum(0).tolist() for segment in row]
-            for head in heads:
-                spans = [slice(end[head - 1] if head else 0, end[head]) for end in ends]
-                pieces.append([(s.keys[at], s.values[at], s.bias[at]) for s, at in zip(row, spans, strict=True)])
-        return pieces
+        if (index, compiled) not in self._layers:
+            if compiled not in self._segments:
+                told = self._rows, self._focus, self._prior
+                self._segments[compiled] = (
+                    ragged.Segments(*told) if compiled else padded.Segments(*told, self._device, self._dtype)
+                )
+            self._layers[index, compiled] = self._segments[compiled].layer(index)
+        return self._layers[index, compiled]

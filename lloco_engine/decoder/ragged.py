@@ -47,7 +47,7 @@ class Segments:
     Args:
         rows: the segments of each row, on the CPU.
         focus: of each row, how many of them a query reads (0: all).
-        prior: of each row, one number a segment, or none: see `lloco_engine.decoder.focus`.
+        prior: of each row, one number a segment, or none: see `lloco_engine.decoder.slots`.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Segments:
             "prior": self._prior.ctypes.data,
         }
 
-    def layer(self, index: int) -> tuple[int, int]:
-        """Where a layer's `calls.Attend.begins` and ``slots`` are."""
-        return self._begins[index].ctypes.data, self._slots[index].ctypes.data
+    def layer(self, index: int) -> Ragged:
+        """The slots of one layer."""
+        return Ragged(self, self._begins[index].ctypes.data, self._slots[index].ctypes.data)
 
     def attend(
         self,
@@ -105,7 +105,7 @@ class Segments:
         mask: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """Attention over the slots of a `layer`; see `LayerSlots.attend`."""
+        """`LayerSlots.attend` of the layer whose `calls.Attend.begins` and ``slots`` are there."""
         live, shapes = keys.shape[2], (q.shape, q.stride(), keys.stride(), scale)
         room = self._rooms.get(shapes)
         if room is None or live > room.live:
@@ -148,12 +148,12 @@ class Ragged(LayerSlots):
 
     Args:
         segments: what the layers share.
-        layer: the layer's number.
+        begins, slots: where the layer's `calls.Attend.begins` and ``slots`` are.
     """
 
-    def __init__(self, segments: Segments, layer: int) -> None:
+    def __init__(self, segments: Segments, begins: int, slots: int) -> None:
         self._segments = segments
-        self._place = segments.layer(layer)
+        self._place = begins, slots
 
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float

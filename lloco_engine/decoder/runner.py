@@ -210,6 +210,10 @@ class Runner:
                 self._made.pop((name, few), None)
         return low_rank is not None
 
+    def low_rank(self, name: str | None) -> LowRank | None:
+        """An adapter's matrices as they were last read, or None: what a pass with it multiplies by."""
+        return None if name is None else self._low_rank.get(name)
+
     def forget(self, name: str) -> None:
         """Let go of what was read of an adapter: another may come under its name."""
         self._low_rank.pop(name, None)

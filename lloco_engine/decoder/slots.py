@@ -1,4 +1,11 @@
-"""The contract of a layer's slots, however they are read: `blocks` by torch, `ragged` by a kernel of our own."""
+"""The contract of a layer's slots, however they are read: `padded` by torch, `ragged` by a kernel of our own.
+
+Segments are compressed apart and placed at the same positions, so every one of them offers each query something: the
+more there are, the more of its attention goes to those that have nothing to do with it. So a query (one token of one
+query head) reads the ``focus`` segments in which the largest of its logits lie, and no other but those that tie with
+the last of them: segments that begin with the same words do, and which comes first must not matter
+(docs/decisions/0009).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,9 @@ from abc import ABC, abstractmethod
 
 import torch
 
-__all__ = ["LayerSlots"]
+__all__ = ["TIE", "LayerSlots"]
+
+TIE = 1e-3  # largest logits that are no further apart count as equal: they may differ by rounding alone
 
 
 class LayerSlots(ABC):

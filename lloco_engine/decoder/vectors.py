@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lloco_engine.decoder.focus import TIE
+from lloco_engine.decoder.slots import TIE
 
 __all__ = [
     "COLUMNS",
