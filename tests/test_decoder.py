@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import warnings
@@ -12,12 +13,14 @@ from decoder_cases import OTHERS, SHAPES, TEXT, place, spiced, tiny, tokens, who
 from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import generation
+from lloco_engine.decoder import generation, runner
+from lloco_engine.decoder.attention import kernels
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.replay import Replay
 from lloco_engine.decoder.runner import Runner
 from lloco_engine.decoder.shape import DecoderShape
 from lloco_engine.errors import AdapterError, PromptTooLong, UnsupportedModel
+from lloco_engine.finetune.passes import answer_logits
 from lloco_engine.testing import tiny_config, tiny_decoder
 from lloco_engine.types import Prefix
 
@@ -759,3 +762,32 @@ def test_what_is_replayed_stays_within_its_room_and_its_adapter(replayed):
     decoder.drop_adapter("new")
     with pytest.raises(AdapterError, match="not loaded"):
         step([5])
+
+
+def test_on_a_gpu_torchs_attention_does_not_plan_for_every_shape():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with kernels(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+    with kernels(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_every_layer_is_run_and_run_again_within_the_kernels_that_are_chosen(family, recompute, monkeypatch):
+    within = []
+
+    @contextlib.contextmanager
+    def noted(device):
+        within.append(device.type)
+        yield
+
+    monkeypatch.setattr(runner, "kernels", noted)
+    decoder = tiny(family)
+    decoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "new")
+    given, end = [Prompt(QUESTION)], decoder.tokenizer.eos_token_id
+    answer_logits(decoder, given, [[5, 6, end]], "new", recompute=recompute).logits.sum().backward()
+    passes = 3 if recompute else 2  # the template, the question, and that again
+    assert within == ["cpu"] * passes * decoder.shape.layers

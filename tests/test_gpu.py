@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
+import time
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.finetune.config import preset
 from lloco_engine.finetune.run import DataFile, Finetune
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
-from lloco_engine.types import Prefix
+from lloco_engine.types import Prefix, Segment
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +43,12 @@ def losses(decoder: LocalDecoder, prefix: Prefix | None = None, context: str | N
     return [loss / count for loss, count in made]
 
 
+def moved(segment: Segment) -> Segment:
+    """The segment on the CPU, as a store would give it."""
+    parts = (segment.keys, segment.values, segment.bias, segment.lengths)
+    return Segment(*(part.cpu() for part in parts), segment.source_tokens)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
 def test_losses_are_those_of_the_cpu(family):
     here, there = pair(family)
@@ -61,7 +69,7 @@ def test_segments_of_the_cpu_are_read_alike(placement, focus):
 def test_segments_made_on_the_gpu_are_as_good(name):
     here, there = pair(max_position_embeddings=4096)
     compressor = registry.get(name)
-    made = [compressor.compress(decoder, tokens(decoder, TEXT), [4])[0] for decoder in (here, there)]
+    made = [moved(compressor.compress(decoder, tokens(decoder, TEXT), [4])[0]) for decoder in (here, there)]
     assert made[1].slots == made[0].slots
     prefixes = [place(here, [segment]) for segment in made]
     assert losses(here, prefixes[1]) == pytest.approx(losses(here, prefixes[0]), rel=0.02)
@@ -80,6 +88,22 @@ def test_a_batch_answers_as_its_rows_do_alone(template):
             streamed, pieces = decoder.stream(prompt, config)
             assert "".join(pieces) == streamed.text
             assert streamed.token_ids == made.token_ids
+
+
+def test_a_prompt_of_a_new_length_takes_no_longer_than_one_seen_before():
+    decoder = LocalDecoder(
+        spiced(tiny_decoder(num_hidden_layers=6)).to(DEVICE, torch.bfloat16), tiny_tokenizer(), "tiny"
+    )
+    prefix = place(decoder, [whole(decoder)])
+
+    def seconds(words: int) -> float:
+        began = time.perf_counter()
+        decoder.answer_losses([Prompt("who " * words, prefix)], ["Ada"])
+        return time.perf_counter() - began
+
+    seconds(40)
+    first, again = ([seconds(words) for words in range(41, 60)] for _ in range(2))
+    assert statistics.median(first) < 5 * statistics.median(again)
 
 
 def test_an_adapter_adds_what_it_adds_on_the_cpu():

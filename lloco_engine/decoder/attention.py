@@ -5,12 +5,27 @@ Shapes: ``B`` rows, ``H`` KV heads, ``G`` query heads per KV head, ``T`` new tok
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lloco_engine.decoder.slots import LayerSlots
 
-__all__ = ["Cache", "attend"]
+__all__ = ["Cache", "attend", "kernels"]
+
+_QUICK_TO_BEGIN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def kernels(device: torch.device) -> AbstractContextManager[None]:
+    """What torch's own attention may use within: on CUDA all but cuDNN.
+
+    That plans anew for every shape it is given, which takes it some tenths of a second; torch prefers it on Hopper and
+    later. Hardly two prompts have one shape, and a layer's heads differ in length from the next one's.
+    """
+    made: AbstractContextManager[None] = sdpa_kernel(_QUICK_TO_BEGIN) if device.type == "cuda" else nullcontext()
+    return made
 
 
 class Cache:

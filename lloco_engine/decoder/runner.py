@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lloco_engine.decoder.attention import Cache, attend
+from lloco_engine.decoder.attention import Cache, attend, kernels
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.lora import LowRank, Product, adapted, read_adapter
 from lloco_engine.decoder.memory import Memory
@@ -183,8 +183,13 @@ class Runner:
         self, through: Callable[[int, torch.Tensor], torch.Tensor], hidden: torch.Tensor, recompute: bool
     ) -> torch.Tensor:
         """Hidden states after all layers, each of which ``through`` runs by its number."""
+
+        def run(index: int, hidden: torch.Tensor) -> torch.Tensor:
+            with kernels(self.device):  # here, so that it holds where a layer is run again too
+                return through(index, hidden)
+
         for index in range(self.shape.layers):
-            hidden = checkpoint(through, index, hidden, use_reentrant=False) if recompute else through(index, hidden)
+            hidden = checkpoint(run, index, hidden, use_reentrant=False) if recompute else run(index, hidden)
         return hidden
 
     def _products(self, few: bool) -> list[Product]:
