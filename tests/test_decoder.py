@@ -13,7 +13,7 @@ from decoder_cases import OTHERS, SHAPES, TEXT, place, spiced, tiny, tokens, who
 from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import generation, runner
+from lloco_engine.decoder import attention, generation, runner
 from lloco_engine.decoder.attention import kernels
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.replay import Replay
@@ -772,6 +772,20 @@ def test_on_a_gpu_torchs_attention_does_not_plan_for_every_shape():
         assert torch.backends.cuda.math_sdp_enabled()
     with kernels(torch.device("cpu")):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_groups_with_a_mask_are_read_as_torch_reads_them(count, group, masks):
+    draw = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 2 * group, count, 8, generator=draw)
+    keys, values = (torch.randn(2, 2, 9, 8, generator=draw) for _ in range(2))
+    mask = torch.zeros(masks, 1, count, 9).masked_fill_(torch.rand(masks, 1, count, 9, generator=draw) < 0.5, -1e9)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(attention._grouped(q, keys, values, mask, 0.3), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

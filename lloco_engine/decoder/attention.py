@@ -117,6 +117,8 @@ def attend(
         (B, T, H*G*D), ready for the output projection.
     """
     tokens = q.shape[2]
+    if slots is None and mask is not None and q.device.type == "cuda":
+        return _grouped(q, keys, values, mask, scale).transpose(1, 2).flatten(2)
     if slots is None:
         causal = mask is None and tokens > 1
         read = F.scaled_dot_product_attention(
@@ -126,3 +128,19 @@ def attend(
     if mask is None and tokens > 1:
         mask = _causal(tokens, tokens, q.device, q.dtype)
     return slots.attend(q, keys, values, mask, scale)
+
+
+def _grouped(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of (B, H*G, T, D) over (B, H, S, D) with a mask, for a kernel that knows no groups.
+
+    Torch would give groups with a mask to its plain products, which hold all T * S weights of every head.
+    """
+    rows, query_heads, tokens, dim = q.shape
+    heads = keys.shape[1]
+    if tokens == 1:  # the query heads of one KV head read the same
+        asked = q.reshape(rows, heads, -1, dim)
+        return F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
+    keys, values = (part.repeat_interleave(query_heads // heads, 1) for part in (keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
