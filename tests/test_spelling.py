@@ -35,6 +35,10 @@ class Letters:
         "rsh",
         "E",
         "a",
+        "2",
+        "7",
+        "0",
+        "7th",
     )
     WRITTEN = {"Edwin": ("Ed", "win"), "edwin": ("ed", "win"), "Edgar": ("Ed", "gar"), "Marsh": ("Ma", "rsh")}
     WITHIN = {"a Marsh": ("a", " Marsh"), "a Edwin": ("a", " ", "Ed", "win")}
@@ -71,6 +75,25 @@ def test_nothing_is_changed_between_words_after_a_whole_word_or_for_words_that_a
         assert made_likelier("It was Edwin Marsh.", *answer) == set()
     assert made_likelier("A report.", "report") == set(), "its inflections are the decoder's own"
     assert made_likelier("", "Ed") == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "answer", "expected"),
+    [
+        ("A torque of 27 newton metres.", "27", {"2", "7", "0", "7th"}),
+        ("A torque of 27 newton metres.", "a27", set()),  # no number that the source has
+        ("It has 27 or 270.", "27", {"2", "7", "7th"}),
+        ("It has 2, and then 27.", "2", {"2", "0", "7th"}),
+        ("On the 27th.", "27", set()),
+        ("Ed has 27.", "Ed", set()),
+    ],
+)
+def test_a_number_of_the_sources_is_not_made_longer_than_they_have_it(source, answer, expected):
+    logits = torch.zeros(1, len(Letters.TOKENS))
+    pieces = ids("Ed") if answer == "Ed" else ids(*answer)
+    spelled = Speller(Pieces(Letters()), source, 3.0).spell(logits, [pieces])[0].tolist()
+    assert {token for token, logit in zip(Letters.TOKENS, spelled, strict=True) if logit < 0} == expected
+    assert set(spelled) <= {0.0, 3.0, -3.0}
 
 
 def test_only_the_likeliest_tokens_are_looked_at_and_each_row_has_its_own_word(monkeypatch):

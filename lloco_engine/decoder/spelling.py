@@ -3,9 +3,10 @@
 A compressed segment says well which word is meant, and its last syllables less well: a name of several tokens comes
 out as another that begins alike. The sources' text is at hand, since the store has it, though it is not in the prompt.
 So where an answer is in the middle of a word that begins as some word of the sources does, the tokens that go on to
-such a word are made likelier. And where the decoder is about to say something that the question has not said, the words
-that it asks for are made likelier to be begun (`lloco_engine.decoder.pointing`; docs/decisions/0010). Whether a word is
-said at all, and all that is grammar, is left to the decoder.
+such a word are made likelier; where it has said a number of theirs, digits that would make another of it are made less
+likely. And where the decoder is about to say something that the question has not said, the words that it asks for are
+made likelier to be begun (`lloco_engine.decoder.pointing`; docs/decisions/0010). Whether a word is said at all, and all
+that is grammar, is left to the decoder.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ class Speller:
             if begun and self._goes_on(begun):
                 likeliest = _likeliest(logits[row])
                 logits[row, [token for token in likeliest if self._fits(begun, token)]] += self._weight
+            if begun[-1:].isdigit() and self._is_word(begun):
+                likeliest = _likeliest(logits[row])
+                logits[row, [token for token in likeliest if self._overdoes(begun, token)]] -= self._weight
             if self._asked:
                 self._point(logits[row], answer, text[: len(text) - len(begun)], begun)
         return logits
@@ -184,6 +188,16 @@ class Speller:
         if new or at == len(self._words):
             return False
         return self._words[at] == word if ended else self._words[at].startswith(word)
+
+    def _overdoes(self, begun: str, token: int) -> bool:
+        """Whether a token adds a digit to the number, and makes it one that the sources have not."""
+        word, new, _ = self._word(begun, token)
+        return not new and word[len(begun)].isdigit() and not self._fits(begun, token)
+
+    def _is_word(self, begun: str) -> bool:
+        """Whether the sources have this word as it is."""
+        at = bisect_left(self._words, begun)
+        return at < len(self._words) and self._words[at] == begun
 
     def _goes_on(self, begun: str) -> bool:
         """Whether a word of the sources begins so and is longer."""
