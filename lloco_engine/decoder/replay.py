@@ -7,12 +7,16 @@ launched; a graph launches them all at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 
 from lloco_engine.decoder.attention import Cache
 
 __all__ = ["PlacedCache", "Replay"]
+
+_GIVE_BACK = 16  # graphs after which the memory of those that are gone is given back: it is not used again for others
+_captured = count(1)
 
 
 class PlacedCache(Cache):
@@ -91,6 +95,8 @@ class Replay:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The graph of a step, which is not run; `_logits` is where it leaves its result."""
+        if next(_captured) % _GIVE_BACK == 0:
+            torch.cuda.empty_cache()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._tokens.device)  # type: ignore[no-untyped-call]
         ours = torch.cuda.current_stream(self._tokens.device)
         stream.wait_stream(ours)
