@@ -135,7 +135,9 @@ class GenerateConfig(Config):
     by how much at most one that begins or goes on to a word that stands beside the question's words in them
     (docs/decisions/0010; 0: not at all). With ``no_repeat_ngram`` N no run of N tokens comes twice in an answer: small
     decoders go round in circles when they summarise (0: it may). No answer ends by itself before ``min_new_tokens``;
-    a stop string still ends it.
+    a stop string still ends it. With ``beams`` above 1 so many answers are followed side by side, and the likeliest by
+    token is given, whole and at the end (`lloco_engine.decoder.beams`): better summaries, for as many times the work;
+    nothing is then guessed ahead, spelled or pointed to.
     """
 
     max_new_tokens: int = 128
@@ -148,6 +150,7 @@ class GenerateConfig(Config):
     pointing: float = 8.0
     no_repeat_ngram: int = 0
     min_new_tokens: int = 0
+    beams: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -159,4 +162,7 @@ class GenerateConfig(Config):
         _require(all(self.stop), "a stop string must not be empty", self.stop)
         _require(self.spelling >= 0, "spelling must not be negative (0 is not at all)", self.spelling)
         _require(self.pointing >= 0, "pointing must not be negative (0 is not at all)", self.pointing)
+        _require(self.beams >= 1, "beams must be at least 1", self.beams)
+        greedy = self.beams == 1 or self.temperature == 0
+        _require(greedy, "temperature must be 0 where there are several beams", self.temperature)
         _require(self.no_repeat_ngram >= 0, "no_repeat_ngram must not be negative (0: it may)", self.no_repeat_ngram)

@@ -54,6 +54,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 NoRepeat = Annotated[
     int, typer.Option("--no-repeat-ngram", metavar="N", min=0, help="No run of N tokens comes twice; 0: it may.")
 ]
+Beams = Annotated[
+    int, typer.Option("--beams", metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer here; repeatable.")]
 
 
@@ -78,6 +81,7 @@ def ask(
     seed: Seed = None,
     stop: Stop = None,
     no_repeat_ngram: NoRepeat = 0,
+    beams: Beams = 1,
     adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
@@ -95,7 +99,7 @@ def ask(
     Examples:
       lloco ask "Who repaired the crane?"
       lloco ask "What changed?" --filter year=2024 --filter team=pumps -k 2
-      lloco ask "Sum it up." --whole-document report.pdf --min-new-tokens 48 --no-repeat-ngram 3
+      lloco ask "Sum it up." --whole-document report.pdf --min-new-tokens 48 --no-repeat-ngram 3 --beams 4
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
@@ -107,6 +111,7 @@ def ask(
         temperature=temperature,
         seed=seed,
         no_repeat_ngram=no_repeat_ngram,
+        beams=beams,
     )
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
@@ -137,6 +142,7 @@ def compare(
     seed: Seed = None,
     stop: Stop = None,
     no_repeat_ngram: NoRepeat = 0,
+    beams: Beams = 1,
     adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
@@ -166,6 +172,7 @@ def compare(
         temperature=temperature,
         seed=seed,
         no_repeat_ngram=no_repeat_ngram,
+        beams=beams,
     )
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device

@@ -87,6 +87,12 @@ class Cache:
         self.values[layer][:, :, start:end] = values
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def reorder(self, origins: torch.Tensor, begin: int) -> None:
+        """Give each row what the row ``origins`` (B,) has from place ``begin`` on; before it all rows are the same."""
+        here = slice(begin, self.length)
+        for held in (*self.keys, *self.values):
+            held[:, :, here] = held[:, :, here].index_select(0, origins)
+
     def end(self, tokens: int) -> None:
         """All layers have appended."""
         self.length += tokens

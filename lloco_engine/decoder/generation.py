@@ -11,7 +11,7 @@ import torch
 from lloco_engine.config import GenerateConfig
 from lloco_engine.types import Prefix, Turn
 
-__all__ = ["Draft", "Generation", "Prompt", "TextStream", "choose"]
+__all__ = ["Draft", "Generation", "Prompt", "TextStream", "choose", "forbid"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ def choose(
     Of ``answers``, the tokens of each row so far, none ends (one of ``ends``) before ``config.min_new_tokens``, and no
     run of ``config.no_repeat_ngram`` tokens comes twice.
     """
-    forbidden = [_forbidden(answer, config, ends) for answer in answers]
-    if any(forbidden):
-        logits = logits.clone()
-        for row, tokens in enumerate(forbidden):
-            logits[row, tokens] = -torch.inf
+    logits = forbid(logits, answers, config, ends)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / config.temperature, dim=-1)
@@ -75,6 +71,18 @@ def choose(
         ordered[ordered.cumsum(dim=-1) - ordered >= config.top_p] = 0  # the first token always stays
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def forbid(
+    logits: torch.Tensor, answers: Sequence[Sequence[int]], config: GenerateConfig, ends: Collection[int]
+) -> torch.Tensor:
+    """Logits (B, vocabulary), -inf where a token may not follow its row's answer; the given ones stay as they are."""
+    forbidden = [_forbidden(answer, config, ends) for answer in answers]
+    if any(forbidden):
+        logits = logits.clone()
+        for row, tokens in enumerate(forbidden):
+            logits[row, tokens] = -torch.inf
+    return logits
 
 
 def _forbidden(answer: Sequence[int], config: GenerateConfig, ends: Collection[int]) -> list[int]:

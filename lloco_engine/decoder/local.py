@@ -16,6 +16,7 @@ from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder import kernel, ragged
 from lloco_engine.decoder.attention import Cache
+from lloco_engine.decoder.beams import search
 from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
 from lloco_engine.decoder.lora import adapter_source
 from lloco_engine.decoder.memory import Memory
@@ -317,6 +318,10 @@ class LocalDecoder:
     def _run(
         self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation
     ) -> Iterator[str]:
+        if config.beams > 1:
+            self._follow_beams(prompt, ids, config, adapter, generation)
+            yield generation.text
+            return
         began = time.perf_counter()
         text = TextStream(self.tokenizer, config.stop)
         sampler, speller = self._generator(config), self._speller(prompt, config)
@@ -353,6 +358,34 @@ class LocalDecoder:
             accepted = chosen[: kept + 1]
             generation.steps += 1
 
+    def _follow_beams(
+        self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation
+    ) -> None:
+        """Fill a generation by beam search: the prompt is read once, and then every beam has its own row."""
+        began = time.perf_counter()
+        memory, rows = self._memory([prompt]), config.beams
+        read = self._start(1, len(ids), adapter, prefix=prompt.prefix)
+        position = self._position(prompt) - read.length
+        first = self.runner.logits(self._step([ids], position, read, memory, adapter, wanted=1)[:, -1])
+        cache = self.new_cache(rows, read.length + config.max_new_tokens)
+        cache.length = read.length
+        for layer in range(self.shape.layers):
+            cache.keys[layer][:, :, : read.length] = read.keys[layer][:, :, : read.length]
+            cache.values[layer][:, :, : read.length] = read.values[layer][:, :, : read.length]
+
+        def step(tokens: Sequence[int], origins: Sequence[int]) -> torch.Tensor:
+            generation.steps += 1
+            cache.reorder(self._tensor(origins), read.length)
+            hidden = self._step([[token] for token in tokens], position, cache, memory, adapter, wanted=1)
+            return self.runner.logits(hidden[:, -1])
+
+        text = TextStream(self.tokenizer, config.stop)
+        for token in search(first, step, config, self.eos):
+            self._take(token, generation, text, config)
+            if generation.finish:
+                break
+        generation.ttft_s = time.perf_counter() - began
+
     def _take(self, token: int, generation: Generation, text: TextStream, config: GenerateConfig) -> str:
         """Record one token of a generation; returns the text it makes certain."""
         if token in self.eos:
@@ -388,6 +421,10 @@ class LocalDecoder:
             self._check(self._position(prompt), len(ids), config.max_new_tokens)
         began = time.perf_counter()
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
+        if config.beams > 1:
+            for prompt, ids, generation in zip(prompts, asked, generations, strict=True):
+                self._follow_beams(prompt, ids, config, adapter, generation)
+            return generations
         texts = [TextStream(self.tokenizer, config.stop) for _ in prompts]
         sampler = self._generator(config)
         spellers = [self._speller(prompt, config) for prompt in prompts]

@@ -98,6 +98,9 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", min=0, help="No run of N tokens comes twice in an answer. Default: the task's own."),
     ] = None,
+    beams: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
+    ] = 1,
     lengths: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Task needle: haystack lengths in tokens, such as 1k,8k,32k.")
     ] = None,
@@ -172,6 +175,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         no_repeat_ngram=no_repeat_ngram,
+        beams=beams,
         compressor=compressor,
         decoder=decoder,
         device=device,

@@ -54,6 +54,7 @@ class EvalConfig(Config):
         max_new_tokens: longest answer that is generated; None is the task's own.
         min_new_tokens: shortest; None is the task's own.
         no_repeat_ngram: tokens of which no run comes twice in an answer, 0 where it may; None is the task's own.
+        beams: answers that are followed side by side.
         decoder, device: as `LocalDecoder.load` takes them.
         embedder: as `lloco_engine.embedder.Embedder` takes it.
         compressor: of `lloco_engine.compress.registry.NAMES`, for ``kv``.
@@ -77,6 +78,7 @@ class EvalConfig(Config):
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     no_repeat_ngram: int | None = None
+    beams: int = 1
     decoder: str = DEFAULT_DECODER
     device: str | None = None
     embedder: str = DEFAULT_EMBEDDER
@@ -119,7 +121,7 @@ class EvalConfig(Config):
         made = {name: getattr(task, name) if value is None else value for name, value in own.items()}
         if self.min_new_tokens is None:  # whoever asks for short answers need not know the task's least length
             made["min_new_tokens"] = min(made["min_new_tokens"], made["max_new_tokens"])
-        return GenerateConfig(**made)
+        return GenerateConfig(**made, beams=self.beams)
 
     @property
     def placing(self) -> PrefixConfig:
