@@ -14,6 +14,7 @@ SETTINGS = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "no_repeat_ngram": "no_repeat_ngram",
+    "beams": "beams",
     "temperature": "temperature",
     "top_p": "top_p",
     "seed": "seed",

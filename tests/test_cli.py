@@ -278,6 +278,13 @@ def test_ask_passes_every_option_on(engine):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["ask", "compare"])
+def test_beams_are_passed_on(engine, command):
+    run(command, "q", "--beams", "4")
+    _, _, options = engine.calls[0]
+    assert options["generate"].beams == 4
+
+
 def test_ask_about_a_whole_document_and_without_adapter(engine):
     run("ask", "q", "--whole-document", "report.md", "--adapter", "none")
     _, _, options = engine.calls[0]

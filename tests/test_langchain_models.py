@@ -204,8 +204,9 @@ def test_options_of_a_call_and_of_the_model(engine, model):
         type(model)(engine=engine, temperature=-1)
     with pytest.raises(ValueError, match="not 'colour'"):
         model.invoke("Hi", colour="red")
-    made = model._generate_config(None, {"min_tokens": 3, "no_repeat_ngram": 2})
-    assert (made.min_new_tokens, made.no_repeat_ngram, made.max_new_tokens) == (3, 2, model.max_tokens)
+    made = model._generate_config(None, {"min_tokens": 3, "no_repeat_ngram": 2, "beams": 4})
+    found = (made.min_new_tokens, made.no_repeat_ngram, made.beams, made.max_new_tokens)
+    assert found == (3, 2, 4, model.max_tokens)
     with pytest.raises(ConfigError, match="min_new_tokens must be from 0 to max_new_tokens"):
         model.invoke("Hi", min_tokens=10**6)
     for asked in (model.bind(adapter="law"), model.model_copy(update={"adapter": "law"})):

@@ -64,6 +64,7 @@ class LLoCOModel(BaseModel):
         min_tokens: before which no answer ends by itself.
         no_repeat_ngram: tokens of which no run comes twice in an answer, which keeps a small decoder's summaries from
             going round in circles; 0: it may.
+        beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
         top_p: share of the probability that tokens are drawn from.
         seed: of the sampling.
         stop: texts that end the answer; they are left out of it.
@@ -88,6 +89,7 @@ class LLoCOModel(BaseModel):
     max_tokens: int = 128
     min_tokens: int = 0
     no_repeat_ngram: int = 0
+    beams: int = 1
     top_p: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None

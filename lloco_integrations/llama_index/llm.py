@@ -51,6 +51,7 @@ class LLoCOLLM(LLM):
         max_tokens: longest answer.
         min_tokens, no_repeat_ngram: tokens before which no answer ends by itself, and of which no run comes twice in
             one (summaries of a small decoder need both); 0: as it likes.
+        beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
         temperature: 0 is greedy.
         top_p: as in `GenerateConfig`.
         stop: texts that end an answer.
@@ -72,6 +73,7 @@ class LLoCOLLM(LLM):
     max_tokens: int = Field(default=128, description="Longest answer.")
     min_tokens: int = Field(default=0, description="Shortest answer.")
     no_repeat_ngram: int = Field(default=0, description="No run of so many tokens comes twice; 0: it may.")
+    beams: int = Field(default=1, description="Answers followed side by side; the likeliest is given.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus of sampling.")
     stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer.")
@@ -90,6 +92,7 @@ class LLoCOLLM(LLM):
         max_tokens: int = 128,
         min_tokens: int = 0,
         no_repeat_ngram: int = 0,
+        beams: int = 1,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
@@ -110,6 +113,7 @@ class LLoCOLLM(LLM):
             "max_tokens": max_tokens,
             "min_tokens": min_tokens,
             "no_repeat_ngram": no_repeat_ngram,
+            "beams": beams,
             "temperature": temperature,
             "top_p": top_p,
             "stop": tuple(stop),
