@@ -136,8 +136,8 @@ class GenerateConfig(Config):
     (docs/decisions/0010; 0: not at all). With ``no_repeat_ngram`` N no run of N tokens comes twice in an answer: small
     decoders go round in circles when they summarise (0: it may). No answer ends by itself before ``min_new_tokens``;
     a stop string still ends it. With ``beams`` above 1 so many answers are followed side by side, and the likeliest by
-    token is given, whole and at the end (`lloco_engine.decoder.beams`): better summaries, for as many times the work;
-    nothing is then guessed ahead, spelled or pointed to.
+    token is given, whole and at the end (`lloco_engine.decoder.beams`), for as many times the work; nothing is then
+    guessed ahead, spelled or pointed to.
     """
 
     max_new_tokens: int = 128
