@@ -333,9 +333,9 @@ def logits(decoder: LocalDecoder, *segments: Segment) -> torch.Tensor:
     prefix = place(decoder, segments)
     ids = decoder.template.question_ids("Who keeps the mill, and since when?")
     with torch.inference_mode():
-        cache = decoder._start(1, len(ids), None)
+        cache = decoder.start_cache(1, len(ids), None)
         places = torch.arange(prefix.start, prefix.start + len(ids))
-        hidden = decoder.runner.forward(torch.tensor([ids]), places, cache, decoder._memory([Prompt("", prefix)]))
+        hidden = decoder.runner.forward(torch.tensor([ids]), places, cache, decoder.memory([prefix]))
         return decoder.runner.logits(hidden[0])
 
 

@@ -75,7 +75,7 @@ def test_the_last_token_alone_is_what_it_is_among_all(family, changes):
     decoder = tiny(family, **changes)
     prefix = place(decoder, [whole(decoder), whole(decoder)])
     for rows, pad in ((1, None), (2, torch.tensor([0, 5]))):
-        for memory in (None, decoder._memory([Prompt("", prefix)] * rows)):
+        for memory in (None, decoder.memory([prefix] * rows)):
             found = []
             for wanted in (None, 1):
                 cache = decoder.new_cache(rows, 31)
@@ -439,9 +439,9 @@ def logits_after(decoder, prefix: Prefix) -> torch.Tensor:
     """Logits of every token of the question."""
     ids = decoder.template.question_ids(QUESTION)
     with torch.inference_mode():
-        cache = decoder._start(1, len(ids), None)
+        cache = decoder.start_cache(1, len(ids), None)
         places = torch.arange(prefix.start, prefix.start + len(ids))
-        hidden = decoder.runner.forward(torch.tensor([ids]), places, cache, decoder._memory([Prompt("", prefix)]))
+        hidden = decoder.runner.forward(torch.tensor([ids]), places, cache, decoder.memory([prefix]))
         return decoder.runner.logits(hidden[0])
 
 
@@ -661,7 +661,7 @@ def test_gradients_of_an_adapter_are_transformers_own(adapters):
         assert ours.abs().max() > 0
     prefix = place(decoder, [whole(tiny())])
     cache = decoder.new_cache(2, 30)
-    with_memory = runner.forward(ids, torch.arange(30) + prefix.start, cache, decoder._memory([Prompt("", prefix)] * 2))
+    with_memory = runner.forward(ids, torch.arange(30) + prefix.start, cache, decoder.memory([prefix] * 2))
     found = gradients(runner.logits(with_memory))
     assert all(bool(gradient.isfinite().all()) and gradient.abs().max() > 0 for gradient in found)
 
@@ -681,11 +681,11 @@ def test_losses_that_start_from_one_cache_can_be_learned_from_in_any_order(adapt
         hidden = decoder.runner.forward(ids, torch.arange(first, first + 12), cache)
         return torch.nn.functional.cross_entropy(decoder.runner.logits(hidden)[0, :-1], ids[0, 1:])
 
-    cache = decoder._start(1, 12, "law")
+    cache = decoder.start_cache(1, 12, "law")
     losses = [loss(cache, seed) for seed in (1, 2)]
     together = [torch.autograd.grad(one, parameters) for one in losses]
     for seed, found in zip((1, 2), together, strict=True):
-        alone = torch.autograd.grad(loss(decoder._start(1, 12, "law"), seed), parameters)
+        alone = torch.autograd.grad(loss(decoder.start_cache(1, 12, "law"), seed), parameters)
         for ours, theirs in zip(found, alone, strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -719,7 +719,7 @@ def replayed(monkeypatch):
         return Graph()
 
     monkeypatch.setattr(Replay, "_capture", capture)
-    monkeypatch.setattr(LocalDecoder, "_replays", property(lambda _: True))
+    monkeypatch.setattr(LocalDecoder, "replays", property(lambda _: True))
     return runs
 
 
@@ -751,13 +751,13 @@ def test_replayed_steps_say_what_plain_ones_do(family, reads, adapter, request):
 def test_what_is_replayed_stays_within_its_room_and_its_adapter(replayed):
     decoder = tiny()
     decoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "new")
-    cache = decoder._start(1, 2, "new")
-    step = decoder._stepper(cache, None, "new", 0)
+    cache = decoder.start_cache(1, 2, "new")
+    step = decoder.stepper(cache, None, "new", 0)
     for _ in range(2):
         step([5])
     with pytest.raises(ValueError, match="one more"):
         step([5])
-    step = decoder._stepper(decoder._start(1, 9, "new"), None, "new", 0)
+    step = decoder.stepper(decoder.start_cache(1, 9, "new"), None, "new", 0)
     step([5])
     decoder.drop_adapter("new")
     with pytest.raises(AdapterError, match="not loaded"):

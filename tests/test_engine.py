@@ -396,9 +396,9 @@ def test_parallel_segments_have_no_order(engine, decoder):
 def first_logits(decoder: LocalDecoder, prefix: Prefix) -> torch.Tensor:
     ids = decoder.template.question_ids("Where?")
     with torch.inference_mode():
-        cache = decoder._start(1, len(ids), None)
-        memory = decoder._memory([Prompt("Where?", prefix)])
-        hidden = decoder._step([ids], prefix.start - cache.length, cache, memory, None)
+        cache = decoder.start_cache(1, len(ids), None)
+        memory = decoder.memory([prefix])
+        hidden = decoder.step([ids], prefix.start - cache.length, cache, memory, None)
         return decoder.runner.logits(hidden[0, -1])
 
 
@@ -582,14 +582,14 @@ async def test_async_does_not_block_the_loop(engine, monkeypatch):
 @pytest.mark.parametrize("leave", ["close", "cancel", "drop"])
 async def test_a_consumer_that_leaves_stops_the_producer(engine, decoder, monkeypatch, leave):
     steps = []
-    step = type(decoder)._step
+    step = type(decoder).step
 
     def slow(self, *arguments, **named):
         steps.append(1)
         time.sleep(0.01)
         return step(self, *arguments, **named)
 
-    monkeypatch.setattr(type(decoder), "_step", slow)
+    monkeypatch.setattr(type(decoder), "step", slow)
     long = GenerateConfig(max_new_tokens=400, temperature=1.0, seed=1)
     monkeypatch.setattr(decoder, "eos", set())
     stream = engine.astream("Where?", generate=long)

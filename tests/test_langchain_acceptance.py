@@ -270,13 +270,13 @@ async def test_streams_yield_before_completion_and_join_to_the_whole(engine, cha
 
 
 async def test_async_does_not_block_the_loop(engine, chat, retriever, monkeypatch):
-    step = engine.decoder._step
+    step = engine.decoder.step
 
     def slow(*args, **kwargs):
         time.sleep(0.1)
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(engine.decoder, "_step", slow)
+    monkeypatch.setattr(engine.decoder, "step", slow)
     longest, last, done = 0.0, time.perf_counter(), False
 
     async def watch():

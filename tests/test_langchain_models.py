@@ -246,13 +246,13 @@ def test_making_a_model_loads_nothing_and_is_fast(tmp_path):
 
 
 async def test_an_answer_that_takes_too_long_is_given_up(model, engine, monkeypatch):
-    stream = engine.decoder._step
+    stream = engine.decoder.step
 
     def slow(*args, **kwargs):
         time.sleep(0.05)
         return stream(*args, **kwargs)
 
-    monkeypatch.setattr(engine.decoder, "_step", slow)
+    monkeypatch.setattr(engine.decoder, "step", slow)
     for call in (lambda: model.invoke("Hi", timeout=0.1), lambda: list(model.stream("Hi", timeout=0.1))):
         with pytest.raises(TimeoutError, match=r"must be complete in 0\.1 seconds"):
             call()

@@ -46,7 +46,7 @@ def hidden(decoder: LocalDecoder, adapter: str | None) -> torch.Tensor:
     ids = [decoder.template.question_ids(QUESTION, TEXT)]
     with torch.inference_mode():
         cache = decoder.new_cache(1, len(ids[0]))
-        return decoder._step(ids, prefix.start, cache, decoder._memory([Prompt("", prefix)]), adapter)
+        return decoder.step(ids, prefix.start, cache, decoder.memory([prefix]), adapter)
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,15 @@ class Cache:
         device, dtype = self.keys[0].device, self.keys[0].dtype
         mask = _causal(tokens, past + tokens, device, dtype)
         if self.pad is not None:
-            place = torch.arange(past + tokens, device=device) - self.pad_from
-            unused = (place >= 0) & (place < self.pad[:, None])
+            unused = self.unused(self.pad, torch.arange(past + tokens, device=device))
             # a finite minimum, so that a row of nothing but padding gives no NaN
             mask = mask.masked_fill(unused[:, None, None], torch.finfo(dtype).min)
         return mask
+
+    def unused(self, pad: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """(B, S) bool: which of the places (S,) are padding, by rows' ``pad`` (B,)."""
+        from_start = places - self.pad_from
+        return (from_start >= 0) & (from_start < pad[:, None])
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add (B, H, T, D) of one layer; returns all live keys and values (B, H, S, D)."""

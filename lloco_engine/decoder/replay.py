@@ -42,8 +42,7 @@ class PlacedCache(Cache):
         """The mask of the next token, (B or 1, 1, 1, S), S the capacity."""
         hidden = (self._places > self.place)[None]
         if self.pad is not None:
-            place = self._places - self.pad_from
-            hidden = hidden | ((place >= 0) & (place < self.pad[:, None]))
+            hidden = hidden | self.unused(self.pad, self._places)
         dtype = self.keys[0].dtype
         mask = torch.zeros(hidden.shape, device=hidden.device, dtype=dtype)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]

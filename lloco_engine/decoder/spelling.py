@@ -104,11 +104,11 @@ class Speller:
             text = "".join(self._pieces[token] for token in answer).lower()
             found = _BEGUN.search(text)
             begun = found[0] if found else ""
-            if begun and self._goes_on(begun):
-                likeliest = _likeliest(logits[row])
+            goes_on, ends = bool(begun) and self._goes_on(begun), begun[-1:].isdigit() and self._is_word(begun)
+            likeliest = _likeliest(logits[row]) if goes_on or ends else []
+            if goes_on:
                 logits[row, [token for token in likeliest if self._fits(begun, token)]] += self._weight
-            if begun[-1:].isdigit() and self._is_word(begun):
-                likeliest = _likeliest(logits[row])
+            if ends:
                 logits[row, [token for token in likeliest if self._overdoes(begun, token)]] -= self._weight
             if self._asked:
                 self._point(logits[row], answer, text[: len(text) - len(begun)], begun)

@@ -85,30 +85,30 @@ def answer_logits(
         PromptTooLong: a prompt with its answer does not fit the window.
     """
     asked = [decoder.prompt_ids(prompt) for prompt in prompts]
-    start = decoder._position(prompts[0])
+    start = decoder.position(prompts[0])
     for ids, answer in zip(asked, answers, strict=True):
-        decoder._check(start, len(ids), len(answer))
+        decoder.check_window(start, len(ids), len(answer))
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*asked, strict=False))
     shared = min(sum(1 for _ in alike), min(map(len, asked)) - 1)
     # an answer's last token is only foretold
     rows = [[*ids[shared:], *answer[:-1]] for ids, answer in zip(asked, answers, strict=True)]
     trail, template = _Trail(decoder), decoder.template.prefix_ids
     if template:
-        decoder._step([template], 0, trail, None, adapter, in_bf16=in_bf16)
+        decoder.step([template], 0, trail, None, adapter, in_bf16=in_bf16)
     trail.hidden = _hidden(len(template), shared, [len(row) for row in rows]).to(decoder.runner.device)
     places = [*range(shared), *(shared + place for row in rows for place in range(len(row)))]
     packed = asked[0][:shared] + [token for row in rows for token in row]
-    # `_step` adds the place in the cache, which packing has moved
-    offset = start + decoder._tensor(places) - torch.arange(len(places), device=decoder.runner.device) - len(template)
-    memory = decoder._memory(prompts)
-    hidden = decoder._step([packed], offset, trail, memory, adapter, recompute=recompute, in_bf16=in_bf16)[0]
+    # `step` adds the place in the cache, which packing has moved
+    offset = start + decoder.tensor(places) - torch.arange(len(places), device=decoder.runner.device) - len(template)
+    memory = decoder.memory([prompt.prefix for prompt in prompts])
+    hidden = decoder.step([packed], offset, trail, memory, adapter, recompute=recompute, in_bf16=in_bf16)[0]
     wanted: list[int] = []
     at = shared
     for row, answer in zip(rows, answers, strict=True):
         at += len(row)
         wanted += range(at - len(answer), at)
-    targets = decoder._tensor([token for answer in answers for token in answer])
-    logits = decoder.runner.logits(hidden.index_select(0, decoder._tensor(wanted)))  # the head serves no other token
+    targets = decoder.tensor([token for answer in answers for token in answer])
+    logits = decoder.runner.logits(hidden.index_select(0, decoder.tensor(wanted)))  # the head serves no other token
     return AnswerLogits(logits, targets, len(template) + len(packed))
 
 
