@@ -119,6 +119,16 @@ def test_a_stop_string_ends_what_beams_found():
     assert (made.text, made.finish) == (whole_text[: whole_text.index(stop)], "stop")
 
 
+def test_an_answer_of_nothing_streams_no_piece():
+    decoder = tiny()
+    whole_text = decoder.generate([Prompt(QUESTION)], GenerateConfig(max_new_tokens=12, beams=3))[0].text
+    streamed, pieces = decoder.stream(
+        Prompt(QUESTION), GenerateConfig(max_new_tokens=12, beams=3, stop=(whole_text[:1],))
+    )
+    assert list(pieces) == []
+    assert (streamed.text, streamed.finish) == ("", "stop")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"beams": 0}, "beams must be at least 1"), ({"beams": 2, "temperature": 0.5}, "temperature must be 0")],
