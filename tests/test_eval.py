@@ -345,6 +345,7 @@ def test_other_settings_do_not_use_what_is_left(tmp_path):
         ({"methods": ("none", "kv@default")}, "after a method's @ must be one of auto, not 'default'"),
         ({"methods": ("magic@auto",)}, "not 'magic'"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must not be negative"),
+        ({"pointing": -1.0}, "pointing must not be negative"),
         ({"min_new_tokens": 33}, r"min_new_tokens must be from 0 to max_new_tokens \(32\), not 33"),
         ({"task": "recipes"}, "task must be one of"),
     ],

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from lloco_engine.config import PrefixConfig
+from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.eval.cli_data import data
 from lloco_engine.eval.cli_memories import memories
 from lloco_engine.eval.cli_report import report
@@ -101,6 +101,10 @@ def evaluate(
     beams: Annotated[
         int, typer.Option(metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
     ] = 1,
+    pointing: Annotated[
+        float,
+        typer.Option(metavar="X", min=0.0, help="How much words that a question asks for are preferred; 0: nothing."),
+    ] = GenerateConfig.pointing,
     lengths: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Task needle: haystack lengths in tokens, such as 1k,8k,32k.")
     ] = None,
@@ -176,6 +180,7 @@ def evaluate(
         min_new_tokens=min_new_tokens,
         no_repeat_ngram=no_repeat_ngram,
         beams=beams,
+        pointing=pointing,
         compressor=compressor,
         decoder=decoder,
         device=device,

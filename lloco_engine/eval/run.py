@@ -55,6 +55,7 @@ class EvalConfig(Config):
         min_new_tokens: shortest; None is the task's own.
         no_repeat_ngram: tokens of which no run comes twice in an answer, 0 where it may; None is the task's own.
         beams: answers that are followed side by side.
+        pointing: by how much words that are asked for are preferred, as `GenerateConfig` has it.
         decoder, device: as `LocalDecoder.load` takes them.
         embedder: as `lloco_engine.embedder.Embedder` takes it.
         compressor: of `lloco_engine.compress.registry.NAMES`, for ``kv``.
@@ -79,6 +80,7 @@ class EvalConfig(Config):
     min_new_tokens: int | None = None
     no_repeat_ngram: int | None = None
     beams: int = 1
+    pointing: float = GenerateConfig.pointing
     decoder: str = DEFAULT_DECODER
     device: str | None = None
     embedder: str = DEFAULT_EMBEDDER
@@ -121,7 +123,7 @@ class EvalConfig(Config):
         made = {name: getattr(task, name) if value is None else value for name, value in own.items()}
         if self.min_new_tokens is None:  # whoever asks for short answers need not know the task's least length
             made["min_new_tokens"] = min(made["min_new_tokens"], made["max_new_tokens"])
-        return GenerateConfig(**made, beams=self.beams)
+        return GenerateConfig(**made, beams=self.beams, pointing=self.pointing)
 
     @property
     def placing(self) -> PrefixConfig:
