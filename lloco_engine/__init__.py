@@ -11,7 +11,6 @@
 Importing this package is light: torch and the rest load when they are first needed.
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +57,6 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-
-# torch's OpenMP reads this when it is loaded. A thread that waits for its team holds its core meanwhile, by default for
-# milliseconds: where something else runs on one of the cores, all of them wait (docs/log.md, 2026-11-27)
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOMES = {
     "answers": ("AnswerStream", "AsyncAnswerStream"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 import time
@@ -110,33 +109,3 @@ def test_importing_is_light(module):
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "[]", f"import {module} loads {out.stdout.strip()}"
     assert module != "lloco_engine" or seconds < 1.0, f"import lloco_engine took {seconds:.2f} s, interpreter included"
-
-
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
-    ids=["nothing", "a count", "a policy"],
-)
-def test_threads_do_not_hold_a_core_that_others_need(given, count):
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    code = "import os, lloco_engine; print(os.environ.get('GOMP_SPINCOUNT'))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert out.stdout.strip() == str(count)
-
-
-def test_the_openmp_of_torch_takes_it():
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
-    code = "import lloco_engine, torch"
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment | {"OMP_DISPLAY_ENV": "VERBOSE"},
-    ).stderr
-    if "GOMP_SPINCOUNT" not in shown:
-        pytest.skip("torch's OpenMP is not GNU's here")
-    assert "GOMP_SPINCOUNT = '10000'" in shown
