@@ -788,6 +788,18 @@ def test_groups_with_a_mask_are_read_as_torch_reads_them(count, group, masks):
     torch.testing.assert_close(attention._grouped(q, keys, values, mask, 0.3), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_few_queries_are_read_by_plain_products_as_torch_reads_them(rows, alike):
+    draw = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 2, 3, 8, generator=draw)
+    keys, values = (torch.randn(2, 2, 9, 8, generator=draw) for _ in range(2))
+    added = torch.randn(rows, *((1, 1) if alike else (2, 3)), 9, generator=draw)
+    added[..., 4:7] = -torch.inf
+    expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=added, scale=0.3)
+    torch.testing.assert_close(attention._by_products(q, keys, values, added, 0.3), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_every_layer_is_run_and_run_again_within_the_kernels_that_are_chosen(family, recompute, monkeypatch):

@@ -469,8 +469,14 @@ def test_a_run_can_begin_with_an_adapter_of_its_shape(decoder, data, tmp_path):
 
     second = on().run(tmp_path / "second", tmp_path / "work").metrics
     assert second["held_out_loss_before"] == pytest.approx(first["held_out_loss"], rel=1e-3)
-    with pytest.raises(ConfigError, match="rank and targets"):
-        on(rank=8).run(tmp_path / "third", tmp_path / "work")
+    wider = on(targets=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])  # what is new adds nothing as yet
+    third = wider.run(tmp_path / "third", tmp_path / "work").metrics
+    assert third["held_out_loss_before"] == pytest.approx(first["held_out_loss"], rel=1e-3)
+    trained = load_file(tmp_path / "third" / "adapter_model.safetensors")
+    assert any(trained[key].any() for key in trained if "up_proj.lora_B" in key)
+    for other in ({"rank": 8}, {"targets": ["q_proj", "v_proj"]}):
+        with pytest.raises(ConfigError, match="must be of the run's rank"):
+            on(**other).run(tmp_path / "fourth", tmp_path / "work")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lloco_engine.decoder.slots import LayerSlots
 
-__all__ = ["Cache", "attend", "kernels"]
+__all__ = ["Cache", "attend", "kernels", "masked"]
+
+_FEW = 16  # queries, those of a token's query heads: no more than that are read by plain products
 
 _QUICK_TO_BEGIN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -150,7 +152,27 @@ def _grouped(
     rows, query_heads, tokens, dim = q.shape
     heads = keys.shape[1]
     if tokens == 1:  # the query heads of one KV head read the same
-        asked = q.reshape(rows, heads, -1, dim)
-        return F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
+        return masked(q.reshape(rows, heads, -1, dim), keys, values, mask, scale).reshape(q.shape)
     keys, values = (part.repeat_interleave(query_heads // heads, 1) for part in (keys, values))
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    return masked(q, keys, values, mask, scale)
+
+
+def masked(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, added: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Softmax attention of (B, H, M, D) over (B, H, S, D) with ``added`` (B or 1, H or 1, M or 1, S) to the logits.
+
+    A few queries on a GPU are read by plain products. Of torch's own kernels only the memory-efficient one takes a mask
+    there (see `kernels`), and it has one processor of the many read all keys of a head.
+    """
+    if q.device.type == "cuda" and q.shape[2] <= _FEW and not torch.is_grad_enabled():
+        return _by_products(q, keys, values, added, scale)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=added, scale=scale)
+
+
+def _by_products(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, added: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """As `masked`; all M * S weights of every head are held at once."""
+    logits = torch.matmul(q, keys.transpose(-1, -2)).float() * scale + added
+    return torch.matmul(torch.softmax(logits, dim=-1).to(values.dtype), values)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from lloco_engine.decoder.attention import masked
 from lloco_engine.decoder.slots import TIE, LayerSlots
 from lloco_engine.types import Segment
 
@@ -153,7 +153,7 @@ class Padded(LayerSlots):
         added = torch.cat((added, live.expand(rows, heads, group * tokens, keys.shape[2])), dim=-1)
         keys = torch.cat((self.keys.expand(rows, -1, -1, -1), keys), dim=2)
         values = torch.cat((self.values.expand(rows, -1, -1, -1), values), dim=2)
-        read = F.scaled_dot_product_attention(q, keys, values, attn_mask=added, scale=scale)
+        read = masked(q, keys, values, added, scale)
         return read.reshape(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 
 from lloco_engine.compress import registry
 from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder.attention import kernels
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.template import encode
 from lloco_engine.eval.corpus import source_texts
@@ -135,7 +136,7 @@ def _transformers(decoder: LocalDecoder, ids: Sequence[int], request: str, new_t
     given = torch.tensor([prompt], device=decoder.runner.device)
     clock = _Clock()
     model: Any = decoder.runner.model
-    with quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode(), kernels(given.device):  # ours may use no others
         out = model.generate(
             given,
             attention_mask=torch.ones_like(given),

@@ -73,7 +73,8 @@ def finetune(
         int | None, typer.Option(metavar="N", min=1, help="Leave longer documents out.")
     ] = None,
     begin_with: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="An adapter to go on from, of the same rank.")
+        Path | None,
+        typer.Option("--from", metavar="DIR", help="An adapter to go on from: of the same rank, of no other targets."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,

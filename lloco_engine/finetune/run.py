@@ -63,7 +63,7 @@ class Finetune:
         store: whose segments are used where they match, or None.
         tenant: whose segments of the store.
         longest: documents of more tokens are left out; None for no limit.
-        start: folder of an adapter to begin with; None for a fresh one.
+        start: folder of an adapter to begin with, of the run's rank and no other targets; None for a fresh one.
 
     Raises:
         AdapterError: ``start`` is for another decoder.

@@ -55,11 +55,11 @@ class Training:
         work: the run's folder.
         key: hash of everything that the run depends on.
         progress: called after each update.
-        start: weights to begin with, by parameter name; None for fresh ones.
+        start: weights to begin with, by parameter name; None for fresh ones. Targets that it has none for begin fresh.
         teachers: by question id, where the loss is not the gold answer's but the distance from these.
 
     Raises:
-        ConfigError: ``start`` is of another rank or other targets.
+        ConfigError: ``start`` is of another rank, or has targets that the run has not.
     """
 
     def __init__(
@@ -270,15 +270,16 @@ class Training:
             yield kind, {key: value for key, value in moments.items() if value is not None}
 
     def _begin_with(self, start: Mapping[str, torch.Tensor]) -> None:
-        mine = {key: tuple(value.shape) for key, value in self.parameters.items()}
-        if (theirs := {key: tuple(value.shape) for key, value in start.items()}) != mine:
-            differ = next(key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key))
+        theirs = {key: tuple(value.shape) for key, value in start.items()}
+        mine = {key: tuple(value.shape) for key, value in self.parameters.items() if key in theirs}
+        if theirs != mine:
+            differ = next(key for key in sorted(theirs) if mine.get(key) != theirs[key])
             raise ConfigError(
-                f"an adapter to begin with must have the run's rank and targets: {differ} is {theirs.get(differ)} "
-                f"there and {mine.get(differ)} here"
+                f"an adapter to begin with must be of the run's rank, and its targets the run's: {differ} is "
+                f"{theirs[differ]} there and {mine.get(differ)} here"
             )
-        for key, parameter in self.parameters.items():
-            parameter.data.copy_(start[key])
+        for key, value in start.items():
+            self.parameters[key].data.copy_(value)
 
     def _restore(self, state: State, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         self.state = state
