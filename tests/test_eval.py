@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +16,14 @@ from typer.testing import CliRunner
 
 from lloco_engine.adapters.loading import facts_of
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.errors import AdapterError, ConfigError, DocumentError
-from lloco_engine.eval import metrics, tasks
+from lloco_engine.errors import AdapterError, ConfigError, DocumentError, LLoCOError
+from lloco_engine.eval import metrics
 from lloco_engine.eval.data import Group, Question, Record, group_records, read_records
+from lloco_engine.eval.evaluation import Evaluation
 from lloco_engine.eval.partial import Partial
 from lloco_engine.eval.reading import METHODS, Material, Reading
 from lloco_engine.eval.results import Row
-from lloco_engine.eval.run import EvalConfig, _Evaluation
+from lloco_engine.eval.run import EvalConfig
 from lloco_engine.eval.run import run as run_eval
 from lloco_engine.models import cache_folder
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
@@ -166,9 +170,8 @@ def test_documents_are_grouped_in_order():
     assert group_records([silent, silent, records[0]], 1, 1) == [Group(("text 0",), records[0].questions, 1)]
 
 
-def evaluation(settings: EvalConfig, decoder: LocalDecoder) -> _Evaluation:
-    task = tasks.get(settings.task, **settings.task_settings)
-    return _Evaluation(settings, task, decoder, HashingEmbedder(), cache_folder())
+def evaluation(settings: EvalConfig, decoder: LocalDecoder) -> Evaluation:
+    return Evaluation(settings, decoder, HashingEmbedder(), cache_folder())
 
 
 def material(settings: EvalConfig, decoder: LocalDecoder) -> Material:
@@ -302,15 +305,15 @@ def test_rows_are_bounded_by_memory(data, decoder, monkeypatch):
 def test_a_run_cut_off_goes_on(data, decoder, tmp_path, monkeypatch):
     output = tmp_path / "out" / "result.json"
     whole = run(config(data), decoder=decoder)
-    measure, calls = _Evaluation.measure, []
+    measure, calls = Evaluation.measure, []
 
-    def dying(self: _Evaluation, *what: Any) -> Any:
+    def dying(self: Evaluation, *what: Any) -> Any:
         if len(calls) == 14:
             raise KeyboardInterrupt
         calls.append(what)
         return measure(self, *what)
 
-    monkeypatch.setattr(_Evaluation, "measure", dying)
+    monkeypatch.setattr(Evaluation, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
         run(config(data), output=output, decoder=decoder)
     left = output.with_name("result.json.partial.jsonl")
@@ -318,11 +321,65 @@ def test_a_run_cut_off_goes_on(data, decoder, tmp_path, monkeypatch):
     with left.open("a") as lines:
         lines.write('{"number": 14, "val')  # killed while it wrote
     calls.clear()
-    monkeypatch.setattr(_Evaluation, "measure", lambda self, *what: calls.append(what) or measure(self, *what))
+    monkeypatch.setattr(Evaluation, "measure", lambda self, *what: calls.append(what) or measure(self, *what))
     result = run(config(data), output=output, decoder=decoder)
     assert len(calls) == 6, "five documents of four rows: only what was not done is measured"
     assert result["results"] == whole["results"] == json.loads(output.read_text())["results"]
     assert not left.exists()
+
+
+def test_workers_go_on_where_one_process_stopped_and_measure_what_it_does(data, folder, tmp_path, monkeypatch):
+    settings = config(data, decoder=str(folder))
+    output, told, calls = tmp_path / "result.json", [], []
+    alone = run_eval(settings, cache=tmp_path / "cache")
+    measure = Evaluation.measure
+
+    def dying(self: Evaluation, *what: Any) -> Any:
+        calls.append(what)
+        return measure(self, *what) if len(calls) < 7 else 1 / 0
+
+    monkeypatch.setattr(Evaluation, "measure", dying)
+    with pytest.raises(ZeroDivisionError):
+        run_eval(settings, output=output, cache=tmp_path / "cache")
+    made = run_eval(  # their own `measure` is as it was: they are new processes
+        settings, output=output, cache=tmp_path / "cache", workers=2, progress=lambda *what: told.append(what)
+    )
+    assert len(calls) == 7
+    assert made["results"] == alone["results"] == json.loads(output.read_text())["results"]
+    assert told[0][1] > 0 and told[-1][1] == told[-1][2]
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_named_and_what_was_done_is_kept(data, folder, tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, *what: Any) -> None:
+            self.asked = 0
+
+        def submit(self, measure: Any, number: int, ats: list[int]) -> Future[Any]:
+            made: Future[Any] = Future()
+            if number == 0:
+                made.set_result([(number, at, {"seconds": 0}) for at in ats])
+            else:
+                made.set_exception(BrokenProcessPool())
+            return made
+
+        def shutdown(self, **what: Any) -> None:
+            pass
+
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *what: Any) -> None:
+            pass
+
+    monkeypatch.setattr("lloco_engine.eval.workers.ProcessPoolExecutor", Broken)
+    monkeypatch.setattr("lloco_engine.eval.workers.as_completed", lambda futures: futures)
+    output = tmp_path / "result.json"
+    with pytest.raises(LLoCOError, match="fewer workers"):
+        run_eval(config(data, decoder=str(folder)), output=output, cache=tmp_path / "cache", workers=2)
+    assert len(output.with_name("result.json.partial.jsonl").read_text().splitlines()) == 1 + 4
+    with pytest.raises(ConfigError, match="workers load a decoder"):
+        run_eval(config(data), embedder=HashingEmbedder(), workers=2)
 
 
 def test_other_settings_do_not_use_what_is_left(tmp_path):
@@ -375,15 +432,15 @@ def test_an_adapter_that_is_not_loaded_is_refused(data, decoder):
 
 
 def test_the_shipped_adapter_is_used_where_it_fits(data, decoder, monkeypatch):
-    from lloco_engine.eval.run import _fitting
+    from lloco_engine.eval.evaluation import _fitting
 
     assert _fitting(decoder, "auto") == "none" and _fitting(decoder, "law") == "law"
     monkeypatch.setattr(
-        "lloco_engine.eval.run.AdapterManifest.load", lambda folder: SimpleNamespace(**facts_of(decoder))
+        "lloco_engine.eval.evaluation.AdapterManifest.load", lambda folder: SimpleNamespace(**facts_of(decoder))
     )
-    monkeypatch.setattr("lloco_engine.eval.run.default_folder", lambda: Path("shipped"))
+    monkeypatch.setattr("lloco_engine.eval.evaluation.default_folder", lambda: Path("shipped"))
     assert _fitting(decoder, "auto") == "default"
-    monkeypatch.setattr("lloco_engine.eval.run.default_folder", lambda: None)
+    monkeypatch.setattr("lloco_engine.eval.evaluation.default_folder", lambda: None)
     assert _fitting(decoder, "auto") == "none"
 
 

@@ -115,6 +115,9 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Write every answer with its scores here, as JSON Lines.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that measure beside each other, some documents each.")
+    ] = 1,
     compressor: Annotated[
         str, typer.Option(metavar="NAME", help="What makes kv: attention_matching, or autocompressor (summaries).")
     ] = "attention_matching",
@@ -186,7 +189,7 @@ def evaluate(
         device=device,
     )
     with bar() as progress:
-        result = run(config, output=json_out, predictions=predictions, progress=progress)
+        result = run(config, output=json_out, predictions=predictions, workers=workers, progress=progress)
     _print_results(result)
     if json_out is not None:
         typer.echo(f"written to {json_out}", err=True)
