@@ -1,5 +1,7 @@
 """Run notebooks from top to bottom and keep their outputs: ``python notebooks/run.py`` (all), ``... 01 06`` (some).
 
+``--check`` keeps none: the notebooks are left as they are.
+
 A notebook must finish in time on a CPU (``--seconds``, five minutes) and stay small. One that fails keeps the outputs it
 had.
 """
@@ -26,6 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run notebooks from top to bottom and keep their outputs.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="how a notebook's name begins, e.g. 01 (default: all)")
     parser.add_argument("--seconds", type=int, default=300, help="longest time for one notebook (default 300)")
+    parser.add_argument("--check", action="store_true", help="only run them, and leave them as they are")
     arguments = parser.parse_args()
     paths = [
         path
@@ -34,11 +37,11 @@ def main() -> int:
     ]
     if not paths:
         parser.error(f"no notebook begins with {' or '.join(arguments.names)}")
-    return sum(not run(path, arguments.seconds) for path in paths)
+    return sum(not run(path, arguments.seconds, keep=not arguments.check) for path in paths)
 
 
-def run(path: Path, most: int) -> bool:
-    """Run one notebook and write its outputs into it; says how long it took, and whether it may be kept."""
+def run(path: Path, most: int, *, keep: bool = True) -> bool:
+    """Run one notebook and, to ``keep`` them, write its outputs into it; says how long it took, and whether it may be."""
     notebook = nbformat.read(path, as_version=4)
     began = time.perf_counter()
     started: list[int] = []  # cells, by their number from 1
@@ -71,7 +74,8 @@ def run(path: Path, most: int) -> bool:
     print(f"{path.name}: {seconds:.0f} s of at most {most} s, {len(text) // 1000} KB of at most {BYTES // 1000} KB")
     if seconds > most or len(text) > BYTES:
         return False
-    path.write_text(text, encoding="utf-8")
+    if keep:
+        path.write_text(text, encoding="utf-8")
     return True
 
 

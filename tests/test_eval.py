@@ -380,6 +380,8 @@ def test_a_worker_that_dies_is_named_and_what_was_done_is_kept(data, folder, tmp
     assert len(output.with_name("result.json.partial.jsonl").read_text().splitlines()) == 1 + 4
     with pytest.raises(ConfigError, match="workers load a decoder"):
         run_eval(config(data), embedder=HashingEmbedder(), workers=2)
+    with pytest.raises(ConfigError, match="workers must be at least 1, not 0"):
+        run_eval(config(data), workers=0)
 
 
 def test_other_settings_do_not_use_what_is_left(tmp_path):

@@ -40,3 +40,13 @@ def test_a_kernel_that_dies_is_reported_and_the_notebook_is_left_as_it_was(tmp_p
     assert runpy.run_path(str(FOLDER / "run.py"))["run"](path, 120) is False
     assert "dying.ipynb: failed: its kernel died in cell 2" in capsys.readouterr().out
     assert path.read_text(encoding="utf-8") == before
+
+
+def test_a_check_runs_a_notebook_and_leaves_it_as_it_was(tmp_path):
+    import nbformat
+
+    path = tmp_path / "fine.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source="1 + 1")]), path)
+    before, run = path.read_text(encoding="utf-8"), runpy.run_path(str(FOLDER / "run.py"))["run"]
+    assert run(path, 120, keep=False) and path.read_text(encoding="utf-8") == before
+    assert run(path, 120) and nbformat.read(path, as_version=4).cells[0].execution_count == 1

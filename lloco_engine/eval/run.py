@@ -57,6 +57,8 @@ def run(
     """
     if config.data and not Path(config.data).exists():
         raise DocumentError(f"the data file {config.data} cannot be read: No such file or directory")
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, not {workers}")
     if workers > 1 and (decoder is not None or embedder is not None):
         raise ConfigError(f"workers load a decoder and an embedder of their own: give none, or 1 worker, not {workers}")
     for path in (output, predictions):
