@@ -1,8 +1,4 @@
-"""An evaluation measured by several processes beside each other.
-
-One process of a small decoder seldom fills the machine: its products are too small for many threads, and a GPU waits
-for its launches.
-"""
+"""An evaluation measured by several processes beside each other, for machines that one does not fill."""
 
 from __future__ import annotations
 
