@@ -41,7 +41,7 @@ class Engine:
         self.store = store
         self.embedder: Encodes = setup.embedder
         self.prefix = prefix
-        self.adapters = Adapters(store.path, store.manifest.memory, lambda: self.decoder)
+        self.adapters = Adapters(store, lambda: self.decoder)
         self._setup = setup
         self._device, self._dtype = device, dtype
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
@@ -288,7 +288,7 @@ class Engine:
             raise ConfigError(f"a question must not be empty, not {question!r}")
         generate = asked.generate or GenerateConfig()
         decoder = self.decoder
-        self.adapters.check(asked.adapter)
+        self.adapters.check(asked.adapter, asked.tenant)
         if asked.hits is None:
             _ = self.embedder.dim  # loads it: no cost of one question
         began = time.perf_counter()
@@ -297,7 +297,7 @@ class Engine:
         memory = self._recall.recall(question, asked, self.retrieve, decoder, asked.prefix or self.prefix, room)
         windows = _best_windows(memory.hits)
         prompt = replace(text, prefix=memory.prefix, draft=windows, spelling=windows)
-        adapter = self.adapters.choose(asked.adapter, memory.hits)
+        adapter = self.adapters.choose(asked.adapter, memory.hits, asked.tenant)
         generation, pieces = decoder.stream(prompt, generate, adapter)
         before = time.perf_counter() - began
 

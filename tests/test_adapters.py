@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +26,13 @@ from lloco_engine.adapters.shelf import Shelf
 from lloco_engine.cli import app
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.errors import AdapterError, ConfigError
-from lloco_engine.store import Store
+from lloco_engine.errors import AdapterError, ConfigError, StoreFull
+from lloco_engine.store import Store, adapters, schema
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_engine.types import Hit, Span
 
 SHORT = GenerateConfig(max_new_tokens=4)
+BEFORE_ADAPTERS = next(n for n, step in enumerate(schema.MIGRATIONS) if "CREATE TABLE adapters" in step)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,12 @@ def engine(store, decoder):
         decoder.drop_adapter(name)
 
 
+@pytest.fixture
+def shelf(store):
+    with Store.open(store) as opened:
+        yield Shelf(opened)
+
+
 def cli(*words: str):
     return CliRunner().invoke(app, [str(word) for word in words])
 
@@ -102,22 +112,22 @@ def cli(*words: str):
 # -- the shelf ------------------------------------------------------------------------------------------------------
 
 
-def test_versions_are_added_rolled_back_and_removed(store, made):
-    shelf = Shelf(store)
+def test_versions_are_added_rolled_back_and_removed(shelf, made):
     assert shelf.kept() == []
     assert shelf.current("law") is None
-    assert [shelf.add(made, "law") for _ in range(3)] == [1, 2, 3]
+    assert [shelf.add(made, "law").version for _ in range(3)] == [1, 2, 3]
     assert [(one.version, one.current) for one in shelf.kept()] == [(1, False), (2, False), (3, True)]
     assert shelf.rollback("law") == 2
-    assert shelf.current("law") == (2, store / "adapters" / "law" / "2")
+    version, folder = shelf.current("law")
+    assert version == 2 and folder.parent.name == "law"
     assert shelf.rollback("law", 3) == 3
     assert shelf.remove("law", 3) == [3]
     assert shelf.current("law")[0] == 2  # the newest that is left
-    assert shelf.add(made, "law") == 4  # a number is never given twice
+    assert shelf.add(made, "law").version == 4  # a number is never given twice
     assert shelf.remove("law") == [1, 2, 4]
     assert shelf.groups() == []
     assert shelf.current("law") is None
-    assert shelf.add(made, "law") == 5
+    assert shelf.add(made, "law").version == 5
     with pytest.raises(AdapterError, match=r"no earlier version; it has versions: 5"):
         shelf.rollback("law")
     with pytest.raises(AdapterError, match=r"no version 9; it has versions: 5"):
@@ -126,52 +136,180 @@ def test_versions_are_added_rolled_back_and_removed(store, made):
         shelf.remove("poems")
 
 
-def test_what_is_added_is_the_adapter_whole_and_nothing_else(store, made):
+def test_what_is_added_is_the_adapter_whole_and_nothing_else(shelf, made):
     (made / "stranger.bin").write_bytes(b"x")
-    Shelf(store).add(made, "law")
-    kept = store / "adapters" / "law" / "1"
+    kept = shelf.add(made, "law").folder
     assert sorted(file.name for file in kept.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "lloco.json",
+        "adapter_config.json", "adapter_model.safetensors", "lloco.json", "owner.json",
     ]  # fmt: skip
     assert (kept / "adapter_model.safetensors").read_bytes() == (made / "adapter_model.safetensors").read_bytes()
     (made / "stranger.bin").unlink()
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "none", "auto", ".work", "x" * 65, "a.b"])
-def test_a_groups_name_cannot_be_a_path(store, made, name):
+def test_a_groups_name_cannot_be_a_path(store, shelf, made, name):
     with pytest.raises(ConfigError, match="group's name"):
-        Shelf(store).add(made, name)
+        shelf.add(made, name)
     assert not (store / "adapters").exists()
 
 
-def test_an_addition_that_fails_leaves_the_group_as_it_was(store, made, monkeypatch):
-    shelf = Shelf(store)
-    shelf.add(made, "law")
+def test_an_addition_that_fails_leaves_the_group_as_it_was(store, shelf, made, monkeypatch):
+    before = shelf.add(made, "law").folder
+    write = adapters.write_atomic
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(path, data, temporary):
+        if path.name == WEIGHTS:
+            raise StoreFull("no room")
+        write(path, data, temporary)
 
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(AdapterError, match="No space left"):
+    monkeypatch.setattr(adapters, "write_atomic", full)
+    with pytest.raises(StoreFull):
         shelf.add(made, "law")
-    assert [one.version for one in shelf.kept()] == [1]
-    assert sorted(p.name for p in (store / "adapters").iterdir()) == ["law"]
+    with pytest.raises(StoreFull):
+        shelf.add(made, "pumps")
+    assert [(one.group, one.version) for one in shelf.kept()] == [("law", 1)]
+    assert [path for path in (store / "adapters").rglob("*") if path.is_dir()] == [before.parent, before]
 
 
-def test_what_a_killed_addition_left_is_cleared(store, made):
-    left = store / "adapters" / ".draft-law-00"
-    left.mkdir(parents=True)
-    Shelf(store).add(made, "law")
+def test_what_a_killed_addition_left_is_cleared_and_a_run_at_work_is_not(store, shelf, made):
+    left, work = store / "adapters" / "law" / "1-00000000", store / "adapters" / ".work-law"
+    for folder in (left, work):
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).write_bytes(b"half")
+    assert shelf.current("law") is None
+    shelf.add(made, "law")
     assert not left.exists()
+    assert work.exists()
 
 
-def test_a_folder_without_a_sound_adapter_is_not_added(store, made, tmp_path):
+KILLED = """
+import os, sys
+from pathlib import Path
+from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.store import Store
+
+steps = int(sys.argv[4])
+
+def watch(frame, event, argument):
+    global steps
+    if "lloco_engine" in frame.f_code.co_filename:
+        steps -= event == "line"
+        if steps == 0:
+            os._exit(9)
+    return watch
+
+with Store.open(sys.argv[2]) as store:
+    shelf = Shelf(store)
+    sys.settrace(watch)
+    {"add": lambda: shelf.add(Path(sys.argv[3]), "law"), "rm": lambda: shelf.remove("law", 2),
+     "rollback": lambda: shelf.rollback("law")}[sys.argv[1]]()
+"""
+
+
+@pytest.mark.parametrize("change", ["add", "rm", "rollback"])
+def test_a_change_that_is_killed_anywhere_is_made_or_not_made(tmp_path, filled, made, change):
+    """Killed after some line, wherever that is; many places under `tests/torture`."""
+    store = shutil.copytree(filled, tmp_path / "store")
+    with Store.open(store) as opened:
+        for _ in range(2):
+            Shelf(opened).add(made, "law")
+    before, after = {
+        "add": ([(1, False), (2, True)], [(1, False), (2, False), (3, True)]),
+        "rm": ([(1, False), (2, True)], [(1, True)]),
+        "rollback": ([(1, False), (2, True)], [(1, True), (2, False)]),
+    }[change]
+    seen = []
+    for step in (10, 90, 10_000):
+        trial = shutil.copytree(store, tmp_path / str(step))
+        command = [sys.executable, "-c", KILLED, change, str(trial), str(made), str(step)]
+        code = subprocess.run(command, check=False).returncode
+        assert code == (0 if step == 10_000 else code)
+        with Store.open(trial) as opened:
+            shelf = Shelf(opened)
+            state = [(one.version, one.current) for one in shelf.kept()]
+            assert state in (before, after)
+            assert opened.verify() == []
+            assert shelf.open("law") is not None
+            if len(state) > 1 and not state[0][1]:
+                shelf.rollback("law")
+                assert shelf.open("law") is not None
+            shelf.add(made, "law")
+            folders = [folder for home in (trial / "adapters").iterdir() for folder in home.iterdir()]
+            assert sorted(folders) == sorted(one.folder for one in shelf.kept())  # nothing is left over
+        seen.append(state)
+    assert seen[0] == before and seen[-1] == after
+
+
+def test_every_byte_of_an_adapter_is_watched(store, engine, made):
+    folder = engine.adapters.shelf.add(made, "law").folder
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for damaged in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            problems = engine.verify()
+            assert [problem.kind for problem in problems] == ["adapter"]
+            assert path.name in problems[0].detail
+            with pytest.raises(AdapterError, match=path.name):
+                engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1)
+            path.write_bytes(whole)
+    assert engine.verify() == []
+
+
+def test_repair_removes_a_damaged_adapter_and_says_so(store, made):
+    with Store.open(store) as opened:
+        shelf = Shelf(opened)
+        shelf.add(made, "law")
+        (shelf.add(made, "law").folder / "lloco.json").write_bytes(b"{}")
+    assert any("version 2 of group 'law' was removed" in line for line in Store.repair(store))
+    with Store.open(store) as opened:
+        assert Shelf(opened).current("law")[0] == 1
+        assert opened.verify() == []
+
+
+def test_adapters_outlive_a_catalogue_that_is_lost_with_their_tenant(store, made):
+    with Store.open(store) as opened:
+        Shelf(opened).add(made, "law", "ada")
+    (store / "catalogue.sqlite").write_bytes(b"damaged")
+    for suffix in ("-wal", "-shm"):
+        (store / f"catalogue.sqlite{suffix}").unlink(missing_ok=True)
+    Store.repair(store)
+    with Store.open(store) as opened:
+        assert [(one.tenant, one.group, one.version, one.current) for one in Shelf(opened).kept()] == [
+            ("ada", "law", 1, True)
+        ]
+
+
+def test_adapters_of_former_stores_answer_as_they_did(store, made):
+    """Until then ``current.json`` said which version answers, for every tenant, and a kill could leave half of one."""
+    for version in ("1", "2"):
+        shutil.copytree(made, store / "adapters" / "law" / version)
+    (store / "adapters" / "law" / "current.json").write_text('{"current": 1, "newest": 4}')
+    (store / "adapters" / "pumps" / "1").mkdir(parents=True)
+    (store / "adapters" / "pumps" / "1" / "adapter_config.json").write_text("{}")
+    with sqlite3.connect(store / "catalogue.sqlite", isolation_level=None) as connection:
+        connection.execute("UPDATE documents SET tenant = 'ada' WHERE doc_id = 'law.md'")
+        connection.executescript("DROP TABLE adapters; DROP TABLE adapter_groups;")
+        connection.execute(f"PRAGMA user_version = {BEFORE_ADAPTERS}")
+    connection.close()
+    with Store.open(store) as opened:
+        shelf = Shelf(opened)
+        assert [(one.tenant, one.group, one.version, one.current) for one in shelf.kept()] == [
+            ("", "law", 1, True), ("", "law", 2, False), ("ada", "law", 1, True), ("ada", "law", 2, False),
+        ]  # fmt: skip
+        assert shelf.remove("law", tenant="ada") == [1, 2]
+        assert shelf.open("law") is not None  # the files that both had are still there
+        assert shelf.add(made, "law").version == 5
+
+
+def test_a_folder_without_a_sound_adapter_is_not_added(shelf, made, tmp_path):
     with pytest.raises(AdapterError, match=r"lloco\.json"):
-        Shelf(store).add(tmp_path, "law")
+        shelf.add(tmp_path, "law")
     damaged = shutil.copytree(made, tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is damaged"):
-        Shelf(store).add(damaged, "law")
+        shelf.add(damaged, "law")
 
 
 def test_a_manifest_of_a_newer_engine_or_another_form_is_refused(made, tmp_path):
@@ -220,6 +358,22 @@ def test_each_question_is_answered_by_the_adapter_of_its_hits(engine, made, deco
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
     with pytest.raises(AdapterError, match="'poems' is none of them; there is none, default, law"):
         engine.ask("Trams?", adapter="poems")
+
+
+def test_a_tenants_adapter_answers_nobody_else(engine, made):
+    engine.ingest([Document("law.md", "The court of Orne sat in May.")], tenant="ada", metadata={"group": "law"})
+    ask = {"generate": SHORT, "top_k": 1}
+    engine.adapters.shelf.add(made, "law", "ada")
+    name = engine.ask("The court of Orne sat in May.", **ask, tenant="ada").adapter
+    assert name.startswith("law@1-")
+    assert engine.ask("The court of Orne sat in May.", **ask).adapter == "none"
+    for stolen in ("law", name):
+        with pytest.raises(AdapterError, match=r"is none of them; there is none$"):
+            engine.ask("The court of Orne sat in May.", **ask, adapter=stolen)
+    assert engine.adapters.shelf.groups() == []
+    assert engine.adapters.shelf.groups("ada") == ["law"]
+    engine.load_adapter(made, "mine")  # what the caller loads is for whom the caller says
+    assert engine.ask("The court of Orne sat in May.", **ask, adapter="mine").adapter == "mine"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +475,9 @@ def test_adapters_on_the_command_line(store, made):
     refused = cli("adapters", "rm", "law", "--store", store)
     assert refused.exit_code == 2
     assert cli("adapters", "rm", "law", "--version", "1", "--yes", "--store", store).exit_code == 0
-    assert [one.version for one in Shelf(store).kept()] == [2]
+    assert [
+        one["version"] for one in json.loads(cli("adapters", "ls", "--store", store, "--json").stdout)["adapters"]
+    ] == [2]
     assert not [problem for problem in Store.open(store).verify() if problem.kind != "orphan"]
     missing = cli("adapters", "rollback", "poems", "--store", store)
     assert missing.exit_code == 1

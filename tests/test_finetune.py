@@ -373,6 +373,10 @@ def stop_after(step: int):
     return progress
 
 
+def stopped(*_) -> None:
+    raise Stopped
+
+
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(decoder_folder, data, tmp_path):
     def begin(name, progress=None):
         decoder = LocalDecoder.load(str(decoder_folder))
@@ -539,6 +543,33 @@ def test_a_store_is_as_it_was_when_a_run_ends_early_and_the_next_goes_on(store, 
         assert steps[0] == 3
         assert [one.version for one in engine.adapters.shelf.kept()] == [1]
     assert not [p for p in Store.open(store).verify() if p.kind != "orphan"]
+
+
+def test_a_run_killed_between_the_store_and_its_end_is_not_added_twice_nor_for_other_data(store, data, monkeypatch):
+    config = preset("small", **QUICK)
+    with opened(store) as engine:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr("lloco_engine.finetune.run._tidy", stopped)  # in the store, its folder still there
+            finetune_store(engine, [DataFile(data)], config, group="pumps")
+        trained: list[int] = []
+
+        def train(**changes) -> int:
+            return finetune_store(
+                engine,
+                [DataFile(data, **changes)],
+                config,
+                group="pumps",
+                progress=lambda at: trained.append(at.step),
+            ).version
+
+        assert train() == 1 and not trained  # the same run: there already
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr("lloco_engine.finetune.run._tidy", stopped)
+            finetune_store(engine, [DataFile(data)], config, group="pumps")
+        trained.clear()
+        assert train(limit=8) == 3 and trained  # another one: trained on its own data
+        versions = [one.manifest.data[0]["limit"] for one in engine.adapters.shelf.kept()]
+        assert versions == [None, None, 8]
 
 
 # -- distillation ---------------------------------------------------------------------------------------------------

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, load, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.adapters.shelf import Shelf
 from lloco_engine.errors import AdapterError
+from lloco_engine.store import Store
 from lloco_engine.types import Hit
 
 if TYPE_CHECKING:
@@ -40,58 +41,66 @@ class Adapters:
     """The adapters of an engine: its store's, and the one that the package ships. Loaded when first needed.
 
     Args:
-        store: the store's folder.
-        memory: the kind of memory that the store holds.
+        store: whose adapters.
         decoder: gives the decoder.
     """
 
-    def __init__(self, store: Path, memory: str, decoder: Callable[[], LocalDecoder]) -> None:
+    def __init__(self, store: Store, decoder: Callable[[], LocalDecoder]) -> None:
         self.shelf = Shelf(store)
-        self._memory, self._decoder = memory, decoder
+        self._memory, self._decoder = store.manifest.memory, decoder
+        self._of_store: set[str] = set()  # names in the decoder of adapters that belong to a tenant
         self._lock = threading.Lock()
         self._ships: bool | None = None  # whether the shipped adapter is for this decoder
 
-    def check(self, wanted: str | None) -> None:
-        """Refuse, before anything is read, an adapter that there is not."""
-        if wanted not in (None, "auto", "none", DEFAULT, *self._decoder().adapters) and (
-            wanted is None or self.shelf.current(wanted) is None
-        ):
-            known = dict.fromkeys(["none", *self.shelf.groups(), *self._decoder().adapters])
+    def check(self, wanted: str | None, tenant: str = "") -> None:
+        """Refuse, before anything is read, an adapter that a tenant does not have."""
+        loaded = [name for name in self._decoder().adapters if name not in self._of_store]
+        if wanted in (None, "auto", "none", DEFAULT, *loaded):
+            return
+        if wanted is None or self.shelf.current(wanted, tenant) is None:
+            known = dict.fromkeys(["none", *self.shelf.groups(tenant), *loaded])
             raise AdapterError(
                 f"an adapter is 'auto', 'none', a group with an adapter in the store, or one that was loaded, and "
                 f"{wanted!r} is none of them; there is {', '.join(known)}"
             )
 
-    def choose(self, wanted: str | None, hits: Sequence[Hit]) -> str | None:
+    def choose(self, wanted: str | None, hits: Sequence[Hit], tenant: str = "") -> str | None:
         """The adapter to answer with, loaded; None for the base weights.
 
         Args:
             wanted: a group, the name of a loaded adapter, ``"default"`` or ``"none"``; ``"auto"`` and None leave it to
-                the hits: their `group_of`, else the store's ``default``, else the shipped one if it fits.
+                the hits: their `group_of`, else the tenant's ``default``, else the shipped one if it fits.
             hits: what is read.
+            tenant: who asks; only adapters of its own answer, besides those that the caller loaded.
 
         Raises:
-            AdapterError: there is none of that name, or it was made for something else; names the field.
+            AdapterError: there is none of that name, it is damaged, or it was made for something else; names what.
         """
         if wanted == "none":
             return None
         with self._lock:
             if wanted in (None, "auto"):
                 for group in dict.fromkeys((group_of(hits), DEFAULT)):
-                    if (found := self._stored(group)) is not None:
+                    if (found := self._stored(group, tenant)) is not None:
                         return found
                 return self._shipped()
             assert wanted is not None
-            return self._stored(wanted) or load_named(self._decoder(), wanted, self._memory)
+            return self._stored(wanted, tenant) or load_named(self._decoder(), wanted, self._memory)
 
-    def _stored(self, group: str) -> str | None:
-        current = self.shelf.current(group)
+    def _stored(self, group: str, tenant: str) -> str | None:
+        current = self.shelf.current(group, tenant)
         if current is None:
             return None
-        version, folder = current
-        name, decoder = f"{group}@{version}", self._decoder()
+        version, decoder = current[0], self._decoder()
+        name = f"{group}@{version}"
+        if tenant:  # names are the decoder's, which serves them all
+            name += f"-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}"
         if name not in decoder.adapters:
-            load(decoder, folder, name, self._memory)
+            opened = self.shelf.open(group, tenant)
+            if opened is None or opened[0] != version:  # changed in between
+                return self._stored(group, tenant)
+            load(decoder, opened[1], name, self._memory)
+            self._of_store.add(name)
         return name
 
     def _shipped(self) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ from lloco_engine.adapters.loading import default_folder
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.adapters.shelf import Kept, Shelf
 from lloco_engine.cli import factory
-from lloco_engine.cli.options import AsJSON, StoreDir
+from lloco_engine.cli.options import AsJSON, StoreDir, Tenant
 from lloco_engine.cli.output import human_bytes, print_json, print_table
 
 __all__ = ["register"]
@@ -31,7 +33,13 @@ def register(app: typer.Typer) -> None:
     app.add_typer(commands, name="adapters")
 
 
-def list_adapters(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> None:
+def list_adapters(
+    store: StoreDir = Path("lloco-store"),
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", metavar="NAME", help="Only this tenant's. Default: all.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
     """List the adapters of the store, and the one that comes with the engine.
 
     \b
@@ -39,19 +47,29 @@ def list_adapters(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False
       lloco adapters ls
       lloco adapters ls --store work --json
     """
-    kept = _shelf(store).kept()
+    with _shelf(store) as shelf:
+        kept = shelf.kept(tenant)
     shipped = default_folder()
     manifest = None if shipped is None else AdapterManifest.load(shipped)
     if as_json:
         print_json({"adapters": [_as_json(one) for one in kept], "shipped": manifest and manifest.to_json()})
         return
     rows: list[tuple[object, ...]] = [
-        (one.group, one.version, "yes" if one.current else "", *_facts(one.manifest), human_bytes(one.bytes))
+        (
+            one.tenant,
+            one.group,
+            one.version,
+            "yes" if one.current else "",
+            *_facts(one.manifest),
+            human_bytes(one.bytes),
+        )
         for one in kept
     ]
     if manifest is not None:
-        rows.append(("(shipped)", "-", "where no other does", *_facts(manifest), ""))
-    print_table(["group", "version>", "answers", "decoder", "questions>", "held-out loss", "made", "size>"], rows)
+        rows.append(("(all)", "(shipped)", "-", "where no other does", *_facts(manifest), ""))
+    print_table(
+        ["tenant", "group", "version>", "answers", "decoder", "questions>", "held-out loss", "made", "size>"], rows
+    )
 
 
 def add(
@@ -60,6 +78,7 @@ def add(
         str, typer.Option("--group", metavar="NAME", help="Whose documents it reads.", show_default=False)
     ],
     store: StoreDir = Path("lloco-store"),
+    tenant: Tenant = "",
     as_json: AsJSON = False,
 ) -> None:
     """Copy an adapter into the store as its group's newest version.
@@ -71,12 +90,10 @@ def add(
     Examples:
       lloco adapters add trained/ --group law
     """
-    shelf = _shelf(store)
-    with factory.open_store(store) as opened:
-        manifest = opened.manifest
     names = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
-    AdapterManifest.load(folder).check({name: getattr(manifest, name) for name in names})
-    version = shelf.add(folder, group)
+    with factory.open_store(store) as opened:
+        AdapterManifest.load(folder).check({name: getattr(opened.manifest, name) for name in names})
+        version = Shelf(opened).add(folder, group, tenant).version
     _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
 
 
@@ -86,6 +103,7 @@ def remove(
         int | None, typer.Option("--version", metavar="N", min=1, help="Only this one. Default: all of the group.")
     ] = None,
     store: StoreDir = Path("lloco-store"),
+    tenant: Tenant = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -96,13 +114,13 @@ def remove(
       lloco adapters rm law --version 2
       lloco adapters rm law --yes
     """
-    shelf = _shelf(store)
     if not yes:
         if as_json or not sys.stdin.isatty():
             raise typer.BadParameter("without a terminal to ask on, removing needs --yes")
         what = "every adapter" if version is None else f"version {version}"
         typer.confirm(f"Remove {what} of group {group!r} from {store}?", abort=True, err=True)
-    removed = shelf.remove(group, version)
+    with _shelf(store) as shelf:
+        removed = shelf.remove(group, version, tenant)
     _said({"group": group, "removed": removed}, f"removed version {', '.join(map(str, removed))} of {group}", as_json)
 
 
@@ -112,6 +130,7 @@ def rollback(
         int | None, typer.Option("--to", metavar="N", min=1, help="The version. Default: the one before the present.")
     ] = None,
     store: StoreDir = Path("lloco-store"),
+    tenant: Tenant = "",
     as_json: AsJSON = False,
 ) -> None:
     """Let an earlier version of a group's adapter answer.
@@ -121,7 +140,8 @@ def rollback(
       lloco adapters rollback law
       lloco adapters rollback law --to 3
     """
-    version = _shelf(store).rollback(group, to)
+    with _shelf(store) as shelf:
+        version = shelf.rollback(group, to, tenant)
     _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
 
 
@@ -147,9 +167,10 @@ def average(
     _said(manifest.to_json(), f"written to {out}: {share:g} of {later}, the rest of {earlier}", as_json)
 
 
-def _shelf(store: Path) -> Shelf:
+@contextmanager
+def _shelf(store: Path) -> Iterator[Shelf]:
     with factory.open_store(store) as opened:
-        return Shelf(opened.path)
+        yield Shelf(opened)
 
 
 def _said(value: dict[str, Any], sentence: str, as_json: bool) -> None:
@@ -169,6 +190,7 @@ def _facts(manifest: AdapterManifest) -> tuple[str, int, str, str]:
 
 def _as_json(kept: Kept) -> dict[str, Any]:
     return {
+        "tenant": kept.tenant,
         "group": kept.group,
         "version": kept.version,
         "current": kept.current,

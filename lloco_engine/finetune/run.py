@@ -286,13 +286,23 @@ def finetune_store(
     )
     if told is not None:
         told(run)
-    place = work or shelf.root / f".work-{group}"
-    made = place.with_name(place.name + "-done")
-    if not made.exists():  # else the run was cut off between its end and the shelf
-        run.run(made, place, progress)
-    version = shelf.add(made, group)
-    shutil.rmtree(made)
-    return next(kept for kept in shelf.kept() if (kept.group, kept.version) == (group, version))
+    whose = f"-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}" if tenant else ""
+    place = work or shelf.root / f".work-{group}{whose}"
+    made = place.with_name(f"{place.name}-done-{run.key[:16]}")
+    # A run that was cut off at its end goes on where it was: trained, in the store, or tidied up.
+    kept = shelf.made_by(run.key, group, tenant) if made.exists() else None
+    if kept is None:
+        if not made.exists():
+            run.run(made, place, progress)
+        kept = shelf.add(made, group, tenant, run=run.key)
+    _tidy(place, made)
+    return kept
+
+
+def _tidy(*folders: Path) -> None:
+    """Remove what a run that is in the store went on from."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _weights(folder: Path, facts: dict[str, str], memory: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lloco_engine.store.adapters import AdapterRow, StoredAdapters
 from lloco_engine.store.catalogue import Filters
 from lloco_engine.store.manifest import FORMAT_VERSION, Manifest
 from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
@@ -11,12 +12,14 @@ from lloco_engine.store.writer import Writer
 
 __all__ = [
     "FORMAT_VERSION",
+    "AdapterRow",
     "DocumentInfo",
     "Filters",
     "Manifest",
     "Problem",
     "SegmentStats",
     "Store",
+    "StoredAdapters",
     "Writer",
     "repair_store",
     "verify_store",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.errors import ConfigError, NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
+from lloco_engine.store.legacy import legacy_adapters
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
 from lloco_engine.types import Hit, MetadataValue, Span
@@ -287,6 +288,7 @@ def connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
     try:
         connection.create_function("text_hash", 1, text_hash, deterministic=True)
+        connection.create_function("legacy_adapters", 0, lambda: legacy_adapters(path.parent))
         connection.execute("PRAGMA foreign_keys = ON")
         # Files of replaced segments go after the commit, so the commit must survive a power cut first.
         connection.execute("PRAGMA synchronous = FULL")

@@ -39,6 +39,7 @@ class Layout:
         self.segments = self.root / "segments"
         self._segments = str(self.segments)
         self.index = self.root / "index"
+        self.adapters = self.root / "adapters"
         self.temporary = self.root / "tmp"
         self.lock = self.root / "write.lock"
 

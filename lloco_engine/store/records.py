@@ -63,7 +63,7 @@ class Problem:
     of the same document uses.
     """
 
-    kind: Literal["manifest", "catalogue", "segment", "index", "orphan"]
+    kind: Literal["manifest", "catalogue", "segment", "index", "adapter", "orphan"]
     path: str
     detail: str
     doc_ids: tuple[str, ...] = ()

@@ -105,6 +105,36 @@ MIGRATIONS: tuple[str, ...] = (
         DELETE FROM words WHERE rowid = old.window_id;
     END;
     """,
+    # 5: adapters are rows; those that a store kept in files alone answered for every tenant, and still do
+    """
+    CREATE TABLE adapters (
+        tenant  TEXT NOT NULL,
+        name    TEXT NOT NULL,           -- of the group
+        version INTEGER NOT NULL,
+        folder  TEXT NOT NULL,           -- below adapters/
+        files   TEXT NOT NULL,           -- JSON object: name to [bytes, SHA-256]
+        run     TEXT NOT NULL,           -- key of the finetuning run that made it, or empty
+        PRIMARY KEY (tenant, name, version)
+    ) WITHOUT ROWID;
+    CREATE TABLE adapter_groups (
+        tenant  TEXT NOT NULL,
+        name    TEXT NOT NULL,
+        current INTEGER NOT NULL,        -- the version that answers, 0 for none
+        newest  INTEGER NOT NULL,        -- the highest version that was ever given
+        PRIMARY KEY (tenant, name)
+    ) WITHOUT ROWID;
+    CREATE TEMP TABLE legacy AS
+        SELECT DISTINCT coalesce(json_extract(g.value, '$.tenant'), t.tenant) AS tenant,
+               json_extract(g.value, '$.name') AS name, g.value AS state
+        FROM json_each(legacy_adapters()) g, (SELECT '' AS tenant UNION SELECT tenant FROM documents) t;
+    INSERT INTO adapter_groups
+        SELECT tenant, name, json_extract(state, '$.current'), json_extract(state, '$.newest') FROM legacy;
+    INSERT INTO adapters
+        SELECT tenant, name, json_extract(v.value, '$.version'), json_extract(v.value, '$.folder'),
+               json_extract(v.value, '$.files'), ''
+        FROM legacy, json_each(state, '$.versions') v;
+    DROP TABLE legacy;
+    """,
 )
 
 

@@ -19,6 +19,7 @@ from lloco_engine.errors import (
     StoreNotFound,
 )
 from lloco_engine.store import segments
+from lloco_engine.store.adapters import StoredAdapters
 from lloco_engine.store.catalogue import Catalogue, Filters
 from lloco_engine.store.files import Layout, write_atomic
 from lloco_engine.store.index import Query, SearchIndex
@@ -38,7 +39,7 @@ __all__ = ["Store"]
 
 
 class Store:
-    """One folder: ``manifest.json``, ``catalogue.sqlite``, ``segments/``, ``index/``, ``write.lock``, ``tmp/``.
+    """One folder: ``manifest.json``, ``catalogue.sqlite``, ``segments/``, ``index/``, ``adapters/``, a lock, ``tmp/``.
 
     Made by `create` or `open`; a context manager; safe for use from several threads, not across a fork.
     Reading goes on while a writer, in this process or another, writes: each call sees one committed state.
@@ -53,6 +54,12 @@ class Store:
         self._index = SearchIndex(self._layout, manifest.embedder_dim, config.hnsw_above)
         self._lock = threading.RLock()
         self._catalogue = Catalogue(self._layout.catalogue)
+        self.adapters = StoredAdapters(self._layout, self._reading)
+
+    @property
+    def adapters_folder(self) -> Path:
+        """Where adapters lie, and where the runs that train them keep what they go on from."""
+        return self._layout.adapters
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest, config: StoreConfig | None = None) -> Self:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lloco_engine.errors import SegmentUnavailable, StoreCorrupt, StoreError, StoreNotFound
 from lloco_engine.store import segments
+from lloco_engine.store.adapters import adapter_problems, remove_damaged_adapters
 from lloco_engine.store.catalogue import Catalogue, connect
 from lloco_engine.store.files import Layout, write_atomic
 from lloco_engine.store.index import SearchIndex, remove_index_files
@@ -42,7 +43,8 @@ def create_catalogue(layout: Layout) -> None:
 
 
 def verify_store(path: str | Path, progress: Progress | None = None) -> list[Problem]:
-    """Everything that is wrong with a store, every byte of it read: manifest, catalogue, segments, index, orphans.
+    """Everything that is wrong with a store, every byte of it read: manifest, catalogue, segments,
+    index, adapters, orphans.
 
     Args:
         path: the store's folder.
@@ -78,6 +80,7 @@ def verify_store(path: str | Path, progress: Progress | None = None) -> list[Pro
                 known = {layout.relative(layout.segment(segment_id)) for segment_id in catalogue.segment_rows()}
                 problems += [problem for problem in found if problem.path in known]
                 problems += _index_problems(layout, catalogue, manifest)
+        problems += adapter_problems(layout, catalogue)
     except StoreError as error:
         problems.append(Problem("catalogue", "catalogue.sqlite", str(error)))
     finally:
@@ -173,7 +176,7 @@ def repair_store(
         catalogue = Catalogue(layout.catalogue)
         try:
             lost = _remove_damaged_documents(catalogue)
-            done += lost
+            done += lost + remove_damaged_adapters(layout, catalogue)
             with catalogue.transaction():
                 bad = list(_segment_problems(layout, catalogue, segment_format(manifest), None))
                 index = list(_index_problems(layout, catalogue, manifest))
