@@ -102,7 +102,6 @@ class Recall:
 
     def __init__(self, store: Store, setup: Setup) -> None:
         self._store, self._setup = store, setup
-        self._checked: set[str] = set()  # ids of segments whose checksum was right when they were first read
 
     def recall(
         self,
@@ -231,13 +230,11 @@ class Recall:
         return self._setup.compressor.reads_chain(facts)
 
     def _try_segment(self, hit: Hit) -> AnySegment | SegmentUnavailable:
-        """A hit's segment, its checksum compared the first time that it is read; or what is wrong with it."""
+        """A hit's segment, or what is wrong with it."""
         try:
-            segment = self._store.load_segment(hit.segment_id, verify=hit.segment_id not in self._checked)
+            return self._store.load_segment(hit.segment_id)
         except SegmentUnavailable as error:
             return error
-        self._checked.add(hit.segment_id)
-        return segment
 
 
 def _scores(hits: Sequence[Hit]) -> list[float]:

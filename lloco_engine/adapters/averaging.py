@@ -36,7 +36,7 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
         AdapterError: a folder is damaged, or the later adapter was not trained on from the earlier one.
         LLoCOError: the folder cannot be written.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save_file
 
     if not 0 <= share <= 1:
         raise ConfigError(f"share must be from 0 (the earlier adapter) to 1 (the later one), not {share}")
@@ -49,7 +49,7 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
             f"{later} must have been trained on from {earlier} (`lloco finetune --from`); it began with weights of "
             f"sha256 {begun or 'none'}, and these are {first.weights_sha256}"
         )
-    old, new = load_file(earlier / WEIGHTS), load_file(later / WEIGHTS)
+    old, new = (load((folder / WEIGHTS).read_bytes()) for folder in (earlier, later))
     with new_folder(out) as draft:
         mean = {name: (1 - share) * old[name] + share * value for name, value in new.items()}
         save_file(mean, draft / WEIGHTS, metadata={"format": "pt"})

@@ -97,14 +97,24 @@ def adapted(base: Product, pair: tuple[torch.Tensor, torch.Tensor] | None) -> Pr
 
 
 def adapter_source(folder: Path) -> dict[str, Any]:
-    """An adapter's folder as transformers takes it, which reads weights from safetensors alone."""
-    weights = folder / "adapter_model.bin"
-    if (folder / "adapter_model.safetensors").is_file() or not weights.is_file():
-        return {"peft_model_id": str(folder)}
-    from peft import PeftConfig
+    """An adapter's folder as transformers takes it, its weights in memory of our own.
 
+    Transformers would map the file into memory, and a file that is cut while it is read ends the process by a signal.
+    """
+    from peft import PeftConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    weights, others = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not weights.is_file() and not others.is_file():
+        return {"peft_model_id": str(folder)}  # which says what is missing
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is damaged or would run code
+        if weights.is_file():
+            state = load(weights.read_bytes())
+        else:
+            state = torch.load(others, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{weights.name} could not be read: {error}") from error
+    except Exception as error:  # torch raises many kinds for a file that is damaged or would run code
+        raise ValueError(f"{others.name} could not be read: {error}") from error
     return {"peft_config": PeftConfig.from_pretrained(str(folder)), "adapter_state_dict": state}

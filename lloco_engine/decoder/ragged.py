@@ -1,7 +1,7 @@
 """A prefix's ragged slots for the compiled kernel: a float32 decoder on the CPU, without gradients.
 
-Nothing is copied: the kernel is told where the segments' tensors are, which may be files mapped into memory, and reads
-them there. Keys and values stay in half precision if the segments are (docs/decisions/0002).
+Nothing is copied: the kernel is told where the segments' tensors are, and reads them there. Keys and values stay in
+half precision if the segments are (docs/decisions/0002).
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class QuestionCosts:
         return self._vectors[question]
 
     def _place(self, store: Store, hits: Sequence[Hit], scores: Sequence[float] | None = None) -> Prefix:
-        """Segments in parallel; their files are mapped here and read when the decoder first comes to a layer."""
+        """Segments in parallel, of files that were read and checked before if the store still holds them."""
         segments = tuple(store.load_segment(hit.segment_id) for hit in hits)
         return place(segments, template_tokens=self.decoder.template_tokens, scores=scores)
 
@@ -155,7 +155,7 @@ class QuestionCosts:
         embed_s = made["seconds"].pop("embed_s")
         cold_pairs = [(a.ttft_s, b.ttft_s - b.parts["embed_s"]) for a, b in cold or ()]
         return made | {
-            "headline": "from the search on, files read from the page cache; the question's embedding is not counted",
+            "headline": "from the search on, segments held in memory; the question's embedding is not counted",
             "ttft_over_no_context_with_embedding": median_ratio([(a.ttft_s, b.ttft_s) for a, b in pairs]),
             "embed_s": embed_s,
             "ttft_over_no_context_cold": median_ratio(cold_pairs) if cold_pairs else None,
@@ -220,7 +220,7 @@ class QuestionCosts:
     ) -> list[tuple[_Cost, _Cost]]:
         """Both on the same question, one after the other, each time on another question.
 
-        All are asked once before, so that the files are in the system's page cache; `_cold` measures without it.
+        All are asked once before, so that the store holds the segments; `_cold` measures without it.
         """
         asked = [self.questions[number % len(self.questions)] for number in range(repeats)]
         if warm_up:
@@ -234,9 +234,10 @@ class QuestionCosts:
         return pairs
 
     def _cold(self, store: Store, ask: Callable[[str], _Cost]) -> list[tuple[_Cost, _Cost]] | None:
-        """The same with the segment files out of the system's page cache; None where the system cannot be asked."""
+        """The same with the segment files out of memory, the system's too; None where the system cannot be asked."""
         pairs = []
         for number in range(min(self.config.repeats, SLOW)):
+            store.forget_segments()
             if not forget_files(store.path / "segments"):
                 return None
             question = self.questions[number % len(self.questions)]

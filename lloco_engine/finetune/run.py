@@ -307,13 +307,13 @@ def _tidy(*folders: Path) -> None:
 
 def _weights(folder: Path, facts: dict[str, str], memory: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an adapter to begin with is, and its weights by parameter name."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     found = read(folder)
     found.check(facts | {"memory": memory})
     path = folder / WEIGHTS
     try:
-        named = load_file(path)
+        named = load(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"the adapter to begin with cannot be read from {path}: {error}") from error
     weights = {

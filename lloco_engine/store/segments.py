@@ -1,7 +1,8 @@
-"""Segment files: one safetensors file a segment, read through a memory map.
+"""Segment files: one safetensors file a segment, read into memory of our own and checked there.
 
-`formats` says what the tensors are. The header's strings are ``format``, ``segment_id``, ``source_tokens`` and
-``checksum``.
+A memory map would be quicker to open, but a file that changes under it changes what was checked, and one that is cut
+ends the process by a signal. `formats` says what the tensors are. The header's strings are ``format``, ``segment_id``,
+``source_tokens`` and ``checksum``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ from lloco_engine.store.formats import AnyFormat, SegmentFormat, SummaryFormat, 
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 __all__ = ["AnyFormat", "SegmentFormat", "SummaryFormat", "checksum", "encode", "probe", "read", "verify"]
@@ -57,19 +61,18 @@ def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> 
 
 
 def read(path: Path | str, segment_id: str, form: AnyFormat) -> AnySegment:
-    """A segment on the CPU, its tensors backed by the file until they are touched (int8 is made float16 here).
+    """A segment on the CPU, every byte of its file compared with the checksum in its header.
 
-    Keys, values and vectors are float16, bias float32, lengths int64. The checksum is not looked at, the rest is.
+    Keys, values and vectors are float16, bias float32, lengths int64. What becomes of the file later is no matter.
 
     Raises:
-        SegmentUnavailable: missing, cut short, or not this segment.
+        SegmentUnavailable: missing, cut short, damaged, or not this segment.
     """
-    tensors, header = _open(path, segment_id, form)
-    return form.unpack(tensors, int(header["source_tokens"]))
+    return verify(path, segment_id, form)[0]
 
 
 def verify(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[AnySegment, str]:
-    """Like `read`, after every byte was compared with the checksum in the header, which is returned too."""
+    """Like `read`, with the checksum."""
     tensors, header = _open(path, segment_id, form)
     if checksum(tensors, header) != header.get("checksum"):
         raise _unavailable(segment_id, path, "its content does not match its checksum")
@@ -77,23 +80,21 @@ def verify(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[AnySegme
 
 
 def probe(path: Path, segment_id: str, form: AnyFormat) -> None:
-    """What `read` would notice, without making a segment; raises `SegmentUnavailable`."""
+    """What `read` would notice but for the checksum; raises `SegmentUnavailable`."""
     _open(path, segment_id, form)
 
 
 def _open(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
-    """Tensors over a private memory map of the file, and the strings of its header."""
+    """Tensors over a private copy of the file, and the strings of its header."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # half the time of `open`, which makes a buffer
-        try:
-            mapped = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
-        finally:
-            os.close(file)
-        tensors, header = _parse(mapped, form)
+        with _opened(path) as (file, size):
+            tensors, header = _parse(file, size, form)
     except FileNotFoundError as error:
         raise _unavailable(segment_id, path, "the file is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, MemoryError) as error:
         raise _unavailable(segment_id, path, f"the file is damaged ({error})") from error
+    except RecursionError as error:  # of a header of a thousand brackets
+        raise _unavailable(segment_id, path, "the file is damaged (its header is nested too deep)") from error
     if header.get("segment_id") != segment_id or not header.get("source_tokens", "").isdecimal():
         what = f"its header says segment {header.get('segment_id')!r} of {header.get('source_tokens')!r} tokens"
         raise _unavailable(segment_id, path, what)
@@ -102,29 +103,54 @@ def _open(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[Tensors, 
     return tensors, header
 
 
-def _parse(mapped: mmap.mmap, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tuple[int, int]]:
+    """Handle and size of a file; a folder or a pipe in its place is a `ValueError`."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # half the time of `open`, which makes a buffer
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a file")
+        yield file, status.st_size
+    finally:
+        os.close(file)
+
+
+def _parse(file: int, size: int, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
     """Read a safetensors file of known tensors: a third of `safe_open`'s time, and a prompt may need 85 files."""
     import numpy as np
     import torch
 
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    if start > len(mapped):
-        raise ValueError(f"a header of {start} bytes in a file of {len(mapped)}")
-    header = json.loads(mapped[8:start])
+    start = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
+    if start > size:
+        raise ValueError(f"a header of {start} bytes in a file of {size}")
+    header = json.loads(os.pread(file, start - 8, 8))
     strings = {name: str(value) for name, value in header["__metadata__"].items()}
     if strings.get("format") != form.kind:
         raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.kind!r}")
-    tensors, total = {}, 0
+    places, total = {}, 0
     for name, (code, shape) in form.shapes(header).items():
-        entry, (dtype, size) = header[name], _TYPES[code]
+        entry, (dtype, width) = header[name], _TYPES[code]
         begin, end = entry["data_offsets"]
-        if entry["dtype"] != code or entry["shape"] != shape or end - begin != math.prod(shape) * size or begin < 0:
+        if entry["dtype"] != code or entry["shape"] != shape or end - begin != math.prod(shape) * width or begin < 0:
             raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {code} {shape}")
-        tensors[name] = torch.from_numpy(np.ndarray(shape, dtype, mapped, start + begin))
+        places[name] = (shape, dtype, begin)
         total += end - begin
-    if start + total != len(mapped):
-        raise ValueError(f"{len(mapped)} bytes, not the {start + total} that its header describes")
+    if start + total != size:
+        raise ValueError(f"{size} bytes, not the {start + total} that its header describes")
+    body = np.empty(total, np.uint8)
+    _fill(body, file, start)
+    tensors = {name: torch.from_numpy(np.ndarray(*place[:2], body, place[2])) for name, place in places.items()}
     return tensors, strings
+
+
+def _fill(body: npt.NDArray[np.uint8], file: int, start: int) -> None:
+    view, at = body.data, 0
+    while at < len(view):
+        got = os.preadv(file, [view[at:]], start + at)
+        if not got:
+            raise ValueError(f"it ends {len(view) - at} bytes early")
+        at += got
 
 
 def _unavailable(segment_id: str, path: Path | str, why: str) -> SegmentUnavailable:

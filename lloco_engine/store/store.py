@@ -22,6 +22,7 @@ from lloco_engine.store import segments
 from lloco_engine.store.adapters import StoredAdapters
 from lloco_engine.store.catalogue import Catalogue, Filters
 from lloco_engine.store.files import Layout, write_atomic
+from lloco_engine.store.held import HeldSegments
 from lloco_engine.store.index import Query, SearchIndex
 from lloco_engine.store.lock import write_lock
 from lloco_engine.store.manifest import Manifest
@@ -52,6 +53,7 @@ class Store:
         self._layout = Layout(path)
         self._form = segment_format(manifest)
         self._index = SearchIndex(self._layout, manifest.embedder_dim, config.hnsw_above)
+        self._held = HeldSegments()
         self._lock = threading.RLock()
         self._catalogue = Catalogue(self._layout.catalogue)
         self.adapters = StoredAdapters(self._layout, self._reading)
@@ -322,22 +324,24 @@ class Store:
             return [catalogue.chunk_hit(*group) for group in groups[:top_k]]
 
     def load_segment(self, segment_id: str, verify: bool = False) -> AnySegment:
-        """One segment on the CPU, backed by its file, of the store's kind of memory.
+        """One segment on the CPU, of the store's kind of memory, its checksum compared when its file was read.
 
-        Keys, values and vectors are float16, bias float32, lengths int64.
+        Keys, values and vectors are float16, bias float32, lengths int64. The tensors are shared: do not write to them.
 
         Args:
             segment_id: from a `Hit`.
-            verify: read every byte and compare the checksum first. A wrong size, header or shape is always noticed.
+            verify: read the file again even where it is as it was when it was last read.
 
         Raises:
             SegmentUnavailable: missing or damaged.
             NotInStore: not an id of a segment.
         """
         path = self._layout.segment_name(segment_id)
-        if verify:
-            return segments.verify(path, segment_id, self._form)[0]
-        return segments.read(path, segment_id, self._form)
+        return segments.read(path, segment_id, self._form) if verify else self._held.read(path, segment_id, self._form)
+
+    def forget_segments(self) -> None:
+        """Let go of the segments kept in memory: the next use reads and checks their files again."""
+        self._held.forget()
 
     def load_segments(self, segment_ids: Sequence[str]) -> list[AnySegment | SegmentUnavailable]:
         """Many segments, in order; one that is missing or damaged is the error itself, and the others can be used."""
