@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_handle_is_written_so_that_frameworks_keep_it_whole(engine, handles):
     hit = hits_of(engine, "pump")[0]
     one, other = handles.mint([hit]), handles.mint([hit])
     assert SENTINEL.fullmatch(one) and one.isascii() and not FORBIDDEN & set(one)
-    assert (one != other) == (handles._mint.__class__.__name__ == "_Nonces")
+    assert (one != other) == (handles._mint.__class__.__name__ == "Nonces")
 
 
 def test_the_plain_form_is_the_one_of_the_specification(engine):
@@ -142,9 +143,6 @@ def test_a_part_of_a_live_handle_raises(engine):
         with pytest.raises(HandleFragment, match="token counter"):
             handles.resolve([f"x {part} y"], "red")
         assert not handles.resolve([part], "blue").hits  # to another tenant it is only text
-    signed = Handles(engine, key=KEY)
-    with pytest.raises(HandleFragment):
-        signed.resolve([signed.mint(hits_of(engine, "pump"))[:-4]], "red")
 
 
 def test_a_handle_cut_to_a_few_digits_raises_where_few_are_alive(engine):
@@ -162,15 +160,66 @@ def test_a_handle_cut_to_a_few_digits_raises_where_few_are_alive(engine):
     assert not handles.resolve([text[:9]], "red").hits  # one of ten could begin like that by chance
     with pytest.raises(HandleFragment):
         handles.resolve([text[:10]], "red")
-    signed = Handles(engine, key=KEY)
-    assert not signed.resolve([signed.mint([hit])[:11]], "red").hits
 
 
-def test_what_is_kept_is_bounded(engine):
+def test_a_forged_part_of_a_signed_handle_stops_no_page_and_a_cut_one_is_counted(engine):
+    handles = Handles(engine, key=KEY)
+    whole = handles.mint(hits_of(engine, "pump"))
+    cut = whole[:-40]
+    for text in (cut, "see [[LLC:0123456789abcdef", f"{hits_of(engine, 'pump')[0].segment_id}"):
+        page = handles.resolve([f"x {text} y", whole], "red")
+        assert [hit.doc_id for hit in page.hits] == ["pump.md"]
+        assert "[[LLC" not in "".join(page.texts)
+    assert handles.counts["unknown"] == 2
+
+
+def test_what_is_kept_of_each_tenant_is_bounded(engine):
     handles = Handles(engine, most=3)
-    (hit,) = hits_of(engine, "pump")
+    (hit,), (foreign,) = hits_of(engine, "pump"), hits_of(engine, "pump", tenant="blue")
+    other = handles.mint([foreign])
     minted = [handles.mint([hit]) for _ in range(5)]
     assert [bool(handles.resolve([text], "red").hits) for text in minted] == [False, False, True, True, True]
+    assert handles.resolve([other], "blue").hits == (foreign,)  # whatever the others mint
+
+
+def test_handles_are_revoked_for_one_tenant(engine, handles):
+    (hit,), (foreign,) = hits_of(engine, "pump"), hits_of(engine, "pump", tenant="blue")
+    before, other = handles.mint([hit]), handles.mint([foreign])
+    handles.revoke("red")
+    assert not handles.resolve([before], "red").hits
+    assert handles.resolve([other], "blue").hits == (foreign,)
+    after = handles.mint([hit])  # also in the same second
+    assert [found.doc_id for found in handles.resolve([after], "red").hits] == ["pump.md"]
+    assert not handles.resolve([before], "red").hits
+
+
+def test_a_key_is_rotated_without_a_gap(engine):
+    old, new = KEY, b"n" * 32
+    (hit,) = hits_of(engine, "pump")
+    before = Handles(engine, key=old).mint([hit])
+    both = Handles(engine, key=[new, old])
+    assert both.resolve([before], "red").hits and both.resolve([both.mint([hit])], "red").hits
+    assert Handles(engine, key=new).resolve([both.mint([hit])], "red").hits  # the first one signs
+    assert not Handles(engine, key=new).resolve([before], "red").hits
+    with pytest.raises(ConfigError, match="at least one key"):
+        Handles(engine, key=[])
+
+
+def test_a_prompt_full_of_look_alikes_costs_linear_time(engine):
+    rng = random.Random(5)
+    handles = Handles(engine)
+    (hit,) = hits_of(engine, "pump")
+    handles.mint([hit] * 2000)
+
+    def seconds(count: int) -> float:
+        digits = [f"{rng.getrandbits(128):032x}" for _ in range(count)]
+        text = " ".join(f"[[LLC:{d[:20]} {d}{d}" for d in digits)
+        began = time.perf_counter()
+        assert not handles.resolve([text], "red").hits
+        return time.perf_counter() - began
+
+    few = min(seconds(400) for _ in range(3))
+    assert min(seconds(3200) for _ in range(2)) < 24 * few  # eight times the text; with every pair compared, 64
 
 
 def test_another_process_with_the_key_reads_a_signed_handle(engine):
