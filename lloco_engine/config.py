@@ -87,17 +87,36 @@ class StoreConfig(Config):
 
 @dataclass(frozen=True)
 class RetrieveConfig(Config):
-    """How a question finds segments."""
+    """How a question finds segments, and what becomes of one that none answers.
+
+    Args:
+        top_k: how many segments.
+        neighbours: segments before and after each hit, of the same document.
+        min_score: hits with a lower score are cut (-1: none is).
+        lexical: share of the question's own words in a score (docs/decisions/0008).
+        floor: best score below which an answer warns that no document seems to answer; None takes the one measured
+            for the store's embedder, if there is one (`lloco_engine.relevance`); -1 is none.
+        when_nothing: below the floor, or where nothing was found: ``"answer"`` all the same, with a warning, or
+            ``"refuse"``, which says that no document answers and does not ask the decoder.
+    """
 
     top_k: int = 4
-    neighbours: int = 0  # segments before and after each hit, same document
+    neighbours: int = 0
     min_score: float = -1.0
-    lexical: float = 0.5  # share of the question's own words in a score: docs/decisions/0008
+    lexical: float = 0.5
+    floor: float | None = None
+    when_nothing: Literal["answer", "refuse"] = "answer"
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 1, "top_k must be at least 1", self.top_k)
         _require(self.neighbours >= 0, "neighbours must not be negative", self.neighbours)
+        _require(-1 <= self.min_score <= 1, "min_score must be between -1 (none) and 1", self.min_score)
         _require(0 <= self.lexical <= 1, "lexical must be between 0 and 1", self.lexical)
+        floor = self.floor is None or -1 <= self.floor <= 1
+        _require(floor, "floor must be between -1 (none) and 1, or None for the embedder's own", self.floor)
+        _require(
+            self.when_nothing in ("answer", "refuse"), "when_nothing must be 'answer' or 'refuse'", self.when_nothing
+        )
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, Pre
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.ingest import Ingest, Progress, Source, read_sources
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
-from lloco_engine.recall import Asked, AskOptions, Recall, Recalled
-from lloco_engine.store import DocumentInfo, Filters, Manifest, Problem, Store
-from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue
+from lloco_engine.recall import AskOptions, Found, Recall, Recalled, Wanted
+from lloco_engine.relevance import NOTHING, doubt, floor_of
+from lloco_engine.retrieve import Retriever, SearchOptions, with_history, with_options
+from lloco_engine.store import DocumentInfo, Manifest, Problem, Store
+from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Usage
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
@@ -37,10 +39,20 @@ class Engine:
     a time.
     """
 
-    def __init__(self, store: Store, setup: Setup, *, prefix: PrefixConfig, device: str | None, dtype: str | None):
+    def __init__(
+        self,
+        store: Store,
+        setup: Setup,
+        *,
+        prefix: PrefixConfig,
+        retrieval: RetrieveConfig,
+        device: str | None,
+        dtype: str | None,
+    ) -> None:
         self.store = store
         self.embedder: Encodes = setup.embedder
         self.prefix = prefix
+        self.retrieval = retrieval
         self.adapters = Adapters(store, lambda: self.decoder)
         self._setup = setup
         self._device, self._dtype = device, dtype
@@ -60,6 +72,7 @@ class Engine:
         chunk: ChunkConfig | None = None,
         store_config: StoreConfig | None = None,
         prefix: PrefixConfig | None = None,
+        retrieve: RetrieveConfig | None = None,
         device: str | None = None,
         dtype: str | None = None,
         template: str | None = None,
@@ -73,6 +86,7 @@ class Engine:
             create: make the store where there is none.
             compress, chunk, store_config: which compressor and how hard; sizes; type on disk.
             prefix: how segments are placed, and their budget, unless a question says otherwise.
+            retrieve: how questions find segments, unless one says otherwise.
             device, dtype: of the models; by default what suits the machine.
             template: the prompt's fixed text, of `lloco_engine.decoder.template.NAMES`, for a decoder by name; by
                 default what suits the decoder.
@@ -99,7 +113,14 @@ class Engine:
             template=template,
         )
         opened = open_store(path, setup, stored=stored, create=create)
-        return cls(opened, setup, prefix=prefix or PrefixConfig(), device=device, dtype=dtype)
+        return cls(
+            opened,
+            setup,
+            prefix=prefix or PrefixConfig(),
+            retrieval=retrieve or RetrieveConfig(),
+            device=device,
+            dtype=dtype,
+        )
 
     def close(self) -> None:
         """Let go of the store and of the decoder's weights."""
@@ -217,12 +238,14 @@ class Engine:
         """Counts, bytes on disk by part, and what a source token costs; see `Store.stats`."""
         return self.store.stats()
 
-    def find_text(self, text: str, tenant: str = "") -> list[Hit]:
+    def find_text(self, text: str, tenant: str = "", about: Mapping[str, Any] | None = None) -> list[Hit]:
         """The segments that stand for exactly this text, if a tenant has any: of a chunk, or of a whole document.
 
         So a chunk that comes from elsewhere, a vector store of another make for instance, is read from its segment.
+        Where several documents have the text, ``about``, the chunk's metadata there, says which one is cited: that
+        whose id, source, title or metadata it names. The others are in ``Hit.also_in``.
         """
-        return self.store.hits_of_text(text, tenant)
+        return self.store.hits_of_text(text, tenant, about)
 
     def find_segment(self, segment_id: str, tenant: str = "") -> list[Hit]:
         """Every chunk of a tenant that a segment stands for; none where its documents were replaced or deleted."""
@@ -247,14 +270,29 @@ class Engine:
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def retrieve(
-        self, question: str, *, top_k: int = 4, filters: Filters | None = None, neighbours: int = 0, tenant: str = ""
-    ) -> list[Hit]:
-        """The segments that a question needs, best first; `AskOptions` says what the arguments are."""
-        from lloco_engine.retrieve import Retriever
+    def retrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
+        """The segments that a question needs, best first; `SearchOptions` says what the arguments are."""
+        _check_names("retrieve", options, SearchOptions)
+        config = with_options(self.retrieval, options)
+        filters, tenant = options.get("filters"), options.get("tenant", "")
+        retriever = Retriever(self.store, self.embedder)
 
-        config = RetrieveConfig(top_k=top_k, neighbours=neighbours)
-        return Retriever(self.store, self.embedder).retrieve(question, config, filters, tenant)
+        def search(text: str) -> list[Hit]:
+            return retriever.retrieve(text, config, filters, tenant)
+
+        return with_history(search, question, options.get("history", ()), config.top_k, config.neighbours)
+
+    def doubt(self, hits: Sequence[Hit], floor: float | None = None) -> str | None:
+        """Why no document seems to answer the question that hits were retrieved for: the warning of an answer.
+
+        Args:
+            hits: from `retrieve`.
+            floor: as in `RetrieveConfig`; None takes the engine's own.
+
+        Returns:
+            None where the best score is not below the floor, or there is no floor.
+        """
+        return doubt(hits, floor_of(with_options(self.retrieval, {"floor": floor}), self.manifest.embedder_fingerprint))
 
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Answer a question from the store.
@@ -265,10 +303,10 @@ class Engine:
 
         Raises:
             PromptTooLong: question, segments and answer do not fit the decoder's window; gives the numbers.
-            SegmentUnavailable: every segment that was found is damaged.
+            SegmentUnavailable: every segment that was found is damaged, or no hit that was given is there any more.
             NotInStore: there is no such document to read whole.
             AdapterError: there is no such adapter, or it was made for something else.
-            ConfigError: the question is empty, or the hits are another tenant's.
+            ConfigError: the question is empty, a setting breaks its rule, or the hits are another tenant's.
         """
         with self.stream(question, **options) as stream:
             for _ in stream:
@@ -278,28 +316,36 @@ class Engine:
     def stream(self, question: str, **options: Unpack[AskOptions]) -> AnswerStream:
         """Like `ask`, text by text: iterate over what comes back, then take its ``answer``.
 
-        Segments are found and placed, and everything that can be refused is refused, before this returns.
+        Segments are found and placed, and everything that can be refused is refused, before this returns. Where no
+        document seems to answer and ``when_nothing`` is ``"refuse"``, the decoder is not even loaded.
         """
         from lloco_engine.decoder.local import Prompt
         from lloco_engine.ledger import usage_of
 
-        asked = Asked(**options)
+        _check_names("ask", options, AskOptions)
         if not question.strip():
             raise ConfigError(f"a question must not be empty, not {question!r}")
-        generate = asked.generate or GenerateConfig()
-        decoder = self.decoder
-        self.adapters.check(asked.adapter, asked.tenant)
-        if asked.hits is None:
+        wanted = self._wanted(question, options)
+        if wanted.hits is None:
             _ = self.embedder.dim  # loads it: no cost of one question
+        found = self._recall.find(wanted, self.retrieve)
+        context, history = options.get("context", ""), tuple(wanted.history)
+        verbatim = options.get("verbatim", False)
+        if wanted.config.when_nothing == "refuse" and not (context or verbatim) and (found.nothing or not found.hits):
+            return _refusal(found)
+        decoder = self.decoder
+        asked_adapter = options.get("adapter", "auto")
+        self.adapters.check(asked_adapter, wanted.tenant)
         began = time.perf_counter()
-        text = Prompt(question, context=asked.context or None, history=tuple(asked.history), verbatim=asked.verbatim)
+        generate = options.get("generate") or GenerateConfig()
+        text = Prompt(question, context=context or None, history=history, verbatim=verbatim)
         room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
-        memory = self._recall.recall(question, asked, self.retrieve, decoder, asked.prefix or self.prefix, room)
+        memory = self._recall.place(found, decoder, options.get("prefix") or self.prefix, room)
         windows = _best_windows(memory.hits)
         prompt = replace(text, prefix=memory.prefix, draft=windows, spelling=windows)
-        adapter = self.adapters.choose(asked.adapter, memory.hits, asked.tenant)
+        adapter = self.adapters.choose(asked_adapter, memory.hits, wanted.tenant)
         generation, pieces = decoder.stream(prompt, generate, adapter)
-        before = time.perf_counter() - began
+        before = found.seconds + time.perf_counter() - began
 
         def finish() -> Answer:
             usage = usage_of(
@@ -307,13 +353,19 @@ class Engine:
                 generation,
                 prefix=memory.prefix,
                 texts=(hit.text for hit in memory.hits),
-                retrieve_s=memory.retrieve_s,
+                retrieve_s=found.seconds,
                 load_s=memory.load_s,
                 before_s=before,
             )
             return _answer(generation, memory, usage=usage, adapter=adapter or "none")
 
         return AnswerStream(pieces, memory.hits, finish)
+
+    def _wanted(self, question: str, options: AskOptions) -> Wanted:
+        """What is to be read for a question."""
+        names = ("hits", "whole_document", "filters", "tenant", "history")
+        given: dict[str, Any] = {name: options[name] for name in names if name in options}  # type: ignore[literal-required]
+        return Wanted(question, with_options(self.retrieval, options), **given)
 
     def compare(self, question: str, **options: Unpack[AskOptions]) -> dict[str, Answer]:
         """The answer of `ask` beside those of the same decoder reading raw text; see `lloco_engine.baselines`.
@@ -325,7 +377,7 @@ class Engine:
         from lloco_engine import baselines
 
         ours = self.ask(question, **options)
-        generate = Asked(**options).generate
+        generate = options.get("generate")
         documents = dict.fromkeys((hit.doc_id, hit.tenant) for hit in ours.hits)
         texts = [self.store.document_text(doc_id, tenant) for doc_id, tenant in documents]
         by_text = baselines.text_retrieval(self.decoder, ours.hits, question, generate)
@@ -362,13 +414,9 @@ class Engine:
             cancelled.set()
             raise
 
-    async def aretrieve(
-        self, question: str, *, top_k: int = 4, filters: Filters | None = None, neighbours: int = 0, tenant: str = ""
-    ) -> list[Hit]:
+    async def aretrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
         """`retrieve` in a thread."""
-        return await asyncio.to_thread(
-            self.retrieve, question, top_k=top_k, filters=filters, neighbours=neighbours, tenant=tenant
-        )
+        return await asyncio.to_thread(lambda: self.retrieve(question, **options))
 
     async def aask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """`ask` in a thread, which stops at its next piece of text when the task is cancelled."""
@@ -394,6 +442,21 @@ def _best_windows(hits: Sequence[Hit]) -> str:
     """Text that an answer may repeat: the best search window of the best hits."""
     ranked = sorted(hits, key=lambda hit: -hit.score)
     return "\n".join(hit.quote(hit.windows[0]) for hit in ranked[:_WINDOWS] if hit.windows)
+
+
+def _check_names(call: str, options: Mapping[str, Any], known: type) -> None:
+    """What Python itself does where arguments are named one by one."""
+    if unknown := sorted(set(options) - set(known.__annotations__)):
+        raise TypeError(
+            f"{call}() got an unexpected keyword argument {unknown[0]!r}; it takes {sorted(known.__annotations__)}"
+        )
+
+
+def _refusal(found: Found) -> AnswerStream:
+    """An answer that says that there is none, without a decoder."""
+    usage = Usage(retrieve_s=found.seconds, ttft_s=found.seconds)
+    warnings = (*found.warnings, found.nothing) if found.nothing else found.warnings
+    return AnswerStream(iter([NOTHING]), (), lambda: Answer(NOTHING, usage=usage, warnings=warnings))
 
 
 def _answer(generation: Generation, memory: Recalled, **more: Any) -> Answer:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from lloco_engine.config import GenerateConfig, PrefixConfig
+from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.errors import ConfigError, SegmentUnavailable
 from lloco_engine.prefix import assemble
+from lloco_engine.relevance import doubt, floor_of
+from lloco_engine.retrieve import SearchOptions, with_history
 from lloco_engine.store import Filters, Store
 from lloco_engine.types import AnySegment, Hit, Prefix, Turn
 
@@ -18,66 +20,68 @@ if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.opening import Setup
 
-__all__ = ["AskOptions", "Asked", "Recall", "Recalled"]
+__all__ = ["AskOptions", "Found", "Recall", "Recalled", "Wanted"]
+
+_NO_HIT = "no segment matched the question"
 
 
-class AskOptions(TypedDict, total=False):
-    """What every way of asking takes besides the question.
+class AskOptions(SearchOptions, total=False):
+    """What every way of asking takes besides the question and what a search takes.
 
-    hits: segments to read, best first, from `Engine.retrieve`; None (the default) searches for them.
-    top_k: segments to search for, 4 by default.
-    filters: as in `Store.search`: metadata key, doc_id, source or title, to a value or a collection of them.
-    neighbours: segments to add before and after each, 0 by default.
+    hits: segments to read, best first, from `Engine.retrieve`; None (the default) searches for them. They are looked
+        up again: of a hit only where it points to is believed, and one that is not there any more is left out.
     whole_document: id of a document to read all of, instead of a search.
-    tenant: whose documents, "" by default.
     adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.choosing` says;
         "none" answers with the base weights; else a group, or the name of a loaded adapter.
     generate: how tokens are chosen.
     prefix: placement and budget of the segments; None takes the engine's own.
     context: raw text to read after the segments, "" by default.
-    history: earlier turns of the conversation, oldest first; the segments stand before them.
     verbatim: the question brings its own instructions, so the engine writes none before it; False by default.
+
+    The segments stand before ``history``, the earlier turns.
     """
 
     hits: Sequence[Hit] | None
-    top_k: int
-    filters: Filters | None
-    neighbours: int
     whole_document: str | None
-    tenant: str
     adapter: str | None
     generate: GenerateConfig | None
     prefix: PrefixConfig | None
     context: str
-    history: Sequence[Turn]
     verbatim: bool
 
 
 @dataclass(frozen=True)
-class Asked:
-    """`AskOptions` with their defaults."""
+class Wanted:
+    """What is to be read for a question: given hits, a whole document, or what a search finds."""
 
+    question: str
+    config: RetrieveConfig
     hits: Sequence[Hit] | None = None
-    top_k: int = 4
-    filters: Filters | None = None
-    neighbours: int = 0
     whole_document: str | None = None
+    filters: Filters | None = None
     tenant: str = ""
-    adapter: str | None = "auto"
-    generate: GenerateConfig | None = None
-    prefix: PrefixConfig | None = None
-    context: str = ""
     history: Sequence[Turn] = ()
-    verbatim: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """The hits for a question, how long finding them took, and what is to be said about them.
+
+    ``nothing`` says why no document seems to answer the question, if none does.
+    """
+
+    hits: tuple[Hit, ...]
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    nothing: str | None = None
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """What a question found: hits, their segments placed, how long that took, and what went wrong on the way."""
+    """What a question is answered from: hits, their segments placed, how long that took, what went wrong on the way."""
 
     hits: tuple[Hit, ...]
     prefix: Prefix | None
-    retrieve_s: float
     load_s: float
     warnings: tuple[str, ...]
 
@@ -103,37 +107,86 @@ class Recall:
     def __init__(self, store: Store, setup: Setup) -> None:
         self._store, self._setup = store, setup
 
-    def recall(
-        self,
-        question: str,
-        asked: Asked,
-        search: Callable[..., list[Hit]],
-        decoder: LocalDecoder,
-        config: PrefixConfig,
-        room: int,
-    ) -> Recalled:
-        """Find, read and place the segments for a question.
+    def find(self, wanted: Wanted, search: Callable[..., list[Hit]]) -> Found:
+        """The hits for a question, each segment once.
 
         Args:
-            question, asked: what is asked, and how.
+            wanted: what is asked, and of what.
             search: `Engine.retrieve`, for when no hits are given.
+
+        Raises:
+            NotInStore: there is no such document to read whole.
+            ConfigError: the hits are another tenant's.
+            SegmentUnavailable: hits were given, and none of them is in the store any more.
+        """
+        began = time.perf_counter()
+        warnings: list[str] = []
+        nothing = None
+        if wanted.hits is not None:
+            hits = self._given(wanted.hits, wanted.tenant, warnings)
+            nothing = doubt(hits, self._floor(wanted.config))
+        elif wanted.whole_document is not None:
+            hits = self._whole(wanted.question, wanted.whole_document, wanted.tenant, search)
+        else:
+            hits = self._searched(wanted, search)
+            nothing = doubt(hits, self._floor(wanted.config)) if hits else _NO_HIT
+        once: dict[str, Hit] = {}
+        for hit in hits:
+            first = once.setdefault(hit.segment_id, hit)
+            if first.doc_id != hit.doc_id:
+                once[hit.segment_id] = replace(first, also_in=tuple(dict.fromkeys((*first.also_in, hit.doc_id))))
+        return Found(tuple(once.values()), time.perf_counter() - began, tuple(warnings), nothing)
+
+    def _floor(self, config: RetrieveConfig) -> float:
+        return floor_of(config, self._store.manifest.embedder_fingerprint)
+
+    def _given(self, hits: Sequence[Hit], tenant: str, warnings: list[str]) -> list[Hit]:
+        if strangers := [hit for hit in hits if hit.tenant != tenant]:
+            raise ConfigError(
+                f"hits must be of the tenant that asks, {tenant!r}, and one is of {strangers[0].tenant!r}"
+            )
+        return self._still_there(hits, warnings)
+
+    def _still_there(self, hits: Sequence[Hit], warnings: list[str]) -> list[Hit]:
+        """The hits as the store has them now, with a warning about those that it has no more."""
+        now = self._store.current(hits)
+        if gone := [hit.doc_id for hit, found in zip(hits, now, strict=True) if found is None]:
+            names = ", ".join(map(repr, dict.fromkeys(gone)))
+            warning = f"{len(gone)} of {len(hits)} segments are not in the store any more and were not read: {names} "
+            warning += "was replaced or deleted since; retrieve again"
+            if len(gone) == len(hits):
+                raise SegmentUnavailable(warning)
+            warnings.append(warning)
+        return [hit for hit in now if hit is not None]
+
+    def _searched(self, wanted: Wanted, search: Callable[..., list[Hit]]) -> list[Hit]:
+        config = wanted.config
+        options = {field.name: getattr(config, field.name) for field in fields(config)}
+
+        def search_for(text: str) -> list[Hit]:
+            return search(text, filters=wanted.filters, tenant=wanted.tenant, **options)
+
+        return with_history(search_for, wanted.question, wanted.history, config.top_k, config.neighbours)
+
+    def place(self, found: Found, decoder: LocalDecoder, config: PrefixConfig, room: int) -> Recalled:
+        """Read the segments of what was found, and place them.
+
+        Args:
+            found: from `find`.
             decoder: will read them.
             config: placement and budget.
             room: positions of the window to leave to the question and its answer.
 
         Raises:
-            SegmentUnavailable: every segment that was found is damaged.
-            NotInStore: there is no such document to read whole.
-            ConfigError: the hits are another tenant's.
+            SegmentUnavailable: no segment that was found can be used.
         """
         began = time.perf_counter()
-        found = self._find(question, asked, search)
-        retrieved = time.perf_counter()
-        read, warnings = self._load(found)
+        read, warnings = self._load(found.hits)
+        warnings = [*found.warnings, *warnings]
+        if found.nothing:
+            warnings.append(found.nothing if read else f"{found.nothing}: the answer is the decoder's own")
         if not read:
-            if asked.hits is None:  # otherwise none were given
-                warnings.append("no segment matched the question: the answer is the decoder's own")
-            return Recalled((), None, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
+            return Recalled((), None, time.perf_counter() - began, tuple(warnings))
         # Those that were found come first, best first; what they are read after follows.
         places = {own.hit.segment_id: number for number, own in enumerate(read)}
         for earlier in [earlier for own in read for earlier in own.after]:
@@ -156,37 +209,15 @@ class Recall:
             budget = f"max_slots is {config.max_slots}" if config.max_slots else "the decoder's window is full"
             warnings.append(f"{budget}: the {len(assembly.dropped)} worst of {len(wanted)} segments were left out")
         used = tuple(read[number].hit for number in sorted(assembly.kept))
-        return Recalled(used, assembly.prefix, retrieved - began, time.perf_counter() - retrieved, tuple(warnings))
-
-    def _find(self, question: str, asked: Asked, search: Callable[..., list[Hit]]) -> list[Hit]:
-        """Hits for a question, each segment once."""
-        if asked.hits is not None:
-            hits = list(asked.hits)
-            if strangers := [hit for hit in hits if hit.tenant != asked.tenant]:
-                raise ConfigError(
-                    f"hits must be of the tenant that asks, {asked.tenant!r}, and one is of {strangers[0].tenant!r}"
-                )
-        elif asked.whole_document is not None:
-            hits = self._whole(question, asked.whole_document, asked.tenant, search)
-        else:
-            hits = search(
-                question,
-                top_k=asked.top_k,
-                filters=asked.filters,
-                neighbours=asked.neighbours,
-                tenant=asked.tenant,
-            )
-        once: dict[str, Hit] = {}
-        for hit in hits:
-            once.setdefault(hit.segment_id, hit)
-        return list(once.values())
+        return Recalled(used, assembly.prefix, time.perf_counter() - began, tuple(warnings))
 
     def _whole(self, question: str, doc_id: str, tenant: str, search: Callable[..., list[Hit]]) -> list[Hit]:
         """Every segment of a document, in order, with what search thinks of it: 0 where it has no window to find."""
         hits = self._store.chunks(doc_id, tenant)
         if len(hits) == 1:
             return hits
-        found = search(question, top_k=len(hits), filters={"doc_id": doc_id}, tenant=tenant)
+        options = {"neighbours": 0, "min_score": -1.0}
+        found = search(question, top_k=len(hits), filters={"doc_id": doc_id}, tenant=tenant, **options)
         of = {hit.segment_id: hit for hit in found}
         return [
             replace(hit, score=of[hit.segment_id].score, windows=of[hit.segment_id].windows)
@@ -196,15 +227,21 @@ class Recall:
         ]
 
     def _load(self, hits: Sequence[Hit]) -> tuple[list[_Read], list[str]]:
-        """The hits whose segments can be used, with these, and a warning for each of the others."""
-        good: list[_Read] = []
+        """The hits whose segments can be used, with these, and warnings about the others.
+
+        Whether a document is still there is asked after its segments were read: so all that is read was in the store
+        at one moment, and what a writer took away meanwhile is named.
+        """
+        read = {hit.segment_id: self.read(hit) for hit in hits}
         warnings: list[str] = []
+        hits = self._still_there(hits, warnings)
+        good: list[_Read] = []
         for hit in hits:
-            read = self.read(hit)
-            if isinstance(read, SegmentUnavailable):
-                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {read}")
+            own = read[hit.segment_id]
+            if isinstance(own, SegmentUnavailable):
+                warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {own}")
             else:
-                good.append(read)
+                good.append(replace(own, hit=hit))
         if hits and not good:
             raise SegmentUnavailable(f"none of the {len(hits)} segments found can be used; {warnings[0]}")
         return good, warnings

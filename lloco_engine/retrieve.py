@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from lloco_engine.config import RetrieveConfig
 from lloco_engine.errors import ConfigError
 from lloco_engine.store import Filters, Store
-from lloco_engine.types import Hit
+from lloco_engine.types import Hit, Turn
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Encoder", "Retriever"]
+__all__ = ["Encoder", "Retriever", "SearchOptions", "searched_for", "with_history", "with_options"]
+
+
+class SearchOptions(TypedDict, total=False):
+    """What every search takes besides the question. None of a setting is the engine's own (`Engine.open`).
+
+    top_k, neighbours, min_score, lexical, floor, when_nothing: as in `RetrieveConfig`.
+    filters: as in `Store.search`: metadata key, doc_id, source or title, to a value or a collection of them.
+    tenant: whose documents, "" by default.
+    history: earlier turns of the conversation, oldest first: what the user said last counts in the search.
+    """
+
+    top_k: int | None
+    neighbours: int | None
+    min_score: float | None
+    lexical: float | None
+    floor: float | None
+    when_nothing: Literal["answer", "refuse"] | None
+    filters: Filters | None
+    tenant: str
+    history: Sequence[Turn]
+
+
+def with_options(config: RetrieveConfig, options: Mapping[str, Any]) -> RetrieveConfig:
+    """The settings, with those that a call gives in place of theirs.
+
+    Raises:
+        ConfigError: a value breaks its rule.
+    """
+    names = (field.name for field in fields(RetrieveConfig))
+    return replace(config, **{name: options[name] for name in names if options.get(name) is not None})
 
 
 class Encoder(Protocol):
@@ -71,3 +103,40 @@ class Retriever:
             for other in self._store.neighbours(hit, config.neighbours):
                 found.setdefault(other.segment_id, other)
         return list(found.values())
+
+
+def searched_for(question: str, history: Sequence[Turn]) -> list[str]:
+    """The texts that a question is searched for as.
+
+    A follow-up ("How large is it?") does not say what it is about: the user's turn before it does. So the question is
+    searched for after that turn and alone, for it may also be about something new (docs/scores.md has what this does).
+    """
+    before = next((turn.text.strip() for turn in reversed(history) if turn.role == "user" and turn.text.strip()), "")
+    return [f"{before}\n{question}", question] if before else [question]
+
+
+def with_history(
+    search: Callable[[str], list[Hit]], question: str, history: Sequence[Turn], top_k: int, neighbours: int
+) -> list[Hit]:
+    """What a question in a conversation finds: each segment by the better of its scores, the ``top_k`` best first.
+
+    Args:
+        search: what one text finds, as `Retriever.retrieve` has it.
+        question, history: what is said, and what was before, oldest first.
+        top_k, neighbours: as in `RetrieveConfig`.
+    """
+    first, *others = [search(text) for text in searched_for(question, history)]
+    if not others:
+        return first
+    better: dict[str, Hit] = {}
+    for hit in (*first, *(hit for hits in others for hit in hits)):
+        known = better.get(hit.segment_id)
+        better[hit.segment_id] = hit if known is None or hit.score > known.score else known
+    ranked = sorted(better.values(), key=lambda hit: -hit.score)
+    best = [hit for hit in ranked if hit.windows][:top_k]
+    beside = (hit for hit in ranked if not hit.windows and any(_is_near(hit, one, neighbours) for one in best))
+    return [*best, *beside]
+
+
+def _is_near(hit: Hit, other: Hit, distance: int) -> bool:
+    return (hit.tenant, hit.doc_id) == (other.tenant, other.doc_id) and abs(hit.ordinal - other.ordinal) <= distance

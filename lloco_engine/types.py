@@ -139,7 +139,8 @@ class Hit:
 
     ``score`` is that of its best search window, at most 1 (`Store.search`; 1.0 where nothing was searched for);
     ``windows`` are the matching search windows, best first; ``text`` is the chunk's verbatim text;
-    ``slots`` is what the segment costs in a prompt (mean over heads, rounded up).
+    ``slots`` is what the segment costs in a prompt (mean over heads, rounded up); ``also_in`` are ids of other
+    documents of the tenant that have the very same text, which the segment stands for too.
     """
 
     segment_id: str
@@ -156,6 +157,7 @@ class Hit:
     tenant: str = ""
     version: int = 1
     slots: int = 0
+    also_in: tuple[str, ...] = ()
 
     def quote(self, window: Span) -> str:
         """The document's verbatim text in ``window``, which lies inside ``span``."""

@@ -21,7 +21,7 @@ STAGES = (
     ("fingerprints", "models"),
     ("embedder", "chunking", "readers", "lexical"),
     ("store",),
-    ("retrieve",),
+    ("retrieve", "relevance"),
     ("prefix",),
     ("decoder",),
     ("compress",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sqlite3
@@ -155,12 +154,13 @@ class Catalogue:
         row = self.connection.execute(f"{_HIT} WHERE c.chunk_key = ?", (chunk_key,)).fetchone()
         return _hit(row, score, windows)
 
+    def find_hits(self, condition: str, values: Sequence[Any]) -> list[Hit]:
+        """Chunks ``c`` of documents ``d`` that meet a condition in SQL, score 1.0."""
+        return [_hit(row, 1.0, ()) for row in self.connection.execute(f"{_HIT} WHERE {condition}", values)]
+
     def hits_of_segment(self, segment_id: str, tenant: str) -> list[Hit]:
         """Every chunk of a tenant that a segment stands for, oldest first."""
-        rows = self.connection.execute(
-            f"{_HIT} WHERE c.segment_id = ? AND d.tenant = ? ORDER BY c.chunk_key", (segment_id, tenant)
-        )
-        return [_hit(row, 1.0, ()) for row in rows]
+        return self.find_hits("c.segment_id = ? AND d.tenant = ? ORDER BY c.chunk_key", (segment_id, tenant))
 
     def earlier(self, segment_id: str, doc_id: str, tenant: str) -> list[Hit]:
         """The chunks that a segment builds on, first to last, score 0.0; those of the document where it has them."""
@@ -180,19 +180,6 @@ class Catalogue:
             ).fetchone()
             found.append(_hit(row, 0.0, ()))
         return found
-
-    def hits_of_text(self, text: str, tenant: str) -> list[Hit]:
-        """The oldest chunk of a tenant with this text, else all chunks of the oldest document with it, in order."""
-        row = self.connection.execute(
-            f"{_HIT} WHERE c.text_hash = ? AND d.tenant = ? ORDER BY c.chunk_key LIMIT 1", (text_hash(text), tenant)
-        ).fetchone()
-        if row is not None:
-            return [_hit(row, 1.0, ())]
-        document = self.connection.execute(
-            "SELECT doc_key FROM documents WHERE tenant = ? AND content_hash = ? ORDER BY doc_key LIMIT 1",
-            (tenant, hashlib.sha256(text.encode("utf-8")).hexdigest()),
-        ).fetchone()
-        return [] if document is None else self.hits(document[0])
 
     def window_homes(self, window_ids: Sequence[int]) -> dict[int, tuple[int, str, Span]]:
         """Chunk key, segment id and span of each window."""

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +19,7 @@ from lloco_engine.errors import (
     StoreMismatch,
     StoreNotFound,
 )
-from lloco_engine.store import segments
+from lloco_engine.store import lookup, segments
 from lloco_engine.store.adapters import StoredAdapters
 from lloco_engine.store.catalogue import Catalogue, Filters
 from lloco_engine.store.files import Layout, write_atomic
@@ -223,13 +224,23 @@ class Store:
         with self._reading() as catalogue:
             return catalogue.earlier(hit.segment_id, hit.doc_id, hit.tenant)
 
-    def hits_of_text(self, text: str, tenant: str = "") -> list[Hit]:
+    def hits_of_text(self, text: str, tenant: str = "", about: Mapping[str, Any] | None = None) -> list[Hit]:
         """What a tenant has of exactly this text: the chunk, or all chunks of the document, score 1.0.
 
-        White space around a chunk's text does not count. None where the text is not known.
+        White space around a chunk's text does not count. None where the text is not known. Of several documents with
+        this text, the one that ``about`` says most of; see `lookup.hits_of_text`.
         """
         with self._reading() as catalogue:
-            return catalogue.hits_of_text(text, tenant)
+            return lookup.hits_of_text(catalogue, text, tenant, about)
+
+    def current(self, hits: Sequence[Hit]) -> list[Hit | None]:
+        """Hits as the store has them now, all in one state of it; None for each whose document is not there any more.
+
+        Of a hit only tenant, document, segment and ordinal are believed, as names to look up, and score and windows
+        where they are possible ones.
+        """
+        with self._reading() as catalogue:
+            return [lookup.current(catalogue, hit) for hit in hits]
 
     def neighbours(self, hit: Hit, n: int) -> list[Hit]:
         """Up to ``n`` segments before and ``n`` after a hit in its document, in order, without the hit itself.
@@ -294,7 +305,7 @@ class Store:
 
         Returns:
             hits with the matching windows that the search met, best first. A segment that several documents share
-            comes once, as part of the first one.
+            comes once, as part of the first one, and names the others that may be found in ``also_in``.
 
         Raises:
             StoreMismatch: the vector's length is not the store's.
@@ -321,7 +332,7 @@ class Store:
                 if len(groups) >= top_k or width >= reachable or len(kept) < len(found):
                     break
                 width *= 4
-            return [catalogue.chunk_hit(*group) for group in groups[:top_k]]
+            return [group.hit(catalogue) for group in groups[:top_k]]
 
     def load_segment(self, segment_id: str, verify: bool = False) -> AnySegment:
         """One segment on the CPU, of the store's kind of memory, its checksum compared when its file was read.
@@ -379,16 +390,36 @@ class Store:
         }
 
 
-def _by_segment(catalogue: Catalogue, found: list[tuple[int, float]]) -> list[tuple[int, float, tuple[Span, ...]]]:
-    """Chunk, best score and matching windows of each segment, in the order of ``found``."""
+@dataclass
+class _Group:
+    """The windows of one segment that a search found: those of the best chunk, and the other chunks that have it."""
+
+    chunk_key: int
+    score: float
+    windows: list[Span] = field(default_factory=list)
+    others: dict[int, None] = field(default_factory=dict)
+
+    def hit(self, catalogue: Catalogue) -> Hit:
+        found = catalogue.chunk_hit(self.chunk_key, self.score, tuple(self.windows))
+        if not self.others:
+            return found
+        return lookup.share(
+            found, [catalogue.chunk_hit(key, 0.0, ()).doc_id for key in list(self.others)[: lookup.ALSO]]
+        )
+
+
+def _by_segment(catalogue: Catalogue, found: list[tuple[int, float]]) -> list[_Group]:
+    """The windows that were found, by segment, in the order of ``found``."""
     homes = catalogue.window_homes([window for window, _ in found])
-    groups: dict[str, tuple[int, float, list[Span]]] = {}
+    groups: dict[str, _Group] = {}
     for window, score in found:
         chunk_key, segment_id, span = homes[window]
-        first = groups.setdefault(segment_id, (chunk_key, score, []))
-        if first[0] == chunk_key:
-            first[2].append(span)
-    return [(chunk_key, score, tuple(spans)) for chunk_key, score, spans in groups.values()]
+        group = groups.setdefault(segment_id, _Group(chunk_key, score))
+        if group.chunk_key == chunk_key:
+            group.windows.append(span)
+        else:
+            group.others[chunk_key] = None
+    return list(groups.values())
 
 
 def _size(path: Path) -> int:
