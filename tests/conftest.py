@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 DATA = Path(os.environ.get("LLOCO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much the trials of tests/torture try."""
+    group = parser.getgroup("torture")
+    group.addoption("--seed", type=int, default=0, help="of everything that is drawn in tests/torture")
+    for name, count, what in (
+        ("kills", 100, "kill -9 of a writer"),
+        ("flips", 1000, "damaged bytes of a store"),
+        ("inputs", 60, "bad files"),
+        ("forgeries", 100_000, "forged handles"),
+        ("soak", 30, "seconds of asking beside a writer"),
+    ):
+        group.addoption(f"--{name}", type=int, default=count, metavar="N", help=f"{what} in tests/torture ({count})")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     gpu = [item for item in items if "gpu" in item.keywords]
