@@ -62,10 +62,8 @@ def text_retrieval(
 
 
 def text_ids(decoder: LocalDecoder, text: str) -> list[int]:
-    """Token ids of untrusted text; special tokens written in it are plain text."""
-    from lloco_engine.decoder.template import encode
-
-    return encode(decoder.tokenizer, text)
+    """Token ids of untrusted text right after the template prefix; control tokens written in it are plain text."""
+    return decoder.template.text_ids(text)
 
 
 def room_for_text(decoder: LocalDecoder, question: str, config: GenerateConfig) -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from lloco_engine.config import ChunkConfig
 from lloco_engine.errors import DocumentError
+from lloco_engine.tokenizing import encode, encoder_of
 from lloco_engine.types import Chunk, Document, Span
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ _SENTENCE = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’�
 _LINE = re.compile(r"\n+")
 _WORD = re.compile(r"\s+")
 _BREAKS = (_PARAGRAPH, _SENTENCE, _LINE, _WORD)  # best first; a cut is made after the match
-# A document is untrusted: what looks like a special token in it stays plain text and cannot close the user's turn.
-_PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
 _SPREAD = 0.25  # a chunk may be this share shorter or longer than an even division, to end at a better place
 _JOINERS = {"\u200d", "\ufe0e", "\ufe0f"}  # zero-width joiner and the variation selectors
 
@@ -38,17 +38,25 @@ class Chunker:
     Args:
         tokenizer: the decoder's; a fast one gives its own character offsets, another is measured word by word.
         config: sizes in tokens.
+        text_ids: token ids of a chunk's text where a segment stands (`Template.text_ids`); by default of the text by
+            itself.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: ChunkConfig | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ChunkConfig | None = None,
+        text_ids: Callable[[str], list[int]] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config or ChunkConfig()
+        self.text_ids = text_ids or partial(encode, tokenizer)
 
     def split(self, document: Document) -> list[Chunk]:
         """The document's chunks, in order; none for an empty text.
 
         Their spans tile the text; ``token_ids`` are at most ``segment_tokens`` long and are the tokens of the chunk's
-        text by itself, without special tokens (one written in the text is plain text); their windows cover them.
+        text, without added tokens (one written in the text is plain text); their windows cover them.
 
         Raises:
             DocumentError: one character alone has more than ``segment_tokens`` tokens, or the text is not UTF-8.
@@ -60,7 +68,7 @@ class Chunker:
             raise DocumentError(
                 f"text must be valid Unicode, and {document.doc_id!r} has a lone surrogate at character {error.start}"
             ) from error
-        starts = self._token_starts(text)
+        starts = encoder_of(self.tokenizer).starts(text)
         chunks: list[Chunk] = []
         begin = 0
         while begin < len(text):
@@ -71,30 +79,11 @@ class Chunker:
             begin = end
         return chunks
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, **_PLAIN, verbose=False)["input_ids"])
-
-    def _token_starts(self, text: str) -> list[int]:
-        """The character at which each token of ``text`` starts, never decreasing."""
-        if not text:
-            return []
-        tokenizer: Any = self.tokenizer
-        if getattr(tokenizer, "is_fast", False):
-            encoded = tokenizer(text, **_PLAIN, return_offsets_mapping=True, verbose=False)
-            return _not_decreasing(start for start, _ in encoded["offset_mapping"])
-        words = list(re.finditer(r"\S{1,64}\s*|\s+", text))
-        counts = [len(ids) for ids in tokenizer([w[0] for w in words], **_PLAIN)["input_ids"]]
-        return _not_decreasing(
-            word.start() + len(word[0]) * token // count
-            for word, count in zip(words, counts, strict=True)
-            for token in range(count)
-        )
-
     def _next_chunk(self, text: str, starts: list[int], begin: int, doc_id: str) -> tuple[int, list[int]]:
         """The end of the chunk that starts at ``begin``, and its token ids."""
         most = limit = self.config.segment_tokens
         end = _chunk_end(text, starts, begin, most)
-        while len(token_ids := self._encode(text[begin:end])) > limit:
+        while len(token_ids := self.text_ids(text[begin:end])) > limit:
             # A text by itself can have more tokens than it has inside the document: measure shorter, else halve.
             if end - begin == 1:
                 raise DocumentError(
@@ -124,15 +113,6 @@ class Chunker:
             if window.start < window.end and (not windows or window != windows[-1]):
                 windows.append(window)
         return windows
-
-
-def _not_decreasing(starts: Iterable[int]) -> list[int]:
-    ruler: list[int] = []
-    highest = 0
-    for start in starts:
-        highest = max(highest, start)
-        ruler.append(highest)
-    return ruler
 
 
 def _place(starts: list[int], token: int, end: int | None = None) -> int:

@@ -155,7 +155,7 @@ class Engine:
 
                 name = str(self._setup.decoder)
                 self._decoder = LocalDecoder.load(
-                    name, device=self._device, dtype=self._dtype, template=self._setup.template
+                    name, device=self._device, dtype=self._dtype, template=self._setup.facts.template
                 )
                 self._decoder.template_cache()  # once per process: not a cost of the first question
             return self._decoder
@@ -170,7 +170,8 @@ class Engine:
         """What cuts documents into the store's chunks."""
         from lloco_engine.chunking import Chunker
 
-        return Chunker(self._setup.facts.tokenizer, self._setup.chunk)
+        facts = self._setup.facts
+        return Chunker(facts.tokenizer, self._setup.chunk, facts.template.text_ids)
 
     def load_adapter(self, folder: str | Path, name: str) -> None:
         """Load a PEFT LoRA adapter, to be named in ``adapter=``; `AdapterError` where it is not for this decoder."""
@@ -264,7 +265,7 @@ class Engine:
 
     def token_ids(self, text: str) -> list[int]:
         """The decoder's token ids of a text, by the store's tokenizer; no weights are loaded."""
-        from lloco_engine.decoder.template import encode
+        from lloco_engine.tokenizing import encode
 
         return encode(self._setup.facts.tokenizer, text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -144,6 +144,7 @@ class Setup:
             store = store or StoreConfig(dtype=stored.dtype)
         self.decoder = decoder or models.DEFAULT_DECODER
         self.template = template
+        self._made_with = "" if stored is None else stored.template_fingerprint
         embedder = embedder or models.DEFAULT_EMBEDDER
         self.embedder: Encodes = Embedder(embedder, device) if isinstance(embedder, str) else embedder
         self.compress = compress or CompressConfig()
@@ -153,8 +154,12 @@ class Setup:
 
     @cached_property
     def facts(self) -> DecoderFacts:
-        """The decoder without its weights."""
-        return DecoderFacts.of(self.decoder, self.template)
+        """The decoder without its weights, its template as the store was made with it."""
+        facts = DecoderFacts.of(self.decoder, self.template)
+        former = facts.template.in_pieces
+        if isinstance(self.decoder, str) and former.fingerprint == self._made_with:
+            return replace(facts, template=former)
+        return facts
 
     def expected(self) -> dict[str, Any]:
         """The fields of a manifest that a store must have to be used with this."""

@@ -9,9 +9,9 @@ import torch
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import PrefixConfig
 from lloco_engine.decoder.local import LocalDecoder
-from lloco_engine.decoder.template import encode
 from lloco_engine.prefix import assemble
 from lloco_engine.testing import tiny_decoder, tiny_tokenizer
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix, Segment
 
 # every family, and grouped-query, multi-head and multi-query attention

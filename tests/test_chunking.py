@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -201,9 +200,7 @@ def test_a_ruler_that_is_too_coarse_is_overcome():
         ids = list(range(len(text)))
         return {"input_ids": ids, "offset_mapping": [(0, len(text))]} if return_offsets_mapping else {"input_ids": ids}
 
-    tokenizer = SimpleNamespace(is_fast=True)
-    chunker = Chunker(tokenizer, SMALL)
-    chunker.tokenizer = type("Coarse", (), {"is_fast": True, "__call__": staticmethod(coarse)})()
+    chunker = Chunker(type("Coarse", (), {"is_fast": True, "__call__": staticmethod(coarse)})(), SMALL)
     chunks = chunker.split(Document("doc", PROSE * 5))
     assert "".join(chunk.text for chunk in chunks) == PROSE * 5
     assert max(len(chunk.token_ids) for chunk in chunks) <= 64

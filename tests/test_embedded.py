@@ -9,8 +9,8 @@ from lloco_engine.compress import registry
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.template import encode
 from lloco_engine.prefix import assemble
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix, Segment
 
 PASSAGE = (

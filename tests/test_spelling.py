@@ -43,11 +43,9 @@ class Letters:
     WRITTEN = {"Edwin": ("Ed", "win"), "edwin": ("ed", "win"), "Edgar": ("Ed", "gar"), "Marsh": ("Ma", "rsh")}
     WITHIN = {"a Marsh": ("a", " Marsh"), "a Edwin": ("a", " ", "Ed", "win")}
 
-    def __call__(self, texts, add_special_tokens=True):
-        if isinstance(texts, str):
-            return {"input_ids": ids("a")}
-        known = self.WRITTEN | self.WITHIN
-        return {"input_ids": [ids(*known.get(text, (".",))) for text in texts]}
+    def __call__(self, text, **_):
+        known = {"a": ("a",)} | self.WRITTEN | self.WITHIN
+        return {"input_ids": ids(*known.get(text, (".",)))}
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(self.TOKENS[number] for number in ids)

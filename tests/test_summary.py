@@ -13,7 +13,7 @@ from lloco_engine import ChunkConfig, CompressConfig, Document, Engine, Generate
 from lloco_engine.compress import registry
 from lloco_engine.compress.autocompressor import AutoCompressor
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.template import NAMES, Template, encode
+from lloco_engine.decoder.template import NAMES, Template
 from lloco_engine.errors import (
     ConfigError,
     PromptTooLong,
@@ -26,6 +26,7 @@ from lloco_engine.models import quiet
 from lloco_engine.prefix import assemble
 from lloco_engine.store import Store, segments
 from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor, save_tiny_decoder, tiny_tokenizer
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix, Segment, SummarySegment
 
 K = 4

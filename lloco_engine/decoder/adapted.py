@@ -19,7 +19,7 @@ from lloco_engine.decoder.opt import runner_of
 from lloco_engine.decoder.replay import PlacedCache, Replay
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template
-from lloco_engine.errors import AdapterError
+from lloco_engine.errors import AdapterError, UnsupportedModel
 from lloco_engine.types import Prefix
 
 __all__ = ["AdaptedDecoder"]
@@ -34,10 +34,10 @@ class AdaptedDecoder:
         model: causal language model in eval mode, of a family in `lloco_engine.decoder.shape.FAMILIES`.
         tokenizer: its tokenizer.
         name: what the user called it.
-        template: of `lloco_engine.decoder.template.NAMES`; None is the one that suits the decoder.
+        template: of `lloco_engine.decoder.template.NAMES`, or one that is made; None is the one that suits the decoder.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | Template | None = None) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.runner = runner_of(model)
@@ -49,12 +49,28 @@ class AdaptedDecoder:
         self._adapters: dict[str, Path] = {}
         self._lock = threading.RLock()
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+        self.eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
 
     @property
     def template_tokens(self) -> int:
         """Tokens of the template prefix."""
         return len(self.template.prefix_ids)
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer.
+
+        Raises:
+            UnsupportedModel: neither the tokenizer nor the generation config names one.
+        """
+        if self.tokenizer.eos_token_id is not None:
+            return int(self.tokenizer.eos_token_id)
+        if not self.eos:
+            raise UnsupportedModel(
+                "an answer that is learned or scored must end with an end token, and this decoder has none; set "
+                "eos_token in its tokenizer_config.json, or eos_token_id in its generation_config.json"
+            )
+        return int(min(self.eos))
 
     # -- adapters ---------------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from lloco_engine.decoder.adapted import AdaptedDecoder
 from lloco_engine.decoder.beams import search
 from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
 from lloco_engine.decoder.spelling import Pieces, Speller
-from lloco_engine.decoder.template import encode
+from lloco_engine.decoder.template import Template
 from lloco_engine.errors import PromptTooLong
+from lloco_engine.tokenizing import encode
 
 __all__ = ["Generation", "LocalDecoder", "Prompt"]
 
@@ -30,7 +31,7 @@ class LocalDecoder(AdaptedDecoder):
         model, tokenizer, name, template: as in `lloco_engine.decoder.adapted.AdaptedDecoder`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | Template | None = None) -> None:
         super().__init__(model, tokenizer, name, template)
         self._pieces = Pieces(tokenizer)
 
@@ -41,7 +42,7 @@ class LocalDecoder(AdaptedDecoder):
         *,
         device: str | None = None,
         dtype: str | None = None,
-        template: str | None = None,
+        template: str | Template | None = None,
     ) -> Self:
         """Load a decoder by local folder, hub id or ``"embedded"``.
 
@@ -78,7 +79,13 @@ class LocalDecoder(AdaptedDecoder):
         joint = None
         if prompt.verbatim:
             joint = "\n\n" if prompt.prefix is not None or prompt.context else ""
-        asked = self.template.question_ids(prompt.question, prompt.context, history=prompt.history, joint=joint)
+        asked = self.template.question_ids(
+            prompt.question,
+            prompt.context,
+            history=prompt.history,
+            joint=joint,
+            memory=prompt.prefix is not None,
+        )
         return before + asked
 
     # -- generation -------------------------------------------------------------------------------------------
@@ -213,7 +220,7 @@ class LocalDecoder(AdaptedDecoder):
         spellers = [self._speller(prompt, config) for prompt in prompts]
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
-        filler = self.tokenizer.eos_token_id
+        filler = min(self.eos, default=0)  # never read
         memory = self.memory([prompt.prefix for prompt in prompts])
         cache = self.start_cache(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
@@ -265,7 +272,7 @@ class LocalDecoder(AdaptedDecoder):
         if len(groups) != 1:
             parts = [([prompts[n] for n in group], [answers[n] for n in group]) for group in groups]
             return _regrouped(groups, [self.answer_losses(*part, adapter) for part in parts])
-        end = self.tokenizer.eos_token_id
+        end = self.end
         asked = [self.prompt_ids(prompt) for prompt in prompts]
         gold = [[*encode(self.tokenizer, answer), end] for answer in answers]
         for prompt, ids, answer in zip(prompts, asked, gold, strict=True):

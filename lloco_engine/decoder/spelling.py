@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lloco_engine.decoder.pointing import WORD, Asked
+from lloco_engine.tokenizing import encode
 
 __all__ = ["Pieces", "Speller"]
 
@@ -42,7 +43,7 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         # something stands before it, since some tokenizers drop the space that a text would begin with
-        self._before = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._before = encode(tokenizer, "a")
         self._length = len(tokenizer.decode(self._before))
         self._known: dict[int, str] = {}
 
@@ -60,8 +61,8 @@ class Pieces:
         if not words:
             return []
         before, size = self._before, len(self._before)
-        first = self._tokenizer(list(words), add_special_tokens=False)["input_ids"]
-        later = self._tokenizer([f"a {word}" for word in words], add_special_tokens=False)["input_ids"]
+        first = [encode(self._tokenizer, word) for word in words]
+        later = [encode(self._tokenizer, f"a {word}") for word in words]
         ways = ((own, ids[size:] if ids[:size] == before else []) for own, ids in zip(first, later, strict=True))
         return [{tuple(dropwhile(self._is_blank, ids)) for ids in way} - {()} for way in ways]
 

@@ -1,24 +1,28 @@
 """The prompt's fixed text: what stands before the memory, and what stands around the question.
 
 ``template prefix`` is the system turn and the opening of the user turn. It is the same for every question, so its
-keys and values are computed once and shared by all segments (DESIGN: "kept whole, computed once").
+keys and values are computed once and shared by all segments, which are made after it. So nothing in it may change from
+day to day: a chat template that writes the date is told that it is not known.
 """
 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lloco_engine.errors import ConfigError, UnsupportedModel
+from lloco_engine.reasoning import Markers, find_markers
+from lloco_engine.tokenizing import After, Part, encode, encoder_of
 from lloco_engine.types import Turn
 
 __all__ = ["NAMES", "Template", "encode"]
 
-_LOCK = threading.Lock()  # split_special_tokens is a state of the tokenizer, which threads share
 _MARK = "\u2402Memory\u2403"  # stands for the user turn's content while the chat template is rendered
+_THOUGHT = "\u2402Thought\u2403"
+_NO_DATE = "{% macro strftime_now(format='') %}unknown{% endmacro %}\n"  # in the place of the clock's own
 _JOINT = "\n\nAnswer the question from the text above.\nQuestion: "
 _SHORT = "Answer the question as concisely as you can, using a single phrase"
 _LETTER = "Choose the best answer by writing its corresponding letter (either A, B, C, or D)."
@@ -57,18 +61,6 @@ _LLOCO = {
 NAMES = ("chat", *_LLOCO)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of untrusted text: special tokens written in it stay plain text, so it cannot close its turn."""
-    return _encode(tokenizer, text, plain=True)
-
-
-def _encode(tokenizer: Any, text: str, *, plain: bool) -> list[int]:
-    if not text:
-        return []
-    with _LOCK:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
-
-
 def _alternating(turns: Sequence[Turn]) -> list[str]:
     """Texts of turns, the user's first and then in alternation, as chat templates demand; neighbours are joined."""
     texts: list[str] = [""]
@@ -89,49 +81,63 @@ class Template:
         before: text of the template prefix.
         joint: text between the memory (or the raw context) and the question.
         after: text after the question, up to where the answer begins.
-        whole: the fixed text has no special tokens and is tokenised in one piece with the question.
+        lead: the spaces at the end of ``before``, which tokenizers write with the word that follows: they come with
+            the text after the template prefix, and are no part of it.
+        markers: what the decoder writes around its thoughts; None where it is not known to think.
     """
 
     tokenizer: Any
     before: str
     joint: str
     after: str
-    whole: bool = False
+    lead: str = ""
+    markers: Markers | None = None
 
     @classmethod
-    def suited(cls, tokenizer: Any, config: Any, name: str | None = None) -> Template:
+    def suited(cls, tokenizer: Any, config: Any, name: str | Template | None = None) -> Template:
         """A template by name; by default that of LLoCO's release for a published AutoCompressor, else ``"chat"``.
 
         Args:
             tokenizer: the decoder's.
             config: the decoder's configuration.
-            name: of `NAMES`, or None.
+            name: of `NAMES`, or None; or a template of an equal tokenizer, which is taken as it is.
 
         Raises:
             ConfigError: there is no such template.
-            UnsupportedModel: as `of`.
+            UnsupportedModel: as `of`; or the tokenizer is of a decoder with a larger vocabulary.
         """
+        if isinstance(name, Template):
+            return replace(name, tokenizer=tokenizer)
         name = name or ("lloco" if getattr(config, "summary_length", None) else "chat")
         if name not in NAMES:
             raise ConfigError(f"template must be one of {', '.join(NAMES)}, not {name!r}")
-        return cls.of(tokenizer) if name == "chat" else cls(tokenizer, "", *_LLOCO[name], whole=True)
+        made = cls.of(tokenizer) if name == "chat" else cls(tokenizer, "", *_LLOCO[name], markers=_markers(tokenizer))
+        made._check_ids(getattr(config, "vocab_size", None))
+        return made
 
     @classmethod
     def of(cls, tokenizer: Any) -> Template:
         """The template of a tokenizer; a decoder without a chat template gets a plain question-and-answer form.
 
         Raises:
-            UnsupportedModel: the chat template does not keep the user's text in one piece.
+            UnsupportedModel: the chat template cannot be rendered, or does not keep the user's text in one piece.
         """
+        markers = _markers(tokenizer)
         if not getattr(tokenizer, "chat_template", None):
-            return cls(tokenizer, tokenizer.bos_token or "", _JOINT, "\nAnswer:")
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+            return cls(tokenizer, tokenizer.bos_token or "", _JOINT, "\nAnswer:", markers=markers)
+        rendered = _render(tokenizer, [{"role": "user", "content": _MARK}])
         before, found, after = rendered.partition(_MARK)
         if not found or _MARK in after:
             raise UnsupportedModel("the chat template must render the user's text once, unchanged; this one does not")
-        return cls(tokenizer, before, _JOINT, after)
+        spaces = before[len(before.rstrip(" ")) :]
+        if spaces and encoder_of(tokenizer).ends_in_control(before):  # the control token takes them in
+            spaces = ""
+        return cls(tokenizer, before, _JOINT, after, spaces, markers)
+
+    @property
+    def in_pieces(self) -> Template:
+        """The same template as stores have it whose template prefix was encoded with the spaces at its end."""
+        return replace(self, lead="")
 
     @property
     def fingerprint(self) -> str:
@@ -142,7 +148,16 @@ class Template:
     @property
     def prefix_ids(self) -> list[int]:
         """Token ids of the template prefix."""
-        return self._fixed(self.before)
+        return list(self._prefix[0])
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers begin inside the decoder's thoughts: the template opens them."""
+        return self.markers is not None and self.markers.are_open(self.after)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of untrusted text that stands where a memory does: right after the template prefix."""
+        return encoder_of(self.tokenizer).ids(self.lead + text, self._prefix[1]) if text else []
 
     def question_ids(
         self,
@@ -151,26 +166,41 @@ class Template:
         *,
         history: Sequence[Turn] = (),
         joint: str | None = None,
+        memory: bool = False,
     ) -> list[int]:
-        """Token ids of all that follows the template prefix and the memory.
+        """Token ids of all that follows the template prefix and the memory, as the chat template itself gives them.
 
         Args:
             question: the user's question, untrusted.
-            context: raw text, or its token ids, to stand before the question (the in-context baseline), or None.
+            context: raw text, or its ids by `text_ids`, to stand before the question (the in-context baseline), or
+                None.
             history: earlier turns, oldest first, untrusted; the memory and the context stand before the first.
             joint: trusted text between the context and the first user text, instead of the template's own.
+            memory: whether a memory stands before all this, and its text goes on here.
 
         Raises:
             UnsupportedModel: the chat template cannot render a conversation in pieces.
         """
-        if self.whole and context is None and not history and joint is None:
-            return encode(self.tokenizer, self.joint + question + self.after)
-        ids = [] if context is None else encode(self.tokenizer, context) if isinstance(context, str) else list(context)
-        ids += self._fixed(self.joint if joint is None else joint)
-        texts = _alternating([*history, Turn("user", question)])
+        ids: list[int] = []
+        parts: list[Part] = []
+        after = "text" if memory and self.before else self._prefix[1]
+        if isinstance(context, str):
+            parts.append((context, False))
+        elif context:
+            ids, after = list(context), "text"
+        if not memory and not ids:
+            parts.insert(0, (self.lead, True))
+        parts.append((self.joint if joint is None else joint, True))
+        texts = _alternating([*map(self._said, history), Turn("user", question)])
         for text, fixed in zip(texts, self._between(len(texts)), strict=True):
-            ids += encode(self.tokenizer, text) + self._fixed(fixed)
-        return ids
+            parts += [(text, False), (fixed, True)]
+        return ids + self._encode(parts, after)
+
+    def _said(self, turn: Turn) -> Turn:
+        """A turn without thoughts, which no decoder reads again."""
+        if turn.role == "user" or self.markers is None:
+            return turn
+        return replace(turn, text=self.markers.without(turn.text))
 
     def _between(self, turns: int) -> list[str]:
         """What the chat template writes after each of ``turns`` turns, of which the first is the user's."""
@@ -180,9 +210,7 @@ class Template:
             return ["\nAnswer: " if turn % 2 == 0 else "\nQuestion: " for turn in range(turns - 1)] + [self.after]
         marks = [f"{_MARK}{turn}{_MARK}" for turn in range(turns)]
         messages = [{"role": "assistant" if turn % 2 else "user", "content": mark} for turn, mark in enumerate(marks)]
-        rest = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        rest = _render(self.tokenizer, messages)
         pieces = []
         for mark in marks:
             piece, found, rest = rest.partition(mark)
@@ -195,7 +223,83 @@ class Template:
 
     def repeat_ids(self) -> list[int]:
         """Token ids of the request to repeat the text above, which gives the reference queries of a compressor."""
-        return self._fixed("\n\nRepeat the text above." + self.after)
+        return self._encode([("\n\nRepeat the text above." + self.after, True)], "text")
 
-    def _fixed(self, text: str) -> list[int]:
-        return _encode(self.tokenizer, text, plain=False)
+    @cached_property
+    def _prefix(self) -> tuple[tuple[int, ...], After]:
+        """Ids of the template prefix, and what the text after it stands after."""
+        text = self.before[: len(self.before) - len(self.lead)]
+        after: After = "text"
+        if encoder_of(self.tokenizer).ends_in_control(text):
+            after = "control"
+        return tuple(self._encode([(text, True)], "start")), after if text else "start"
+
+    def _encode(self, parts: Sequence[Part], after: After) -> list[int]:
+        return encoder_of(self.tokenizer).prompt_ids(parts, after)
+
+    def _check_ids(self, vocabulary: int | None) -> None:
+        """That no id which text or the template can give lies outside the decoder's vocabulary."""
+        if vocabulary is None:
+            return
+        written = [*self.prefix_ids, *self.question_ids("?")]
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        known: dict[str, int] = getattr(self.tokenizer, "get_vocab", dict)()
+        highest = max([*written, *(number for number in known.values() if number not in added)], default=0)
+        if highest >= vocabulary:
+            raise UnsupportedModel(
+                f"a tokenizer's ids must lie within the decoder's vocabulary of {vocabulary}, and this one gives "
+                f"{highest}; use the tokenizer that the weights were trained with"
+            )
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answered: bool = False) -> str:
+    """Messages as the tokenizer's chat template writes them, whatever the day, up to where an answer begins.
+
+    Raises:
+        UnsupportedModel: it cannot be rendered; says why.
+    """
+    try:
+        source = str(tokenizer.get_chat_template())
+        if "strftime_now" in source:
+            source = _NO_DATE + source
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=not answered,
+                enable_thinking=False,
+            )
+        )
+    except Exception as error:  # a chat template is a program that came with the checkpoint: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedModel(
+            f"the decoder's chat template must render a conversation of user and assistant, and this one does not "
+            f"({type(error).__name__}: {reason}); mend chat_template.jinja or tokenizer_config.json in the decoder's "
+            "folder, name one of its templates 'default', or remove it for a plain question-and-answer form"
+        ) from error
+
+
+def _markers(tokenizer: Any) -> Markers | None:
+    """What a decoder writes around its thoughts: as its chat template does, else by the names of its tokens."""
+    named = [str(token.content) for token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).values()]
+    if not getattr(tokenizer, "chat_template", None):
+        return find_markers(named)
+    asked = [{"role": "user", "content": "?"}]
+    said = {"role": "assistant", "content": _MARK, "reasoning_content": _THOUGHT}
+    source = str(tokenizer.chat_template)
+    try:
+        before = _render(tokenizer, asked, answered=True)
+        turn = _render(tokenizer, [*asked, said], answered=True).removeprefix(before)
+        opening = _render(tokenizer, asked).removeprefix(before)
+    except UnsupportedModel:
+        return find_markers([*named, source])
+    begin, thought, rest = turn.partition(_THOUGHT)
+    end, answer, _ = rest.partition(_MARK)
+    if not (thought and answer):
+        return find_markers([*named, source])
+    if own := find_markers([begin, end]):
+        return own
+    common = next((n for n, (own, other) in enumerate(zip(begin, opening, strict=False)) if own != other), len(opening))
+    begin, end = begin[common:].strip(), end.strip()
+    return Markers(begin, end) if begin and end else find_markers([*named, source])

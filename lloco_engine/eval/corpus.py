@@ -23,7 +23,6 @@ from lloco_engine.chunking import Chunker
 from lloco_engine.compress.base import Compressor
 from lloco_engine.config import ChunkConfig
 from lloco_engine.decoder.local import LocalDecoder
-from lloco_engine.decoder.template import encode
 from lloco_engine.demo import documents_folder
 from lloco_engine.errors import StoreError
 from lloco_engine.models import cache_folder
@@ -32,6 +31,7 @@ from lloco_engine.store import Manifest, Store
 from lloco_engine.store.manifest import FORMAT_VERSION
 from lloco_engine.store.records import SegmentStats
 from lloco_engine.store.writer import Writer
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Chunk, Document, Span
 
 if TYPE_CHECKING:

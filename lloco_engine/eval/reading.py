@@ -31,9 +31,9 @@ from lloco_engine.baselines import keep_ends
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.eviction import keep_slots
 from lloco_engine.config import ChunkConfig, PrefixConfig, RetrieveConfig
-from lloco_engine.decoder.template import encode
 from lloco_engine.eval.data import JOINT, Group
 from lloco_engine.prefix import assemble, place
+from lloco_engine.tokenizing import encoder_of
 from lloco_engine.types import AnySegment, Chunk, Document, Prefix
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Material:
         self.group, self._embedder, self._top_k = group, embedder, top_k
         window = min(ChunkConfig.window_tokens, longest)
         sizes = ChunkConfig(longest, window, min(ChunkConfig.window_overlap, window - 1))
-        chunker = Chunker(decoder.tokenizer, sizes)
+        chunker = Chunker(decoder.tokenizer, sizes, decoder.template.text_ids)
         made = [chunker.split(Document("", text)) for text in group.chunks]
         self.chunks: list[Chunk] = [chunk for pieces in made for chunk in pieces]
         self.split = sum(len(pieces) > 1 for pieces in made)
@@ -333,18 +333,20 @@ class Reader:
     ) -> Reading:
         room = self._room(tail)
         if method.retrieved:  # what does not fit is the end, where the worst hits are
-            ids = encode(self.decoder.tokenizer, JOINT.join(material.chunks[n].text.strip() for n in chosen))
+            ids = self.decoder.template.text_ids(JOINT.join(material.chunks[n].text.strip() for n in chosen))
             kept = ids[:room]
         else:
-            ids = encode(self.decoder.tokenizer, JOINT.join(material.group.chunks))
+            ids = self.decoder.template.text_ids(JOINT.join(material.group.chunks))
             kept = keep_ends(ids, max(room, 2))
         return Reading(tuple(numbers), self._read(kept, adapter), len(kept), len(ids) - len(kept))
 
     def _best_windows(self, material: Material, number: int, budget: int) -> list[int]:
         """Whole search windows, best first, and the beginning of the next, up to a number of tokens."""
         ids: list[int] = []
+        going_on = encoder_of(self.decoder.tokenizer)
         for _, text in material.ranked[number]:
-            ids += encode(self.decoder.tokenizer, (JOINT if ids else "") + text.strip())
+            part = text.strip()
+            ids += going_on.ids(JOINT + part, "text") if ids else self.decoder.template.text_ids(part)
             if len(ids) >= budget:
                 break
         return ids[: max(budget, 1)]

@@ -14,9 +14,9 @@ from lloco_engine.compress import registry
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.attention import kernels
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.template import encode
 from lloco_engine.eval.corpus import source_texts
 from lloco_engine.models import quiet
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix
 
 if TYPE_CHECKING:

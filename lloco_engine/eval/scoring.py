@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.local import Prompt
-from lloco_engine.decoder.template import encode
 from lloco_engine.errors import DocumentError
 from lloco_engine.eval import metrics
 from lloco_engine.eval.data import Question
 from lloco_engine.eval.reading import Material, Method, Reader, Reading
 from lloco_engine.eval.tasks.base import Task
+from lloco_engine.tokenizing import encode
 
 if TYPE_CHECKING:
     from lloco_engine.types import Prefix

@@ -178,7 +178,8 @@ def _for_folder(
 
     config = _config(preset, changes, None)
     loaded = LocalDecoder.load(decoder or "embedded", device=device or _own_device())
-    run = Finetune(loaded, registry.get(CompressConfig.name), Chunker(loaded.tokenizer), files, config, **options)
+    chunker = Chunker(loaded.tokenizer, text_ids=loaded.template.text_ids)
+    run = Finetune(loaded, registry.get(CompressConfig.name), chunker, files, config, **options)
     _told(as_json)(run)
     with _shown(as_json) as progress:
         manifest = run.run(out, work or out.with_name(f".{out.name}.work"), progress)

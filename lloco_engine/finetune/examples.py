@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 
 from lloco_engine.chunking import Chunker
-from lloco_engine.decoder.template import encode
 from lloco_engine.finetune.config import FinetuneConfig
 from lloco_engine.lexical import coverage, words
 from lloco_engine.readers.records import Question, Record
@@ -124,7 +123,7 @@ class Planner:
     def _tokens(self, sources: Sequence[_Source]) -> Ids:
         if len(sources) == 1:
             return sources[0].chunks[0]
-        return tuple(encode(self._tokenizer, _JOINT.join(source.record.text for source in sources)))
+        return tuple(self._chunker.text_ids(_JOINT.join(source.record.text for source in sources)))
 
     def _example(self, chunks: Sequence[Ids], records: Sequence[Record], draw: random.Random) -> Example:
         config = self._config

@@ -21,7 +21,6 @@ from lloco_engine.adapters.writing import new_folder
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
-from lloco_engine.decoder.template import encode
 from lloco_engine.engine import Engine
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.finetune.checkpoint import State
@@ -32,6 +31,7 @@ from lloco_engine.finetune.teacher import Teacher, read_teachers
 from lloco_engine.finetune.train import Progress, Training, lora_config
 from lloco_engine.readers.records import Record, read_records
 from lloco_engine.store import Store
+from lloco_engine.tokenizing import encode
 
 __all__ = ["DataFile", "Finetune", "finetune_store"]
 
@@ -141,7 +141,7 @@ class Finetune:
         return teachers
 
     def _tokens(self, text: str) -> int:
-        return len(self._chunker.tokenizer(text, verbose=False)["input_ids"])
+        return len(encode(self._decoder.tokenizer, text))
 
     @property
     def summary(self) -> dict[str, int]:

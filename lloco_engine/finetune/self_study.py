@@ -21,10 +21,10 @@ from lloco_engine.adapters.loading import facts_of
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import Config, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.template import encode
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.finetune.teacher import teach
 from lloco_engine.prefix import assemble
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Hit, Prefix
 
 __all__ = ["KINDS", "SelfStudy", "SelfStudyConfig"]
@@ -137,7 +137,7 @@ class SelfStudy:
     def _study(self, chunk: Hit, number: int, seen: set[str]) -> dict[str, Any]:
         """One chunk's record; ``seen`` are the questions asked so far, normalised, and grows."""
         decoder, config = self._decoder, self._config
-        context = encode(decoder.tokenizer, chunk.text)
+        context = decoder.template.text_ids(chunk.text)
         room = decoder.shape.window - decoder.template_tokens - config.answer_tokens - 128
         context = context[: max(room, 0)]
         # uncompressed, so every question reads all of the text, and it is run only once
@@ -222,7 +222,7 @@ class SelfStudy:
         if not helped:
             return
         questions = [prompt.question for _, prompt, _, _ in helped]
-        ids = [[*encode(decoder.tokenizer, answer), decoder.tokenizer.eos_token_id] for _, _, answer, _ in helped]
+        ids = [[*encode(decoder.tokenizer, answer), decoder.end] for _, _, answer, _ in helped]
         for (kind, prompt, answer, gain), teacher in zip(helped, teach(decoder, text, questions, ids), strict=True):
             yield (
                 kind,

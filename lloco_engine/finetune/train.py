@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.template import encode
 from lloco_engine.errors import ConfigError
 from lloco_engine.finetune import checkpoint
 from lloco_engine.finetune.checkpoint import State
@@ -23,6 +22,7 @@ from lloco_engine.finetune.passes import answer_logits
 from lloco_engine.finetune.segments import Segments
 from lloco_engine.finetune.teacher import Teacher, distillation_loss
 from lloco_engine.models import quicker_in_bf16
+from lloco_engine.tokenizing import encode, encoder_of
 
 __all__ = ["Progress", "Training", "rate"]
 
@@ -177,7 +177,7 @@ class Training:
         prefix = self._segments.prefix(example) if example.kind == "memory" else None
         context = None
         if example.kind == "text":
-            joint = encode(self._decoder.tokenizer, "\n\n")
+            joint = encoder_of(self._decoder.tokenizer).ids("\n\n", "text")
             context = [token for n, ids in enumerate(example.chunks) for token in ([*joint, *ids] if n else ids)]
         prompts = [Prompt(question.question, prefix, context) for question in example.questions]
         answers = self._answers(example)
@@ -202,7 +202,7 @@ class Training:
 
     def _answers(self, example: Example) -> list[list[int]]:
         decoder = self._decoder
-        end = decoder.tokenizer.eos_token_id
+        end = decoder.end
         return [[*encode(decoder.tokenizer, question.answers[0]), end] for question in example.questions]
 
     # -- measuring ----------------------------------------------------------------------------------------------

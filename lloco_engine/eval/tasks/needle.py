@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lloco_engine.chunking import Chunker
 from lloco_engine.config import ChunkConfig
-from lloco_engine.decoder.template import encode
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval.data import Group, Question
 from lloco_engine.eval.tasks.base import Task
+from lloco_engine.tokenizing import encode
 from lloco_engine.types import Document
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ class Needle(Task):
             text += "\n\n" + "\n\n".join(random.Random(turn).sample(paragraphs, len(paragraphs)))
         size = self._segment_tokens - _ROOM
         window = min(ChunkConfig.window_tokens, size)
-        chunker = Chunker(decoder.tokenizer, ChunkConfig(size, window, min(ChunkConfig.window_overlap, window - 1)))
+        sizes = ChunkConfig(size, window, min(ChunkConfig.window_overlap, window - 1))
+        chunker = Chunker(decoder.tokenizer, sizes, decoder.template.text_ids)
         return [chunk.text for chunk in chunker.split(Document("haystack", text))]
 
     def _cell(self, chunks: list[str], length: int, depth: int) -> Group:
