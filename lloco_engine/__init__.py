@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CompressConfig,
         GenerateConfig,
         PrefixConfig,
+        ReadConfig,
         RetrieveConfig,
         StoreConfig,
     )
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         Failure,
         Hit,
         IngestReport,
+        Page,
         Prefix,
         Segment,
         Span,
@@ -60,7 +62,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "answers": ("AnswerStream", "AsyncAnswerStream"),
-    "config": ("ChunkConfig", "CompressConfig", "GenerateConfig", "PrefixConfig", "RetrieveConfig", "StoreConfig"),
+    "config": (
+        "ChunkConfig",
+        "CompressConfig",
+        "GenerateConfig",
+        "PrefixConfig",
+        "ReadConfig",
+        "RetrieveConfig",
+        "StoreConfig",
+    ),
     "engine": ("AskOptions", "Engine"),
     "errors": (
         "AdapterError",
@@ -86,6 +96,7 @@ _HOMES = {
         "Failure",
         "Hit",
         "IngestReport",
+        "Page",
         "Prefix",
         "Segment",
         "Span",
@@ -115,9 +126,11 @@ __all__ = [
     "LLoCOError",
     "ModelNotFound",
     "NotInStore",
+    "Page",
     "Prefix",
     "PrefixConfig",
     "PromptTooLong",
+    "ReadConfig",
     "RetrieveConfig",
     "Segment",
     "SegmentUnavailable",

@@ -11,7 +11,16 @@ from typing import Any, Literal, Self
 
 from lloco_engine.errors import ConfigError
 
-__all__ = ["ChunkConfig", "CompressConfig", "Config", "GenerateConfig", "PrefixConfig", "RetrieveConfig", "StoreConfig"]
+__all__ = [
+    "ChunkConfig",
+    "CompressConfig",
+    "Config",
+    "GenerateConfig",
+    "PrefixConfig",
+    "ReadConfig",
+    "RetrieveConfig",
+    "StoreConfig",
+]
 
 
 class Config:
@@ -37,6 +46,35 @@ class Config:
 def _require(holds: bool, rule: str, received: object) -> None:
     if not holds:
         raise ConfigError(f"{rule}, not {received!r}")
+
+
+@dataclass(frozen=True)
+class ReadConfig(Config):
+    """What a file may ask of the readers (docs/documents.md); what asks more is refused, and told which limit.
+
+    Args:
+        max_bytes: size of a file; of JSON Lines: of a line.
+        max_text: characters of one document.
+        max_unpacked: bytes that an archive (.docx, .epub, ...) holds unpacked.
+        max_pages: pages or slides.
+        max_nesting: tags of HTML that are open at once.
+        max_seconds: for one file.
+        max_memory: bytes of the process that reads all but plain text, where the system can limit it.
+    """
+
+    max_bytes: int = 100_000_000
+    max_text: int = 20_000_000
+    max_unpacked: int = 200_000_000
+    max_pages: int = 5_000
+    max_nesting: int = 10_000
+    max_seconds: float = 30.0
+    max_memory: int = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_text", "max_unpacked", "max_pages", "max_nesting", "max_seconds"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be above 0", value)
+        _require(self.max_memory >= 200_000_000, "max_memory must be at least 200,000,000 bytes", self.max_memory)
 
 
 @dataclass(frozen=True)

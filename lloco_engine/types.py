@@ -24,6 +24,7 @@ __all__ = [
     "Hit",
     "IngestReport",
     "MetadataValue",
+    "Page",
     "Prefix",
     "Segment",
     "Span",
@@ -44,10 +45,26 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Page:
+    """One page of a document: ``number`` counts from 1, ``label`` is what the page calls itself ("iv"; "" for nothing
+    else than its number), ``span`` is the place of its text in the document."""
+
+    number: int
+    label: str
+    span: Span
+
+    @property
+    def name(self) -> str:
+        """What a citation calls it: its label, else its number."""
+        return self.label or str(self.number)
+
+
+@dataclass(frozen=True)
 class Document:
     """One source text.
 
-    ``doc_id`` is unique within a tenant; the same id with another text replaces the earlier version.
+    ``doc_id`` is unique within a tenant; the same id with another text replaces the earlier version. ``pages`` are in
+    order, for formats that have them; ``encoding`` is that of the file it was read from, "" where it had none.
     """
 
     doc_id: str
@@ -56,6 +73,8 @@ class Document:
     source: str = ""
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
     tenant: str = ""
+    pages: tuple[Page, ...] = ()
+    encoding: str = ""
 
     @property
     def content_hash(self) -> str:
@@ -140,7 +159,8 @@ class Hit:
     ``score`` is that of its best search window, at most 1 (`Store.search`; 1.0 where nothing was searched for);
     ``windows`` are the matching search windows, best first; ``text`` is the chunk's verbatim text;
     ``slots`` is what the segment costs in a prompt (mean over heads, rounded up); ``also_in`` are ids of other
-    documents of the tenant that have the very same text, which the segment stands for too.
+    documents of the tenant that have the very same text, which the segment stands for too; ``pages`` are those that the
+    chunk touches, in order, where the document has pages.
     """
 
     segment_id: str
@@ -158,6 +178,17 @@ class Hit:
     version: int = 1
     slots: int = 0
     also_in: tuple[str, ...] = ()
+    pages: tuple[Page, ...] = ()
+
+    @property
+    def page(self) -> Page | None:
+        """The page on which its best search window begins, or the chunk where there is none; None without pages."""
+        pages = self.pages_of(self.windows[0] if self.windows else self.span)
+        return pages[0] if pages else None
+
+    def pages_of(self, span: Span) -> tuple[Page, ...]:
+        """The pages that a part of the chunk touches, in order."""
+        return tuple(page for page in self.pages if page.span.start < span.end and span.start < page.span.end)
 
     def quote(self, window: Span) -> str:
         """The document's verbatim text in ``window``, which lies inside ``span``."""

@@ -4,52 +4,114 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
+from lloco_engine.config import ReadConfig
 from lloco_engine.errors import DocumentError
-from lloco_engine.readers.formats import decode_utf8
+from lloco_engine.readers.encodings import UnclearEncoding, decode, find_encoding, is_wide
 from lloco_engine.readers.walk import printable
 from lloco_engine.types import Document, Failure
 
 __all__ = ["read_jsonl"]
 
+_HEAD = 256 * 1024  # bytes that the encoding of a file is told from
 _FIELDS = ("doc_id", "text", "title", "source")
 
 
-def read_jsonl(path: Path, max_bytes: int) -> Iterator[tuple[str, Document | Failure]]:
+def read_jsonl(path: Path, config: ReadConfig) -> Iterator[tuple[str, Document | Failure]]:
     """``file:line`` and the document there, line by line; a bad line is a Failure, and the rest go on.
 
     Scalar fields beyond the four become metadata; lists, objects and nulls (``"questions"``) are left out.
-    A record without ``source`` gets ``file:line``. Memory holds one line; a line over ``max_bytes`` is refused.
+    A record without ``source`` gets ``file:line``. Memory holds one line; a line over the limit is refused.
 
     Raises:
-        DocumentError: the file is binary.
+        DocumentError: the file is binary, or its encoding cannot be told.
         OSError: the file cannot be read.
     """
+    most = min(config.max_bytes, 4 * config.max_text)
     with path.open("rb") as handle:
-        if b"\0" in handle.read(8192):  # else every line of it would be a Failure of its own
-            raise DocumentError(
-                "a text must not be binary, and this file holds NUL bytes; if it is UTF-16, save it as UTF-8"
-            )
-        handle.seek(0)
-        number = 0
-        while line := handle.readline(max_bytes + 1):
-            number += 1
+        head = handle.read(_HEAD)
+        encoding, mark = _encoding(head)
+        handle.seek(mark)
+        end = "\n".encode(encoding) if is_wide(encoding) else b"\n"
+        for number, line in enumerate(_lines(handle, end, most), 1):
             where = f"{printable(path)}:{number}"
-            if len(line) > max_bytes:
+            if line is None:
                 yield (
                     where,
-                    Failure(where, f"a record must be at most {max_bytes:,} bytes, and this line is longer; split it"),
+                    Failure(where, f"a record must be at most {most:,} bytes, and this line is longer; split it"),
                 )
-                while line and not line.endswith(b"\n"):
-                    line = handle.readline(1 << 20)
                 continue
             try:
-                if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                    yield where, _document(decode_utf8(line), where)
+                if (text := _decoded(line, encoding)).strip():
+                    document = _document(text, where)
+                    if len(document.text) > config.max_text:
+                        raise DocumentError(
+                            f"a document must have at most {config.max_text:,} characters, not {len(document.text):,}; "
+                            "split it, or raise max_text"
+                        )
+                    yield where, replace(document, encoding=encoding)
             except DocumentError as error:
                 yield where, Failure(where, str(error))
+
+
+def _encoding(head: bytes) -> tuple[str, int]:
+    """The encoding of a file's lines and the length of its mark; UTF-8 where most lines are or none can be told, so
+    that one bad line does not spoil the others."""
+    beyond = [line for line in head.split(b"\n")[:-1] if not line.isascii()]
+    good = sum(_is_utf8(line) for line in beyond)
+    try:
+        encoding, mark = find_encoding(head, whole=len(head) < _HEAD)
+    except UnclearEncoding:
+        return "utf-8", 0
+    return ("utf-8", 0) if not mark and not is_wide(encoding) and 2 * good >= len(beyond) else (encoding, mark)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _lines(handle: BinaryIO, end: bytes, most: int) -> Iterator[bytes | None]:
+    """The lines of a file that end in ``end``, None for one of more than ``most`` bytes, of which no more is held."""
+    parts: list[bytes] = []
+    size = 0
+    while part := handle.readline(most + 1 - size if size <= most else 1 << 20):
+        size += len(part)
+        if size <= most:
+            parts.append(part)
+        else:
+            parts.clear()
+        ended = part.endswith(b"\n")
+        if (
+            ended and len(end) > 1 and (extra := -size % len(end))
+        ):  # the rest of the character, or not a line end at all
+            rest = handle.read(extra)
+            size += len(rest)
+            part += rest
+            if parts:
+                parts.append(rest)
+        if ended and part.endswith(end) and size % len(end) == 0:
+            yield b"".join(parts) if size <= most else None
+            parts, size = [], 0
+    if size:
+        yield b"".join(parts) if size <= most else None
+
+
+def _decoded(line: bytes, encoding: str) -> str:
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding == "utf-8":
+            return decode(line)[0]  # one line of another encoding among many
+        raise DocumentError(
+            f"a text must be {encoding}, and byte {error.start} of the line is not; save it as UTF-8"
+        ) from error
 
 
 def _document(line: str, where: str) -> Document:

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lloco_engine.config import ReadConfig
 from lloco_engine.errors import ConfigError, DocumentError
-from lloco_engine.readers.formats import FORMATS
+from lloco_engine.readers.apart import parse_apart
+from lloco_engine.readers.formats import FORMATS, parse
 from lloco_engine.readers.jsonl import read_jsonl
 from lloco_engine.readers.walk import Found, find_files, printable
 from lloco_engine.types import Document, Failure, MetadataValue
 
-__all__ = ["MAX_BYTES", "SUFFIXES", "read_paths"]
+__all__ = ["SUFFIXES", "read_paths"]
 
-MAX_BYTES = 200 * 1000 * 1000
 SUFFIXES = (*FORMATS, ".jsonl")
 _RESERVED = ("doc_id", "source", "title", "text", "tenant")
 
@@ -25,7 +26,7 @@ def read_paths(
     *,
     tenant: str = "",
     metadata: Mapping[str, MetadataValue] | None = None,
-    max_bytes: int = MAX_BYTES,
+    config: ReadConfig | None = None,
     skipped: Counter[str] | None = None,
 ) -> Iterator[Document | Failure]:
     """Documents read from files and folders, one at a time; what cannot be used is a Failure, and the rest go on.
@@ -34,10 +35,10 @@ def read_paths(
     given itself; a JSON Lines record brings its own. Below a folder only known suffixes count.
 
     Args:
-        paths: files (.txt, .md, .html, .pdf, .jsonl) and folders.
+        paths: files of the kinds that docs/documents.md lists, and folders.
         tenant: set on every document.
         metadata: added to every document; wins over a record's own field of the same name.
-        max_bytes: the largest file (in JSON Lines: the largest line) that is read.
+        config: limits; what is beyond them is a Failure.
         skipped: when given, counts what a folder holds but was left out, by reason.
 
     Raises:
@@ -46,14 +47,14 @@ def read_paths(
     extra = dict(metadata or {})
     if clash := [key for key in extra if key in _RESERVED]:
         raise ConfigError(f"metadata must not use the names {', '.join(_RESERVED)}, and {clash[0]!r} is one of them")
-    return _read(paths, tenant, extra, max_bytes, Counter() if skipped is None else skipped)
+    return _read(paths, tenant, extra, config or ReadConfig(), Counter() if skipped is None else skipped)
 
 
 def _read(
     paths: Iterable[str | Path],
     tenant: str,
     metadata: Mapping[str, MetadataValue],
-    max_bytes: int,
+    config: ReadConfig,
     skipped: Counter[str],
 ) -> Iterator[Document | Failure]:
     first_seen: dict[str, str] = {}
@@ -62,7 +63,7 @@ def _read(
             if isinstance(found, Failure):
                 yield found
                 continue
-            for where, item in _documents(found, max_bytes):
+            for where, item in _documents(found, config):
                 if isinstance(item, Failure):
                     yield item
                 elif problem := _problem(item, first_seen):
@@ -72,20 +73,19 @@ def _read(
                     yield replace(item, tenant=tenant, metadata={**item.metadata, **metadata})
 
 
-def _documents(found: Found, max_bytes: int) -> Iterator[tuple[str, Document | Failure]]:
+def _documents(found: Found, config: ReadConfig) -> Iterator[tuple[str, Document | Failure]]:
     """Where each document of one file stands, and the document."""
     source, suffix = printable(found.path), found.path.suffix.lower()
     try:
         if suffix == ".jsonl":
             empty = True
-            for where, item in read_jsonl(found.path, max_bytes):
+            for where, item in read_jsonl(found.path, config):
                 empty = False
                 yield where, item
             if empty:
                 raise DocumentError("a file must hold text, and this one is empty")
         elif suffix in FORMATS:
-            title, text = FORMATS[suffix](_bytes(found.path, max_bytes))
-            yield source, Document(doc_id=found.doc_id, text=text, title=title or found.path.stem, source=source)
+            yield source, _document(found, source, suffix, config)
         else:
             known = ", ".join(SUFFIXES)
             raise DocumentError(
@@ -97,11 +97,27 @@ def _documents(found: Found, max_bytes: int) -> Iterator[tuple[str, Document | F
         yield source, Failure(source, f"cannot be read: {error.strerror or error}")
 
 
-def _bytes(path: Path, max_bytes: int) -> bytes:
+def _document(found: Found, source: str, suffix: str, config: ReadConfig) -> Document:
+    form = FORMATS[suffix]
+    most = min(config.max_bytes, 4 * config.max_text) if form.is_text else config.max_bytes
+    parsed = (parse_apart if form.apart else parse)(suffix, _bytes(found.path, most), config)
+    return Document(
+        doc_id=found.doc_id,
+        text=parsed.text,
+        title=parsed.title or found.path.stem,
+        source=source,
+        pages=parsed.pages,
+        encoding=parsed.encoding,
+    )
+
+
+def _bytes(path: Path, most: int) -> bytes:
     with path.open("rb") as handle:
-        data = handle.read(max_bytes + 1) if path.stat().st_size <= max_bytes else None
-    if data is None or len(data) > max_bytes:
-        raise DocumentError(f"a file must be at most {max_bytes:,} bytes, not {path.stat().st_size:,}; split it")
+        data = handle.read(most + 1) if path.stat().st_size <= most else None
+    if data is None or len(data) > most:
+        raise DocumentError(
+            f"a file must be at most {most:,} bytes, not {path.stat().st_size:,}; split it, or raise the limit"
+        )
     if not data.strip():
         raise DocumentError(f"a file must hold text, and this one is {'blank' if data else 'empty'}")
     return data

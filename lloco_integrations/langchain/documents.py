@@ -43,7 +43,7 @@ def to_engine(document: Document, doc_id: str, tenant: str) -> EngineDocument:
         ValueError: a metadata value is not JSON.
     """
     plain: dict[str, MetadataValue] = {}
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in document.metadata.items():
         if key in _FIELDS and isinstance(value, str) and value:

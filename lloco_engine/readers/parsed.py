@@ -1,0 +1,38 @@
+"""What a format's reader gives, and what is left out of every text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lloco_engine.errors import DocumentError
+from lloco_engine.types import Page
+
+__all__ = ["Parsed", "check_length", "visible"]
+
+# A flag of a region is a black flag and letters in tag characters; alone they are text that no one sees.
+_TAGS = re.compile("(\U0001f3f4[\U000e0020-\U000e007e]{1,8}\U000e007f)|[\U000e0000-\U000e007f]")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A file's text and title; ``encoding`` of what is text, ``pages`` of what has pages, in order."""
+
+    title: str
+    text: str
+    encoding: str = ""
+    pages: tuple[Page, ...] = ()
+
+
+def visible(text: str) -> str:
+    """A text without Unicode's tag characters, which no one sees and some models read."""
+    return _TAGS.sub(r"\1", text) if not text.isascii() and max(text) >= "\U000e0000" else text
+
+
+def check_length(chars: int, most: int) -> None:
+    """Refuse a text that is longer than ``most`` characters; ``chars`` is how long it is, or is already."""
+    if chars > most:
+        raise DocumentError(
+            f"a document must have at most {most:,} characters, and this one has {chars:,} or more; split it, or raise "
+            "max_text"
+        )
