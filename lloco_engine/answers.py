@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -30,7 +31,13 @@ class AnswerStream:
         self._pieces = pieces
         self._finish = finish
         self._ended = False
+        self._notes: tuple[str, ...] = ()
         self.hits = hits
+
+    def note(self, warnings: Iterable[str]) -> Self:
+        """Put warnings of whoever asked for the answer before its own."""
+        self._notes = (*warnings, *self._notes)
+        return self
 
     def __iter__(self) -> Self:
         return self
@@ -51,7 +58,8 @@ class AnswerStream:
         """
         if not self._ended:
             raise LLoCOError("an answer is whole when its stream has been read to the end, and this one has not")
-        return self._finish()
+        whole = self._finish()
+        return replace(whole, warnings=(*self._notes, *whole.warnings)) if self._notes else whole
 
     def close(self) -> None:
         """End the answer here and free the decoder; harmless when it has ended."""

@@ -20,10 +20,11 @@ a model said, they are inert: a conversation that is kept does not bring back wh
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
 from lloco_engine import (
     Answer,
@@ -35,14 +36,16 @@ from lloco_engine import (
     Hit,
     PrefixConfig,
     SegmentUnavailable,
+    StoreLocked,
     Turn,
 )
 from lloco_integrations.chunks import OnMissing, repair
-from lloco_integrations.handles import Handles
+from lloco_integrations.handles import Handles, Resolved
 from lloco_integrations.sentinel import Neutraliser, neutralise
 
 __all__ = ["Ask", "Asker", "AsyncReply", "Frame", "Message", "Reply", "usage_dict"]
 
+_T = TypeVar("_T")
 ABOVE = "(the text above)"
 _OTHERS = ("system", "assistant", "tool")  # roles whose messages are no question
 _RUN_OF_MARKERS = re.compile(rf"{Handles.MARKER}(?:\s*{Handles.MARKER})*")
@@ -90,7 +93,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Ask:
-    """What the engine is asked, every handle resolved."""
+    """What the engine is asked, every handle resolved; ``warnings`` are about those that stand for nothing."""
 
     question: str
     hits: tuple[Hit, ...] = ()
@@ -99,6 +102,7 @@ class Ask:
     verbatim: bool = False
     tenant: str = ""
     stale: tuple[Hit, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Asker:
@@ -113,6 +117,8 @@ class Asker:
         frames: templates to take apart, besides those of system prompts.
         system: system prompts to leave out or take apart.
         prefix: placement and budget of the segments; None takes the engine's own.
+        floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own.
+        retries: how often to try again where another process holds the store.
     """
 
     def __init__(
@@ -124,6 +130,9 @@ class Asker:
         frames: Sequence[Frame] = (),
         system: Sequence[Frame] = (),
         prefix: PrefixConfig | None = None,
+        floor: float | None = None,
+        when_nothing: Literal["answer", "refuse"] | None = None,
+        retries: int = 2,
     ) -> None:
         self.engine = engine
         self.handles = Handles.of(engine) if handles is None else handles
@@ -131,6 +140,9 @@ class Asker:
         self._frames = tuple(frames)
         self._system = tuple(system)
         self._prefix = prefix
+        self._floor = floor
+        self._when_nothing = when_nothing
+        self._retries = retries
 
     def read(self, messages: Sequence[Message], tenant: str = "") -> Ask:
         """Resolve a prompt's handles, and take it apart.
@@ -139,6 +151,17 @@ class Asker:
             HandleFragment: it holds a part of a live handle.
             SegmentUnavailable: a document was replaced or deleted since, and ``on_missing`` is ``"error"``.
         """
+        return self._retrying(lambda: self._read(messages, tenant))
+
+    def _retrying(self, step: Callable[[], _T]) -> _T:
+        for attempt in range(self._retries):
+            try:
+                return step()
+            except StoreLocked:
+                time.sleep(0.1 * 2**attempt)
+        return step()
+
+    def _read(self, messages: Sequence[Message], tenant: str) -> Ask:
         asked = max((n for n, m in enumerate(messages) if m.role not in _OTHERS), default=-1)
         live = [m.role == "system" or (n >= asked and m.role != "assistant") for n, m in enumerate(messages)]
         resolved = self.handles.resolve(
@@ -156,6 +179,7 @@ class Asker:
             verbatim,
             tenant,
             resolved.stale,
+            _warnings(resolved),
         )
 
     def _system_texts(self, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
@@ -183,12 +207,12 @@ class Asker:
         return _above(text).strip(), own, ""
 
     def _stale_text(self, hit: Hit) -> str:
-        if self.on_missing == "error" or not hit.text:
+        if self.on_missing == "error":
             raise SegmentUnavailable(
                 f"a retrieved segment must still be in the store when it is read, and that of document {hit.doc_id!r} "
                 "was replaced or deleted since; retrieve again"
             )
-        return neutralise(hit.text.strip())
+        return neutralise(hit.text.strip())  # a signed handle has none
 
     def options(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> AskOptions:
         """What `Engine.ask` takes for an ask, besides its question."""
@@ -201,6 +225,8 @@ class Asker:
             context=ask.context,
             history=ask.history,
             verbatim=ask.verbatim,
+            floor=self._floor,
+            when_nothing=self._when_nothing,
         )
 
     def start(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> AnswerStream:
@@ -210,10 +236,13 @@ class Asker:
             SegmentUnavailable: a segment is damaged, and ``on_missing`` is ``"error"``.
             LLoCOError: as `Engine.stream`.
         """
+        return self._retrying(lambda: self._start(ask, generate, adapter))
+
+    def _start(self, ask: Ask, generate: GenerateConfig | None, adapter: str | None) -> AnswerStream:
         damaged = self.engine.unusable(ask.hits)
         if damaged:
             ask = self._mend(ask, damaged)
-        return self.engine.stream(ask.question, **self.options(ask, generate, adapter))
+        return self.engine.stream(ask.question, **self.options(ask, generate, adapter)).note(ask.warnings)
 
     def _mend(self, ask: Ask, damaged: Sequence[Hit]) -> Ask:
         if self.on_missing == "error":
@@ -225,9 +254,19 @@ class Asker:
         if self.on_missing == "compress":
             repair(self.engine, damaged, ask.tenant, self.handles)
             damaged = self.engine.unusable(ask.hits)
+        if not damaged:
+            return ask
         left = tuple(hit for hit in ask.hits if hit not in damaged)
+        names = ", ".join(repr(name) for name in dict.fromkeys(hit.doc_id for hit in damaged))
+        warning = (
+            f"{len(damaged)} of {len(ask.hits)} segments are missing or damaged, so their text was read instead, which "
+            f"costs its tokens: ingest {names} again"
+        )
         return replace(
-            ask, hits=left, context=_joined([*(neutralise(hit.text.strip()) for hit in damaged), ask.context])
+            ask,
+            hits=left,
+            context=_joined([*(neutralise(hit.text.strip()) for hit in damaged), ask.context]),
+            warnings=(*ask.warnings, warning),
         )
 
     def reply(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> Reply:
@@ -324,6 +363,25 @@ def usage_dict(answer: Answer) -> dict[str, Any]:
         "prompt_slots": usage.prompt_slots,
         "source_tokens": usage.source_tokens,
     }
+
+
+def _warnings(resolved: Resolved) -> tuple[str, ...]:
+    """What a reader of the answer must know of handles that stand for nothing, or for nothing that is there."""
+    said = []
+    if count := sum(resolved.lost.values()):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(resolved.lost.items()))
+        said.append(
+            f"{count} of {count + len(resolved.hits) + len(resolved.stale)} handles in the prompt stand for nothing "
+            f"({reasons}) and nothing was read for them: retrieve again, let everything that works on one prompt share "
+            "its Handles (with a key where that is several processes), or give them a longer ttl"
+        )
+    if resolved.stale:
+        kept = sum(bool(hit.text) for hit in resolved.stale)
+        said.append(
+            f"{len(resolved.stale)} retrieved segments are of documents that were replaced or deleted since; the text "
+            f"that was retrieved was read of {kept} of them, as text: retrieve again"
+        )
+    return tuple(said)
 
 
 def _clean(answer: Answer) -> Answer:

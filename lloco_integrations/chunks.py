@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lloco_engine import ConfigError, Document, Engine, Hit, IngestReport, SegmentUnavailable
 from lloco_integrations.handles import Handles
@@ -39,6 +39,8 @@ def views(
     tenant: str = "",
     on_missing: OnMissing = "raw",
     handles: Handles | None = None,
+    about: Sequence[Mapping[str, Any]] = (),
+    question: str = "",
 ) -> list[View]:
     """What a model is shown of each chunk.
 
@@ -51,13 +53,18 @@ def views(
         on_missing: what becomes of a text that is not known: ``"raw"`` shows the text itself, ``"compress"`` compresses
             it into the store now (all such texts together, in this call), ``"error"`` refuses.
         handles: mints them; by default what all classes on the engine share.
+        about: the metadata of each chunk, which says whose a text is that several documents have.
+        question: that the chunks were retrieved for.
 
     Raises:
         SegmentUnavailable: a text is not known, and ``on_missing`` is ``"error"``.
         StoreError: a text could not be compressed into the store.
     """
     handles = Handles.of(engine) if handles is None else handles
-    found = [engine.find_text(text, tenant) if text.strip() else [] for text in texts]
+    about = about or [{} for _ in texts]
+    found = [
+        engine.find_text(text, tenant, known) if text.strip() else [] for text, known in zip(texts, about, strict=True)
+    ]
     missing = [number for number, hits in enumerate(found) if not hits and texts[number].strip()]
     if missing and on_missing == "error":
         raise SegmentUnavailable(
@@ -67,9 +74,9 @@ def views(
     if missing and on_missing == "compress":
         compress(engine, [texts[number] for number in missing], tenant, handles)
         for number in missing:
-            found[number] = engine.find_text(texts[number], tenant)
+            found[number] = engine.find_text(texts[number], tenant, about[number])
     return [
-        View(handles.mint(hits), tuple(hits)) if hits else View(neutralise(text))
+        View(handles.mint(hits, question), tuple(hits)) if hits else View(neutralise(text))
         for text, hits in zip(texts, found, strict=True)
     ]
 

@@ -15,6 +15,8 @@ SETTINGS = {
     "min_tokens": "min_new_tokens",
     "no_repeat_ngram": "no_repeat_ngram",
     "beams": "beams",
+    "spelling": "spelling",
+    "pointing": "pointing",
     "temperature": "temperature",
     "top_p": "top_p",
     "seed": "seed",

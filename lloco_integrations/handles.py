@@ -1,8 +1,10 @@
 """Handles: what a framework carries in place of a chunk's text, and what the decoder gets for it.
 
-A handle is a capability, not a name. It is minted for one retrieval, stands for one segment of one tenant, ends after a
-while, and cannot be guessed. Whoever holds the text of a prompt can use the handles in it, for that tenant and no
-other; text that only looks like a handle is worth nothing.
+A handle is a capability, not a name. It is minted for one question, stands for one chunk of one document of one tenant
+and for the segment that this is read from, ends after a while, and cannot be guessed. The same question gets the same
+handle for the same chunk for half of that while, so that retrievers whose results are fused agree. Whoever holds the
+text of a prompt can use the handles in it, for that tenant and no other; text that only looks like a handle is worth
+nothing.
 
 `Handles` keeps what it minted in this process. With a ``key``, it writes everything into the handle and signs it, so
 that another process with the same key and store can read it.
@@ -13,9 +15,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from lloco_engine import ConfigError, Engine, Hit, LLoCOError
@@ -45,12 +47,15 @@ class Resolved:
     """Texts whose handles were taken out.
 
     ``texts`` have `Handles.MARKER` where handles were, and nothing that reads as one; ``hits`` come in the order of
-    their first handle, each segment once; ``stale`` are those whose document was replaced or deleted since.
+    their first handle, each segment once; ``stale`` are those whose document was replaced or deleted since; ``lost``
+    counts, by reason, what was written like a handle and is worth nothing: ``expired``, ``unknown`` (forged, forgotten,
+    of another process or of another tenant) or ``cut``.
     """
 
     texts: tuple[str, ...]
     hits: tuple[Hit, ...] = ()
     stale: tuple[Hit, ...] = ()
+    lost: Mapping[str, int] = field(default_factory=dict)
 
 
 class Handles:
@@ -91,6 +96,9 @@ class Handles:
         keys = [key] if isinstance(key, bytes) else key
         self._signed = keys is not None
         self._mint: Mint = Nonces(most, engine) if keys is None else Signatures(keys, engine)
+        self._given: OrderedDict[tuple[str, ...], tuple[str, float]] = OrderedDict()
+        self._most = most
+        self._giving = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._find_segment = engine.find_segment
 
@@ -107,12 +115,33 @@ class Handles:
         """How many handles were ``minted``, ``resolved``, ``unknown``, ``expired``, ``wrong_scope`` and ``stale``."""
         return dict(self._counts)
 
-    def mint(self, hits: Iterable[Hit]) -> str:
-        """New handles for some hits, as the text that stands for them in a prompt."""
+    def mint(self, hits: Iterable[Hit], question: str = "") -> str:
+        """Handles for some hits, as the text that stands for them in a prompt.
+
+        Args:
+            hits: of one tenant or several.
+            question: that they were retrieved for. Asked again, it gets the same handle for the same chunk while that
+                has at least half of its time; without one every handle is new.
+        """
         now = self._clock()
-        bodies = [self._mint.mint(hit, now, now + self.ttl) for hit in hits]
-        self._counts["minted"] += len(bodies)
+        bodies = [self._again(hit, question, now) if question else self._new(hit, now) for hit in hits]
         return "\n".join(map(write, bodies))  # so that a splitter can part them
+
+    def _new(self, hit: Hit, now: float) -> str:
+        self._counts["minted"] += 1
+        return self._mint.mint(hit, now, now + self.ttl)
+
+    def _again(self, hit: Hit, question: str, now: float) -> str:
+        key = (question, hit.tenant, hit.doc_id, str(hit.ordinal), str(hit.version), hit.segment_id)
+        with self._giving:
+            body, minted = self._given.get(key, ("", 0.0))
+            if not body or now - minted > self.ttl / 2 or isinstance(self._mint.redeem(body, hit.tenant, now), str):
+                body = self._new(hit, now)
+                self._given[key] = (body, now)
+            self._given.move_to_end(key)
+            while len(self._given) > self._most:
+                self._given.popitem(last=False)
+        return body
 
     def revoke(self, tenant: str = "") -> None:
         """Make every handle of a tenant that was minted until now worth nothing.
@@ -146,6 +175,7 @@ class Handles:
         """
         now = self._clock()
         hits: dict[str, Hit] = {}
+        lost: Counter[str] = Counter()
         cleaned = []
         for text in texts:
             parts, at = [], 0
@@ -153,11 +183,17 @@ class Handles:
                 ticket = self._mint.redeem(found[1], tenant, now)
                 self._count(ticket)
                 if isinstance(ticket, Ticket):
-                    hits.setdefault(ticket.hit.segment_id, ticket.hit)
+                    first = hits.setdefault(ticket.hit.segment_id, ticket.hit)
+                    if first.doc_id != ticket.hit.doc_id:  # one text in two documents: read once, both are named
+                        also = dict.fromkeys((*first.also_in, ticket.hit.doc_id))
+                        hits[first.segment_id] = replace(first, also_in=tuple(also))
+                else:
+                    lost["expired" if ticket == "expired" else "unknown"] += 1
                 parts += [text[at : found.start()], self.MARKER if isinstance(ticket, Ticket) else "(LLC)"]
                 at = found.end()
             rest = "".join([*parts, text[at:]])
             self._refuse_fragments(rest, tenant, now)
+            lost["cut"] += sum(len(digits) >= CERTAIN for digits in heads(rest))
             cleaned.append(neutralise(rest))
         stale = {hit.segment_id for hit in hits.values() if not self._is_current(hit)}
         self._counts["stale"] += len(stale)
@@ -165,6 +201,7 @@ class Handles:
             tuple(cleaned),
             tuple(hit for hit in hits.values() if hit.segment_id not in stale),
             tuple(hit for hit in hits.values() if hit.segment_id in stale),
+            {reason: count for reason, count in lost.items() if count},
         )
 
     def _count(self, ticket: Ticket | str) -> None:

@@ -9,7 +9,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lloco_engine import ConfigError, Engine, Hit, Span
@@ -196,7 +196,8 @@ class Signatures:
     def mint(self, hit: Hit, now: float, expires: float) -> str:
         slots = hit.slots + sum(earlier.slots for earlier in self._engine.read_before(hit))
         ends = max(int(expires), self._revoked.get(hit.tenant, 0) + 1)
-        claim = f"{hit.segment_id}:{hit.version:x}:{ends:08x}:{min(slots, 0xFFFF):x}"
+        score = round(500 * (1 + min(1.0, max(-1.0, hit.score))))
+        claim = f"{hit.segment_id}:{hit.version:x}:{ends:08x}:{min(slots, 0xFFFF):x}:{_place(hit)}:{score:x}"
         return f"{claim}:{_sign(self._keys[0], hit.tenant, claim)}"
 
     def redeem(self, body: str, tenant: str, now: float) -> Ticket | str:
@@ -204,16 +205,17 @@ class Signatures:
         # another tenant's handle has another signature, so it cannot be told from a forged one
         if not claim or not any(hmac.compare_digest(signature, _sign(key, tenant, claim)) for key in self._keys):
             return "unknown"
-        segment_id, version, expires, slots = claim.split(":")
+        segment_id, version, expires, slots, place, score = claim.split(":")
         if int(expires, 16) <= max(now, self._revoked.get(tenant, 0)):
             return "expired"
         hits = self._engine.find_segment(segment_id, tenant)
-        same = [hit for hit in hits if hit.version == int(version, 16)]
+        same = [hit for hit in hits if hit.version == int(version, 16) and _place(hit) == place]
         # of a document that is gone nothing is left but the claim
         gone = Hit(
             segment_id, "", 0, _NOWHERE, "", 0, 1.0, tenant=tenant, version=int(version, 16), slots=int(slots, 16)
         )
-        return Ticket(same[0] if same else gone, float(int(expires, 16)))
+        hit = replace(same[0] if same else gone, score=int(score, 16) / 500 - 1)
+        return Ticket(hit, float(int(expires, 16)))
 
     def slots(self, body: str) -> dict[str, int]:
         # the tenant is not known here, so this is what the handle says of itself and of all that it is read after
@@ -224,6 +226,11 @@ class Signatures:
 
     def revoke(self, tenant: str, now: float, latest: float) -> None:
         self._revoked[tenant] = max(int(latest), self._revoked.get(tenant, 0))
+
+
+def _place(hit: Hit) -> str:
+    """16 hex digits that stand for a chunk of a document: several may have one segment."""
+    return hashlib.sha256(f"{hit.ordinal}\n{hit.doc_id}".encode()).hexdigest()[:16]
 
 
 def _sign(key: bytes, tenant: str, claim: str) -> str:

@@ -1,7 +1,8 @@
 """How a handle is written into a prompt, and how text that merely looks like one is made harmless.
 
-A handle is ``[[LLC:<32 hex>]]``, or ``[[LLC:<32 hex>:<version>:<expiry>:<slots>:<32 hex>]]`` in its signed form: ASCII,
-without white space and without any of ``,.;{}<>&"'\\|``, so templates, splitters and escapers keep it whole.
+A handle is ``[[LLC:<32 hex>]]``, or ``[[LLC:<32 hex>:<version>:<expiry>:<slots>:<16 hex>:<score>:<32 hex>]]`` in its
+signed form: ASCII, without white space and without any of ``,.;{}<>&"'\\|``, so templates, splitters and escapers
+keep it whole.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import re
 
 __all__ = ["SENTINEL", "Neutraliser", "heads", "neutralise", "runs", "write"]
 
-SENTINEL = re.compile(r"\[\[LLC:([0-9a-f]{32}(?::[0-9a-f]{1,8}:[0-9a-f]{8,10}:[0-9a-f]{1,4}:[0-9a-f]{32})?)\]\]")
+SENTINEL = re.compile(
+    r"\[\[LLC:([0-9a-f]{32}(?::[0-9a-f]{1,8}:[0-9a-f]{8,10}:[0-9a-f]{1,4}:[0-9a-f]{16}:[0-9a-f]{1,3}:[0-9a-f]{32})?)\]\]"
+)
 
 _RUN = re.compile(r"[0-9a-fA-F]{12,}")
 _MOST = 160  # characters of the longest text that is read as one mark

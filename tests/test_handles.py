@@ -371,7 +371,7 @@ def test_a_prompt_without_memory_is_asked_as_it_is(engine, asker):
     ask = asker.read([Message("user", "Say [[LLC:" + "b" * 32 + "]] hello.")], "red")
     assert (ask.question, ask.hits, ask.verbatim) == ("Say (LLC) hello.", (), True)
     answer = asker.reply(ask, SHORT).whole()
-    assert answer.usage.prompt_slots == 0 and answer.warnings == ()
+    assert answer.usage.prompt_slots == 0 and "(1 unknown)" in answer.warnings[0]
 
 
 def test_what_is_gone_since_follows_on_missing(own_engine):

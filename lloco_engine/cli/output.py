@@ -73,6 +73,7 @@ def hit_json(hit: Hit) -> dict[str, Any]:
         "span": asdict(hit.span),
         "windows": [asdict(window) | {"text": hit.quote(window)} for window in hit.windows],
         "metadata": dict(hit.metadata),
+        "also_in": list(hit.also_in),
     }
 
 

@@ -35,6 +35,8 @@ class LLoCODocumentCompressor(BaseDocumentCompressor):
         on_missing: what becomes of a text that the store does not know: ``"raw"`` shows the model the text itself,
             ``"compress"`` compresses it into the store now, ``"error"`` refuses.
         annotate: keep real text, and put handles into ``metadata["lloco_handle"]``.
+        score_key: the metadata that holds a document's score; that of the LLoCO retrievers by default.
+        min_score: documents with a lower score are left out; those without one stay.
         handles: mints handles; by default what all classes on the engine share.
     """
 
@@ -44,7 +46,13 @@ class LLoCODocumentCompressor(BaseDocumentCompressor):
     tenant: str = ""
     on_missing: Literal["raw", "compress", "error"] = "raw"
     annotate: bool = False
+    score_key: str = "lloco_score"
+    min_score: float | None = None
     handles: Handles | None = Field(default=None, exclude=True, repr=False)
+
+    def _is_good(self, document: Document) -> bool:
+        score = document.metadata.get(self.score_key)
+        return self.min_score is None or not isinstance(score, int | float) or score >= self.min_score
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -54,6 +62,7 @@ class LLoCODocumentCompressor(BaseDocumentCompressor):
         Raises:
             SegmentUnavailable: a text is not known, and ``on_missing`` is ``"error"``.
         """
+        documents = [document for document in documents if self._is_good(document)]
         # only the class tells: metadata, with which a foreign store could claim to hold a handle, is untrusted
         rest = [document for document in documents if not isinstance(document, LLoCODocument)]
         made = iter(
@@ -63,6 +72,8 @@ class LLoCODocumentCompressor(BaseDocumentCompressor):
                 tenant=self.tenant,
                 on_missing=self.on_missing,
                 handles=self.handles,
+                about=[document.metadata | ({"id": document.id} if document.id else {}) for document in rest],
+                question=query,
             )
         )
         return [

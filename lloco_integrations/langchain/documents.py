@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
-from pydantic import Field
+from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
 from lloco_engine import Document as EngineDocument
 from lloco_engine import Hit
@@ -24,16 +24,44 @@ _REST = "langchain"  # metadata that a store cannot filter by, as JSON
 _FIELDS = ("source", "title")  # what LangChain keeps in metadata and a store has a field for
 
 
-class LLoCODocument(Document):
-    """A retrieved document whose ``page_content`` is a handle, so that a chain's prompt never holds its text.
+class RetrievedDocument(Document):
+    """A chunk that search found. Two are equal where they are the same chunk, whatever it was found for.
 
-    ``text`` is the real text, for rerankers, evaluators and citations. It is left out of every print and every
-    serialised form. ``metadata`` says where the text comes from: ``lloco_doc_id``, ``lloco_segments`` and
-    ``lloco_span`` (start and end, in characters of the document), beside the document's own and, from a retriever,
-    ``lloco_score``.
+    So retrievers that fuse results of several questions see it once; its ``id`` is the chunk's, and stays the same.
     """
 
-    text: str = Field(default="", exclude=True, repr=False)
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) if self.id is None else type(other) is type(self) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.id))
+
+
+class LLoCODocument(RetrievedDocument):
+    """A retrieved document whose ``page_content`` is a handle, so that a chain's prompt never holds its text.
+
+    ``text`` is the real text, for rerankers, evaluators and citations. It is left out of every print and of JSON, which
+    is what traces are made of; Python's own forms (``model_dump``, pickles, LangGraph's checkpoints) keep it.
+    ``metadata`` says where the text comes from: ``lloco_doc_id``, ``lloco_segments`` and ``lloco_span`` (start and end,
+    in characters of the document), beside the document's own and, from a retriever, ``lloco_score`` and, where no
+    document seems to answer, ``lloco_warning``.
+    """
+
+    text: str = Field(default="", repr=False)
+
+    @model_serializer(mode="wrap")
+    def _without_text(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if info.mode == "json":
+            fields.pop("text", None)
+        return fields
+
+
+class SegmentIds(list[str]):
+    """Ids of segments, as a list that can be a key: ``EnsembleRetriever(id_key="lloco_segments")``."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
 
 
 def to_engine(document: Document, doc_id: str, tenant: str) -> EngineDocument:
@@ -76,11 +104,19 @@ def from_hit(hit: Hit) -> Document:
     return from_stored(hit.doc_id, hit.text, title=hit.title, source=hit.source, metadata=hit.metadata)
 
 
-def retrieved(hit: Hit, handles: Handles, *, annotate: bool) -> Document:
-    """A hit as a model is shown it, under a new handle."""
-    document = from_hit(hit)
-    document.metadata["lloco_score"] = hit.score
-    return shown(document, View(handles.mint([hit]), (hit,)), annotate=annotate)
+def retrieved(
+    hits: Sequence[Hit], question: str, handles: Handles, *, annotate: bool, warning: str | None = None
+) -> list[Document]:
+    """Hits as a model is shown them, under handles that are the same for the same chunk and question."""
+    documents = []
+    for hit in hits:
+        stored = from_hit(hit)
+        more = {"lloco_score": hit.score} | ({"lloco_warning": warning} if warning else {})
+        document = RetrievedDocument(
+            page_content=hit.text, metadata={**stored.metadata, **more}, id=f"{hit.doc_id}#{hit.ordinal}"
+        )
+        documents.append(shown(document, View(handles.mint([hit], question), (hit,)), annotate=annotate))
+    return documents
 
 
 def shown(document: Document, view: View, *, annotate: bool) -> Document:
@@ -98,7 +134,7 @@ def shown(document: Document, view: View, *, annotate: bool) -> Document:
     hits = view.hits
     where = {
         "lloco_doc_id": hits[0].doc_id,
-        "lloco_segments": [hit.segment_id for hit in hits],
+        "lloco_segments": SegmentIds(hit.segment_id for hit in hits),
         "lloco_span": [hits[0].span.start, hits[-1].span.end],
     }
     return LLoCODocument(

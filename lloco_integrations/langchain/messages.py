@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.documents import Document
 from langchain_core.messages import (
@@ -15,11 +15,12 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from lloco_engine import Turn
 from lloco_integrations.asking import Message
 from lloco_integrations.langchain.documents import HANDLE
-from lloco_integrations.sentinel import SENTINEL
+from lloco_integrations.sentinel import SENTINEL, neutralise
 
-__all__ = ["handle_block", "plain", "text_of"]
+__all__ = ["handle_block", "plain", "text_of", "turns"]
 
 
 def handle_block(document: Document) -> dict[str, Any]:
@@ -59,6 +60,13 @@ def plain(messages: Sequence[BaseMessage]) -> list[Message]:
         last = f"it is the model's own {said[-1].text[:40]!r}" if said else "there is none"
         raise ValueError(f"the last message must be a text to answer, and {last}")
     return said
+
+
+def turns(messages: Sequence[BaseMessage]) -> list[Turn]:
+    """What users and models said, in order, as the engine has it; handles in it are of no use any more."""
+    told = ((_role(message), text_of(message)) for message in messages)
+    kinds: dict[str, Literal["user", "assistant"]] = {"user": "user", "assistant": "assistant"}
+    return [Turn(kinds[role], neutralise(text)) for role, text in told if role in kinds and text.strip()]
 
 
 def _role(message: BaseMessage) -> str:

@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SecretStr, model_validator
 
-from lloco_engine import Answer, Engine, GenerateConfig, PrefixConfig, StoreLocked
+from lloco_engine import Answer, Engine, GenerateConfig, PrefixConfig
 from lloco_integrations.asking import Ask, Asker, AsyncReply, Frame, Message, Reply
 from lloco_integrations.generating import SETTINGS, generate_config
 from lloco_integrations.handles import Handles
@@ -21,7 +21,6 @@ from lloco_integrations.sentinel import SENTINEL
 
 __all__ = ["PER_CALL", "LLoCOModel", "Read"]
 
-_T = TypeVar("_T")
 PER_CALL = tuple(sorted(("adapter", "timeout", *SETTINGS)))
 _PASSED_OVER = ("model", "stream", "stream_usage")  # read by LangChain, or checked apart
 
@@ -36,7 +35,9 @@ class Read:
         """32 hex digits that stand for all that shapes the answer to this prompt, so that none can be forged."""
         ask = self.ask
         told = (ask.question, ask.context, [(turn.role, turn.text) for turn in ask.history], ask.verbatim, ask.tenant)
-        return hashlib.sha256(repr((told, self._segments(), options)).encode("utf-8", "replace")).hexdigest()[:32]
+        return hashlib.sha256(
+            repr((told, self._segments(), ask.warnings, options)).encode("utf-8", "replace")
+        ).hexdigest()[:32]
 
     def _segments(self) -> list[tuple[str, int]]:
         return [(hit.segment_id, hit.version) for hit in self.ask.hits]
@@ -69,6 +70,10 @@ class LLoCOModel(BaseModel):
         seed: of the sampling.
         stop: texts that end the answer; they are left out of it.
         timeout: seconds after which an answer is given up; `TimeoutError`.
+        spelling, pointing: by how much, in nats, words of the sources, and those that the question asks for, are made
+            likelier; 0: not at all.
+        floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own. With ``"refuse"`` a prompt whose
+            documents do not seem to answer it gets "No document answers this.", without asking the decoder.
         max_retries: how often to try again where another process holds the store.
         api_key: taken, and needed by nobody: the model runs here.
         streaming: whether ``invoke`` sends pieces to callbacks too.
@@ -92,7 +97,11 @@ class LLoCOModel(BaseModel):
     beams: int = 1
     top_p: float = 1.0
     seed: int | None = None
+    spelling: float = GenerateConfig.spelling
+    pointing: float = GenerateConfig.pointing
     stop: list[str] | None = None
+    floor: float | None = None
+    when_nothing: Literal["answer", "refuse"] | None = None
     timeout: float | None = None
     max_retries: int = 2
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
@@ -126,6 +135,8 @@ class LLoCOModel(BaseModel):
             "tenant": self.tenant,
             "prefix": (self.prefix or self.engine.prefix).to_json(),
             "on_missing": self.on_missing,
+            "floor": self.floor,
+            "when_nothing": self.when_nothing,
             **{name: getattr(self, name) for name in PER_CALL if name != "timeout"},
             "stops": self.stop,
         }
@@ -141,18 +152,13 @@ class LLoCOModel(BaseModel):
             frames=(*user, *USER),
             system=(*system, *SYSTEM),
             prefix=self.prefix,
+            floor=self.floor,
+            when_nothing=self.when_nothing,
+            retries=self.max_retries,
         )
 
     def _read(self, messages: Sequence[Message]) -> Read:
-        return Read(self._retrying(lambda: self._asker().read(messages, self.tenant)))
-
-    def _retrying(self, step: Callable[[], _T]) -> _T:
-        for attempt in range(self.max_retries):
-            try:
-                return step()
-            except StoreLocked:
-                time.sleep(0.1 * 2**attempt)
-        return step()
+        return Read(self._asker().read(messages, self.tenant))
 
     def _generate_config(self, stop: list[str] | None, options: dict[str, Any]) -> GenerateConfig:
         """How tokens are chosen, a call's own options first.
@@ -177,7 +183,7 @@ class LLoCOModel(BaseModel):
     def _reply(self, read: Read, stop: list[str] | None, options: dict[str, Any]) -> Reply:
         self._check_options(options)
         generate, adapter = self._generate_config(stop, options), options.get("adapter", self.adapter)
-        return self._retrying(lambda: self._asker().reply(read.ask, generate, adapter))
+        return self._asker().reply(read.ask, generate, adapter)
 
     def _areply(self, read: Read, stop: list[str] | None, options: dict[str, Any]) -> AsyncReply:
         self._check_options(options)
@@ -229,6 +235,7 @@ class LLoCOModel(BaseModel):
                         "score": hit.score,
                         "title": hit.title,
                         "source": hit.source,
+                        "also_in": list(hit.also_in),
                     }
                     for hit in answer.hits
                 ],

@@ -13,9 +13,10 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
 from pydantic import Field
 
-from lloco_engine import Engine, Hit, LLoCOError, NotInStore
+from lloco_engine import Engine, Hit, LLoCOError, NotInStore, Turn
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.documents import from_hit, from_stored, retrieved, to_engine
+from lloco_integrations.langchain.messages import turns
 
 __all__ = ["EngineEmbeddings", "LLoCOStoreRetriever", "LLoCOVectorStore"]
 
@@ -57,8 +58,11 @@ class LLoCOStoreRetriever(VectorStoreRetriever):
         if not isinstance(store, LLoCOVectorStore):
             raise ValueError(f"vectorstore must be a LLoCOVectorStore, not {type(store).__name__}")
         handles = self.handles or Handles.of(store.engine)
-        hits = store.search_hits(query, search_type=self.search_type, **{**self.search_kwargs, **options})
-        return [retrieved(hit, handles, annotate=self.annotate) for hit in hits]
+        options = {**self.search_kwargs, **options}
+        hits = store.search_hits(
+            query, search_type=self.search_type, **options | {"history": turns(options.get("history", ()))}
+        )
+        return retrieved(hits, query, handles, annotate=self.annotate, warning=store.engine.doubt(hits))
 
 
 class LLoCOVectorStore(VectorStore):
@@ -199,8 +203,11 @@ class LLoCOVectorStore(VectorStore):
         *,
         search_type: str = "similarity",
         score_threshold: float | None = None,
+        min_score: float | None = None,
+        lexical: float | None = None,
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
+        history: Sequence[Turn] = (),
     ) -> list[Hit]:
         """The engine's own hits for a query, best first, by any of LangChain's kinds of search.
 
@@ -210,12 +217,22 @@ class LLoCOVectorStore(VectorStore):
             filter: as in `similarity_search`.
             search_type: ``similarity``, ``similarity_score_threshold`` or ``mmr``.
             score_threshold: least relevance (0 to 1) of the second kind.
+            min_score, lexical: of every kind, as in `RetrieveConfig`; None takes the engine's own.
             fetch_k, lambda_mult: as in `max_marginal_relevance_search`, for the third.
+            history: earlier turns, which count in the search.
         """
         if not query.strip():
             return []
         mmr = search_type == "mmr"
-        hits = self.engine.retrieve(query, top_k=fetch_k if mmr else k, filters=filter, tenant=self.tenant)
+        hits = self.engine.retrieve(
+            query,
+            top_k=fetch_k if mmr else k,
+            filters=filter,
+            min_score=min_score,
+            lexical=lexical,
+            tenant=self.tenant,
+            history=history,
+        )
         if mmr:
             return self._diverse(query, hits, k, lambda_mult)
         return hits if score_threshold is None else [hit for hit in hits if _relevance(hit.score) >= score_threshold]

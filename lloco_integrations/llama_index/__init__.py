@@ -13,6 +13,7 @@
 Needs llama-index-core: ``pip install 'lloco[llama-index]'``.
 """
 
+from lloco_integrations.llama_index.chat_engine import LLoCOContextChatEngine
 from lloco_integrations.llama_index.citation import LLoCOCitationQueryEngine
 from lloco_integrations.llama_index.embedding import LLoCOEmbedding
 from lloco_integrations.llama_index.llm import LLoCOLLM
@@ -25,6 +26,7 @@ from lloco_integrations.llama_index.vector_store import LLoCOVectorStore
 
 __all__ = [
     "LLoCOCitationQueryEngine",
+    "LLoCOContextChatEngine",
     "LLoCOEmbedding",
     "LLoCOLLM",
     "LLoCONode",

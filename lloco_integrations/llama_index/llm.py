@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -52,6 +52,10 @@ class LLoCOLLM(LLM):
         min_tokens, no_repeat_ngram: tokens before which no answer ends by itself, and of which no run comes twice in
             one (summaries of a small decoder need both); 0: as it likes.
         beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
+        spelling, pointing: by how much, in nats, words of the sources, and those that the question asks for, are made
+            likelier; 0: not at all.
+        floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own. With ``"refuse"`` a prompt whose
+            chunks do not seem to answer it gets "No document answers this.", without asking the decoder.
         temperature: 0 is greedy.
         top_p: as in `GenerateConfig`.
         stop: texts that end an answer.
@@ -74,6 +78,8 @@ class LLoCOLLM(LLM):
     min_tokens: int = Field(default=0, description="Shortest answer.")
     no_repeat_ngram: int = Field(default=0, description="No run of so many tokens comes twice; 0: it may.")
     beams: int = Field(default=1, description="Answers followed side by side; the likeliest is given.")
+    spelling: float = Field(default=GenerateConfig.spelling, description="Weight of the sources' words.")
+    pointing: float = Field(default=GenerateConfig.pointing, description="Weight of words that are asked for.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus of sampling.")
     stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer.")
@@ -93,6 +99,8 @@ class LLoCOLLM(LLM):
         min_tokens: int = 0,
         no_repeat_ngram: int = 0,
         beams: int = 1,
+        spelling: float = GenerateConfig.spelling,
+        pointing: float = GenerateConfig.pointing,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
@@ -102,6 +110,8 @@ class LLoCOLLM(LLM):
         handles: Handles | None = None,
         prompts: Iterable[BasePromptTemplate | str] = (),
         prefix: PrefixConfig | None = None,
+        floor: float | None = None,
+        when_nothing: Literal["answer", "refuse"] | None = None,
         **more: Any,
     ) -> None:
         room = engine.text_room
@@ -114,6 +124,8 @@ class LLoCOLLM(LLM):
             "min_tokens": min_tokens,
             "no_repeat_ngram": no_repeat_ngram,
             "beams": beams,
+            "spelling": spelling,
+            "pointing": pointing,
             "temperature": temperature,
             "top_p": top_p,
             "stop": tuple(stop),
@@ -129,6 +141,8 @@ class LLoCOLLM(LLM):
             frames=[*frames_of(prompts), *question_frames()],
             system=system_frames(),
             prefix=prefix,
+            floor=floor,
+            when_nothing=when_nothing,
         )
         self._generate({})  # checks the settings
 
@@ -290,13 +304,16 @@ def _raw(answer: Answer) -> dict[str, Any]:
         "usage": usage_dict(answer),
         "finish_reason": answer.finish,
         "segments": [hit.segment_id for hit in answer.hits],
+        "doc_ids": [hit.doc_id for hit in answer.hits],
         "warnings": list(answer.warnings),
     }
 
 
 def _chat_response(answer: Answer, delta: str | None = None) -> ChatResponse:
-    return ChatResponse(message=_said(answer.text), delta=delta, raw=_raw(answer))
+    more = {"warnings": list(answer.warnings)}
+    return ChatResponse(message=_said(answer.text), delta=delta, raw=_raw(answer), additional_kwargs=more)
 
 
 def _completion_response(answer: Answer, delta: str | None = None) -> CompletionResponse:
-    return CompletionResponse(text=answer.text, delta=delta, raw=_raw(answer))
+    more = {"warnings": list(answer.warnings)}
+    return CompletionResponse(text=answer.text, delta=delta, raw=_raw(answer), additional_kwargs=more)

@@ -10,13 +10,17 @@ from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 
 from lloco_integrations.sentinel import neutralise
 
-__all__ = ["LLoCONode"]
+__all__ = ["OF_THE_QUESTION", "WARNING", "LLoCONode"]
+
+WARNING = "lloco_warning"  # metadata of nodes that do not seem to answer the question
+OF_THE_QUESTION = frozenset({"windows", WARNING})
 
 
 class LLoCONode(TextNode):
-    """A `TextNode` whose view for the model is a handle. All other views, JSON, repr and hash are the text node's.
+    """A `TextNode` whose view for the model is a handle. All other views, JSON and repr are the text node's.
 
-    ``llm_view`` is what the model is shown.
+    ``llm_view`` is what the model is shown. The hash, by which retrievers' results are fused, is the text node's too,
+    but for what depends on the question that a node was found for.
     """
 
     llm_view: str = Field(default="", exclude=True, repr=False)
@@ -27,6 +31,13 @@ class LLoCONode(TextNode):
 
     def __repr_name__(self) -> str:
         return "TextNode"
+
+    @property
+    def hash(self) -> str:
+        if not OF_THE_QUESTION & set(self.metadata):
+            return super().hash
+        metadata = {key: value for key, value in self.metadata.items() if key not in OF_THE_QUESTION}
+        return TextNode(text=f"{self.ref_doc_id}\n{self.text}", metadata=metadata).hash
 
     @classmethod
     def showing(cls, node: BaseNode, view: str, *, metadata: bool = False) -> Self:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
-from lloco_engine import Engine, Hit
+from lloco_engine import Engine, Hit, Turn
 from lloco_integrations.handles import Handles
-from lloco_integrations.llama_index.node import LLoCONode
+from lloco_integrations.llama_index.node import OF_THE_QUESTION, WARNING, LLoCONode
+from lloco_integrations.sentinel import neutralise
 
 __all__ = ["LLoCORetriever"]
 
@@ -25,6 +28,10 @@ class LLoCORetriever(BaseRetriever):
         top_k: how many segments.
         filters: metadata key, doc_id, source or title, to a value or a collection of them.
         neighbours: segments to add before and after each.
+        min_score, lexical, floor: as in `RetrieveConfig`; None takes the engine's own. Where the best score is below
+            the floor, the nodes' metadata, and so the response's, has a ``lloco_warning``.
+        history: of the conversation: a follow-up is searched for with what the user said before. Leave it out where a
+            chat engine condenses the question itself. See `with_history`.
         tenant: whose documents.
         handles: mints them; by default what all classes on the engine share.
         more: as for `BaseRetriever`.
@@ -37,7 +44,11 @@ class LLoCORetriever(BaseRetriever):
         top_k: int = 4,
         filters: dict[str, Any] | None = None,
         neighbours: int = 0,
+        min_score: float | None = None,
+        lexical: float | None = None,
+        floor: float | None = None,
         tenant: str = "",
+        history: Sequence[Turn] = (),
         handles: Handles | None = None,
         **more: Any,
     ) -> None:
@@ -47,7 +58,11 @@ class LLoCORetriever(BaseRetriever):
             "top_k": top_k,
             "filters": filters,
             "neighbours": neighbours,
+            "min_score": min_score,
+            "lexical": lexical,
+            "floor": floor,
             "tenant": tenant,
+            "history": tuple(history),
         }
         self._handles = Handles.of(engine) if handles is None else handles
 
@@ -55,19 +70,34 @@ class LLoCORetriever(BaseRetriever):
         """The same for another tenant."""
         return LLoCORetriever(self._engine, handles=self._handles, **(self._options | {"tenant": tenant}))
 
+    def with_history(self, messages: Sequence[ChatMessage]) -> LLoCORetriever:
+        """The same in a conversation, for the next question."""
+        history = [
+            Turn("user" if message.role == MessageRole.USER else "assistant", neutralise(message.content or ""))
+            for message in messages
+            if message.role in (MessageRole.USER, MessageRole.ASSISTANT, MessageRole.CHATBOT)
+        ]
+        return LLoCORetriever(self._engine, handles=self._handles, **(self._options | {"history": history}))
+
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._nodes(self._engine.retrieve(query_bundle.query_str, **self._options))
+        question = query_bundle.query_str
+        return self._nodes(question, self._engine.retrieve(question, **self._options))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._nodes(await self._engine.aretrieve(query_bundle.query_str, **self._options))
+        question = query_bundle.query_str
+        return self._nodes(question, await self._engine.aretrieve(question, **self._options))
 
-    def _nodes(self, hits: list[Hit]) -> list[NodeWithScore]:
-        return [NodeWithScore(node=_node(hit, self._handles.mint([hit])), score=hit.score) for hit in hits]
+    def _nodes(self, question: str, hits: list[Hit]) -> list[NodeWithScore]:
+        warning = self._engine.doubt(hits, self._options["floor"])
+        more = {WARNING: warning} if warning else {}
+        return [
+            NodeWithScore(node=_node(hit, self._handles.mint([hit], question), more), score=hit.score) for hit in hits
+        ]
 
 
-def _node(hit: Hit, view: str) -> LLoCONode:
-    ours = {"title": hit.title, "source": hit.source, "windows": [[w.start, w.end] for w in hit.windows]}
-    hidden = ["windows"]
+def _node(hit: Hit, view: str, more: dict[str, str]) -> LLoCONode:
+    ours = {"title": hit.title, "source": hit.source, "windows": [[w.start, w.end] for w in hit.windows], **more}
+    hidden = sorted(OF_THE_QUESTION)
     node = TextNode(
         id_=hit.segment_id,
         text=hit.text,

@@ -33,6 +33,7 @@ class LLoCOVectorStore(BasePydanticVectorStore):
     Args:
         engine: whose store.
         tenant: whose nodes; no other's are ever seen.
+        min_score, lexical: as in `RetrieveConfig`; None takes the engine's own.
         inner: another vector store that searches instead; this one then only keeps the segments in step with it.
         handles: takes turns with other writers; by default what all classes on the engine share.
     """
@@ -40,6 +41,9 @@ class LLoCOVectorStore(BasePydanticVectorStore):
     stores_text: bool = True
     is_embedding_query: bool = False
     tenant: str = Field(default="", description="Whose nodes.")
+
+    min_score: float | None = Field(default=None, description="Nodes with a lower score are not found.")
+    lexical: float | None = Field(default=None, description="Share of the question's own words in a score.")
 
     _engine: Engine = PrivateAttr()
     _handles: Handles = PrivateAttr()
@@ -50,10 +54,12 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         engine: Engine,
         *,
         tenant: str = "",
+        min_score: float | None = None,
+        lexical: float | None = None,
         inner: BasePydanticVectorStore | None = None,
         handles: Handles | None = None,
     ) -> None:
-        fields: dict[str, Any] = {"tenant": tenant}
+        fields: dict[str, Any] = {"tenant": tenant, "min_score": min_score, "lexical": lexical}
         if inner is not None:
             fields |= {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
         super().__init__(**fields)
@@ -144,7 +150,14 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         """The best hit of each of the best nodes. A long node has several segments, so more of those may be needed."""
         top_k = wanted
         while True:
-            hits = self._engine.retrieve(question, top_k=top_k, filters=filters, tenant=self.tenant)
+            hits = self._engine.retrieve(
+                question,
+                top_k=top_k,
+                filters=filters,
+                min_score=self.min_score,
+                lexical=self.lexical,
+                tenant=self.tenant,
+            )
             best: dict[str, Hit] = {}
             for hit in hits:
                 if NODE in hit.metadata:
