@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lloco_engine.config import ChunkConfig
+from lloco_engine.documents import check_text
 from lloco_engine.errors import DocumentError
 from lloco_engine.tokenizing import encode, encoder_of
 from lloco_engine.types import Chunk, Document, Span
@@ -59,15 +60,10 @@ class Chunker:
         text, without added tokens (one written in the text is plain text); their windows cover them.
 
         Raises:
-            DocumentError: one character alone has more than ``segment_tokens`` tokens, or the text is not UTF-8.
+            DocumentError: one character alone has more than ``segment_tokens`` tokens, or it is no text.
         """
         text = document.text
-        try:
-            text.encode("utf-8")  # tokenizers complain in their own ways
-        except UnicodeEncodeError as error:
-            raise DocumentError(
-                f"text must be valid Unicode, and {document.doc_id!r} has a lone surrogate at character {error.start}"
-            ) from error
+        check_text("text", text)  # tokenizers complain in their own ways
         starts = encoder_of(self.tokenizer).starts(text)
         chunks: list[Chunk] = []
         begin = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +15,9 @@ from lloco_engine.adapters.choosing import Adapters
 from lloco_engine.answers import AnswerStream, AsyncAnswerStream
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, PrefixConfig, RetrieveConfig, StoreConfig
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
-from lloco_engine.ingest import Ingest, Progress, Source, read_sources
+from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
+from lloco_engine.readers import Reader
 from lloco_engine.recall import AskOptions, Found, Recall, Recalled, Wanted
 from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.retrieve import Retriever, SearchOptions, with_history, with_options
@@ -58,6 +60,7 @@ class Engine:
         self._device, self._dtype = device, dtype
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
         self._lock = threading.RLock()
+        self._compressing = threading.Lock()
         self._recall = Recall(store, setup)
 
     @classmethod
@@ -185,6 +188,7 @@ class Engine:
         *,
         tenant: str = "",
         metadata: Mapping[str, MetadataValue] | None = None,
+        prune: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """Compress documents into the store, one after another.
@@ -193,23 +197,33 @@ class Engine:
         under the same id replaces the earlier version. A run that was cut off goes on where it stopped, segment by
         segment. A damaged segment is made again.
 
+        A file stays the document that was read from it, by whatever path it is reached; one that was moved or renamed
+        is told by its text, and its labels follow. Other writers get in between segments and documents.
+
         Args:
             sources: documents, files (.txt, .md, .html, .pdf, .jsonl) and folders; read lazily.
             tenant: whose they are.
             metadata: added to every document's own.
+            prune: remove the documents that have vanished: those that were read before from a folder, or from a file
+                of records, that was read now, and that are no longer there. Without it they are named.
             progress: called when a document begins and after each of its segments.
 
         Returns:
-            what was done; documents that could not be used are in ``failed``, with the rule they break.
+            what was done; documents that could not be used are in ``failed``, with the rule they break, and so is a
+            source of a wrong type.
 
         Raises:
             StoreFull: the disk is full; finished documents and segments stay.
-            StoreLocked: another writer holds the store.
-            ConfigError: a metadata key is one of the names that every document has.
+            StoreLocked: another writer held the store for ten seconds; finished documents and segments stay.
+            ConfigError: the sources cannot be iterated over, or a metadata key is one of the names that every document
+                has; nothing was read.
         """
-        if isinstance(sources, Document | str | Path):
+        if isinstance(sources, Document | str | os.PathLike):
             sources = [sources]
-        items = read_sources(sources, tenant=tenant, metadata=metadata)
+        given: object = sources
+        if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray):
+            raise ConfigError(f"sources must be a document, a path or several, not of type {type(given).__name__}")
+        reader = Reader(tenant=tenant, metadata=metadata)
         run = Ingest(
             self.store,
             self.chunker,
@@ -218,9 +232,10 @@ class Engine:
             facts=self._setup.facts,
             decoder=lambda: self.decoder,
             embedder=self.embedder,
+            one_at_a_time=self._compressing,
             progress=progress,
         )
-        return run.run(items)
+        return run.run(sources, reader, tenant, prune=prune)
 
     def delete(self, doc_id: str, tenant: str = "") -> None:
         """Remove a document and the segments that no other has; `NotInStore` when the tenant has no such document."""
@@ -398,6 +413,7 @@ class Engine:
         *,
         tenant: str = "",
         metadata: Mapping[str, MetadataValue] | None = None,
+        prune: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """`ingest` in a thread; ``progress`` is called there. Cancelled, it stops after the segment at hand."""
@@ -410,7 +426,9 @@ class Engine:
                 progress(state)
 
         try:
-            return await asyncio.to_thread(self.ingest, sources, tenant=tenant, metadata=metadata, progress=watch)
+            return await asyncio.to_thread(
+                self.ingest, sources, tenant=tenant, metadata=metadata, prune=prune, progress=watch
+            )
         except asyncio.CancelledError:
             cancelled.set()
             raise

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lloco_engine.chunking import Chunker
-from lloco_engine.errors import DocumentError, StoreError
-from lloco_engine.readers import read_paths
-from lloco_engine.store import SegmentStats, Store, Writer
-from lloco_engine.store.catalogue import encode_value
-from lloco_engine.types import AnySegment, Chunk, Document, Failure, IngestReport, MetadataValue
+from lloco_engine.documents import file_of, is_older_note, printable
+from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
+from lloco_engine.readers import Identities, Reader
+from lloco_engine.store import DocumentInfo, SegmentStats, Store, Writer
+from lloco_engine.types import AnySegment, Chunk, Document, Failure, IngestReport
+from lloco_engine.vanished import find_vanished
+from lloco_engine.vanished import prune as remove_vanished
 
 if TYPE_CHECKING:
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.opening import DecoderFacts, Encodes
 
-__all__ = ["Ingest", "Progress", "Source", "read_sources"]
+__all__ = ["Ingest", "Progress", "Source"]
 
 Source = Document | str | Path
+Outcome = Literal["added", "replaced", "unchanged", "repaired", "moved"]
+_TRIES = 100  # each of them is spoilt only by a writer that was quicker
 
 
 @dataclass(frozen=True)
@@ -41,38 +46,6 @@ class Progress:
     documents_done: int = 0
 
 
-def read_sources(
-    sources: Iterable[Source], *, tenant: str = "", metadata: Mapping[str, MetadataValue] | None = None
-) -> Iterator[Document | Failure]:
-    """Documents out of documents, files and folders, lazily; what cannot be used is a Failure, and the rest go on.
-
-    Raises:
-        ConfigError: a metadata key is one of the names that every document has.
-    """
-    seen: set[tuple[str, str]] = set()
-    read_paths((), metadata=metadata)  # checks the keys, whatever the sources are
-    for source in sources:
-        if isinstance(source, Document):
-            items: Iterable[Document | Failure] = [_with(source, tenant, metadata or {})]
-        else:
-            items = read_paths([source], tenant=tenant, metadata=metadata)
-        for item in items:
-            if isinstance(item, Document) and (item.tenant, item.doc_id) in seen:
-                reason = f"a doc_id must come once in a run, and {item.doc_id!r} came before"
-                yield Failure(item.source or item.doc_id, reason)
-                continue
-            if isinstance(item, Document):
-                seen.add((item.tenant, item.doc_id))
-            yield item
-
-
-def _with(document: Document, tenant: str, metadata: Mapping[str, MetadataValue]) -> Document | Failure:
-    if tenant and document.tenant not in ("", tenant):
-        reason = f"a document must be of the run's tenant {tenant!r}, and this one is of {document.tenant!r}"
-        return Failure(document.source or document.doc_id, reason)
-    return replace(document, tenant=tenant or document.tenant, metadata={**document.metadata, **metadata})
-
-
 @dataclass
 class _Tally:
     """What an `IngestReport` is made of, while it grows."""
@@ -81,31 +54,26 @@ class _Tally:
     replaced: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    vanished: list[str] = field(default_factory=list)
+    pruned: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
+    documents: int = 0
     segments: int = 0
     source_tokens: int = 0
     slots: int = 0
     bytes_written: int = 0
     compress_s: float = 0.0
 
-    @property
-    def documents(self) -> int:
-        return len(self.added) + len(self.replaced) + len(self.unchanged) + len(self.repaired) + len(self.failed)
+    def report(self, seconds: float, skipped: Mapping[str, int]) -> IngestReport:
+        values: dict[str, Any] = vars(self).copy()
+        del values["documents"]
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return IngestReport(**values, seconds=seconds, skipped=dict(skipped))
 
-    def report(self, seconds: float) -> IngestReport:
-        return IngestReport(
-            tuple(self.added),
-            tuple(self.replaced),
-            tuple(self.unchanged),
-            tuple(self.repaired),
-            tuple(self.failed),
-            self.segments,
-            self.source_tokens,
-            self.slots,
-            self.bytes_written,
-            self.compress_s,
-            seconds,
-        )
+
+class _Overtaken(Exception):
+    """Another writer changed what is known of the document at hand."""
 
 
 class Ingest:
@@ -119,6 +87,7 @@ class Ingest:
         facts: of the decoder.
         decoder: loads the decoder; called only when there is something to compress.
         embedder: turns search windows into vectors.
+        one_at_a_time: a lock under which the decoder compresses a segment.
         progress: called as `Progress` says; what it raises stops the run.
     """
 
@@ -132,6 +101,7 @@ class Ingest:
         facts: DecoderFacts,
         decoder: Callable[[], LocalDecoder],
         embedder: Encodes,
+        one_at_a_time: AbstractContextManager[Any],
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._store = store
@@ -141,13 +111,22 @@ class Ingest:
         self._facts = facts
         self._decoder = decoder
         self._embedder = embedder
+        self._one_at_a_time = one_at_a_time
         self._progress = progress
         self._tally = _Tally()
+        self._identities = Identities(store.places)
 
-    def run(self, items: Iterable[Document | Failure]) -> IngestReport:
-        """Ingest documents until there are none left; those that cannot be used are in the report.
+    def run(self, sources: Iterable[Source], reader: Reader, tenant: str = "", *, prune: bool = False) -> IngestReport:
+        """Ingest sources until there are none left; what cannot be used is in the report.
 
         What was finished when an error or an interrupt ends the run stays: the next run goes on from there.
+        The write lock is held for no longer than it takes to write a segment or to commit a document.
+
+        Args:
+            sources: read lazily.
+            reader: reads them.
+            tenant: the reader's.
+            prune: remove what has vanished (see `find_vanished`).
 
         Raises:
             StoreLocked: another writer holds the store.
@@ -155,60 +134,104 @@ class Ingest:
             LLoCOError: whatever is wrong with more than one document.
         """
         began = time.perf_counter()
-        with self._store.writer() as writer:
-            for item in items:
-                if isinstance(item, Failure):
-                    self._tally.failed.append(item)
-                    continue
-                try:
-                    outcome = self._one(writer, item)
-                except (DocumentError, StoreError) as error:
-                    if not isinstance(error, DocumentError) and type(error) is not StoreError:
-                        raise  # full, locked, damaged: not this document's fault
-                    self._tally.failed.append(Failure(item.source or item.doc_id, str(error)))
-                else:
-                    done: list[str] = getattr(self._tally, outcome)
-                    done.append(item.doc_id)
-        return self._tally.report(time.perf_counter() - began)
+        tally = self._tally
+        for source in sources:
+            for item in reader.read(source):
+                self._take(item)
+                tally.documents += 1
+        vanished, removable, doubts = find_vanished(self._store, tenant, reader.areas, self._identities)
+        tally.vanished += [place.doc_id for place in vanished]
+        if prune:
+            tally.pruned += remove_vanished(self._store, tenant, removable)
+            tally.failed += doubts
+        self._store.publish()
+        return tally.report(time.perf_counter() - began, reader.skipped)
 
-    def _one(self, writer: Writer, document: Document) -> Literal["added", "replaced", "unchanged", "repaired"]:
-        _check(document)
+    def _take(self, item: Document | Failure) -> None:
+        if isinstance(item, Failure):
+            self._tally.failed.append(item)
+            return
+        try:
+            named = self._identities.claim(item)
+            outcome, doc_id = self._one(named, item)
+        except (DocumentError, StoreError) as error:
+            if not isinstance(error, DocumentError) and type(error) is not StoreError:
+                raise  # full, locked, damaged: not this document's fault
+            self._tally.failed.append(Failure(item.source or item.doc_id, str(error)))
+        else:
+            done: list[str] = getattr(self._tally, outcome)
+            done.append(doc_id)
+
+    def _one(self, named: Document, item: Document) -> tuple[Outcome, str]:
+        """Bring one document in, however often other writers change what is known of it, or remove a segment that it
+        shares, while its own are being made."""
+        for _ in range(_TRIES):
+            try:
+                return self._try(named, item), named.doc_id
+            except (_Overtaken, SegmentUnavailable, NotInStore):
+                named = self._identities.identify(item)
+        raise StoreError(f"other writers changed {named.doc_id!r} {_TRIES} times meanwhile; ingest it again")
+
+    def _try(self, document: Document, item: Document) -> Outcome:
         missing: list[str] = []
         state = self._store.document_state(document.doc_id, document.tenant)
         same_text = state is not None and state[0] == document.content_hash
         if same_text:
             missing = self._store.missing_segments(document.doc_id, document.tenant, verify=True)
-            if not missing and self._same_labels(document):
-                return "unchanged"
+            if not missing:
+                return self._relabel(document, item, state)
         chunks = self._chunker.split(document)
         starts = self._chain_starts(chunks)
         ids: list[str] = []
         for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
             previous = ids[-1] if start < number else None
-            ids.append(writer.segment_id(document.tenant, chunk.token_ids, previous))
+            ids.append(self._store.segment_id(document.tenant, chunk.token_ids, previous))
         before = self._tally.compress_s
-        stats = self._segments(writer, document, chunks, ids, starts)
-        if missing and set(missing) <= set(ids) and self._same_labels(document):
+        stats = self._segments(document, chunks, ids, starts)
+        if missing and set(missing) <= set(ids):
+            self._relabel(document, item, state)
             return "repaired"  # saving a segment again is all that it takes
         vectors = [
             self._embedder.encode([document.text[window.start : window.end] for window in chunk.windows])
             for chunk in chunks
         ]
-        outcome = writer.put_document(
-            document, chunks, ids, vectors, seconds=self._tally.compress_s - before, segment_stats=stats
-        )
+        with self._write(document, item, state) as writer:
+            outcome = writer.put_document(
+                document, chunks, ids, vectors, seconds=self._tally.compress_s - before, segment_stats=stats
+            )
         return "repaired" if missing else outcome
 
-    def _same_labels(self, document: Document) -> bool:
+    @contextmanager
+    def _write(self, document: Document, item: Document, state: tuple[str, int] | None) -> Iterator[Writer]:
+        """The write lock, for what was decided without it, if that is still right."""
+        with self._store.writer(publish=False) as writer:
+            if (
+                self._identities.identify(item).doc_id != document.doc_id
+                or self._store.document_state(document.doc_id, document.tenant) != state
+            ):
+                raise _Overtaken
+            yield writer
+
+    def _relabel(self, document: Document, item: Document, state: tuple[str, int] | None) -> Outcome:
+        """Let the labels of a document that is there with this text follow."""
         known = self._store.document(document.doc_id, document.tenant)
-        return known.title == document.title and dict(known.metadata) == dict(document.metadata)
+        labelled = known.title == document.title and dict(known.metadata) == dict(document.metadata)
+        stays = _is_same_place(known, document)
+        if labelled and stays and known.origin == document.origin:
+            return "unchanged"
+        kept = replace(document, source=known.source) if stays else document
+        with self._write(document, item, state) as writer:
+            writer.relabel(kept)
+        if labelled and stays:
+            return "unchanged"
+        return "moved" if not stays and document.origin else "replaced"
 
     def _chain_starts(self, chunks: Sequence[Chunk]) -> list[int]:
         facts: Any = self._facts  # has what is read of a decoder
         return self._compressor.chain_starts(facts, [len(chunk.token_ids) for chunk in chunks])
 
     def _segments(
-        self, writer: Writer, document: Document, chunks: Sequence[Chunk], ids: Sequence[str], starts: Sequence[int]
+        self, document: Document, chunks: Sequence[Chunk], ids: Sequence[str], starts: Sequence[int]
     ) -> list[SegmentStats]:
         """Every chunk's segment, in the store: found there, or compressed now, after those that it builds on.
 
@@ -219,20 +242,25 @@ class Ingest:
             self._tell(document, done, len(chunks))
             if segment_id in stats:
                 continue
-            kept = writer.segment_stats(segment_id)
+            kept = self._store.segment_stats(segment_id)
             if kept is None:
-                before = [self._store.load_segment(earlier) for earlier in ids[start:done]]
-                kept = self._compress(writer, chunk, segment_id, before)
+                with self._store.claim(segment_id):
+                    kept = self._store.segment_stats(segment_id)  # another may have made it meanwhile
+                    if kept is None:
+                        before = [self._store.load_segment(earlier) for earlier in ids[start:done]]
+                        kept = self._compress(chunk, segment_id, before)
             stats[segment_id] = replace(kept, previous=ids[done - 1] if start < done else None)
         self._tell(document, len(chunks), len(chunks))
         return [stats[segment_id] for segment_id in ids]
 
-    def _compress(self, writer: Writer, chunk: Chunk, segment_id: str, before: Sequence[AnySegment]) -> SegmentStats:
+    def _compress(self, chunk: Chunk, segment_id: str, before: Sequence[AnySegment]) -> SegmentStats:
         decoder, tally = self._decoder(), self._tally
-        began = time.perf_counter()
-        (segment,) = self._compressor.compress(decoder, chunk.token_ids, [self._ratio], before)
-        tally.compress_s += time.perf_counter() - began
-        saved = writer.save_segment(segment_id, segment)
+        with self._one_at_a_time:
+            began = time.perf_counter()
+            (segment,) = self._compressor.compress(decoder, chunk.token_ids, [self._ratio], before)
+            tally.compress_s += time.perf_counter() - began
+        with self._store.writer(publish=False) as writer:
+            saved = writer.save_segment(segment_id, segment)
         tally.segments += 1
         tally.source_tokens += len(chunk.token_ids)
         tally.slots += saved.slots
@@ -247,26 +275,11 @@ class Ingest:
         self._progress(Progress(document.doc_id, done, total, tally.source_tokens, rate, tally.documents))
 
 
-def _check(document: Document) -> None:
-    """What would fail only after the work was done.
-
-    Raises:
-        DocumentError: names the rule that the document breaks.
-    """
-    if not document.doc_id:
-        raise DocumentError("a document's id must not be empty")
-    if not document.text.strip():
-        raise DocumentError("a document must hold text, and this one is blank")
-    fields = {name: getattr(document, name) for name in ("doc_id", "text", "title", "source", "tenant")}
-    fields |= {key: value for key, value in document.metadata.items() if isinstance(value, str)}
-    for name, value in fields.items():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            reason = f"{name} must be valid Unicode, and character {error.start} is a lone surrogate"
-            raise DocumentError(reason) from error
-    for key, value in document.metadata.items():
-        try:
-            encode_value(key, value)
-        except ValueError as error:
-            raise DocumentError(str(error)) from error
+def _is_same_place(known: DocumentInfo, document: Document) -> bool:
+    """Whether a document's source is where it was: also where the same file is only named from another folder."""
+    if known.source == document.source:
+        return not known.origin or known.origin == document.origin
+    if not document.origin or known.origin != document.origin:
+        return is_older_note(known.origin, known.source, document.origin)
+    name, line = (source.rpartition("/")[2] for source in (known.source, document.source))
+    return name == line and name.startswith(printable(Path(file_of(document.origin)).name))

@@ -65,6 +65,8 @@ class Document:
 
     ``doc_id`` is unique within a tenant; the same id with another text replaces the earlier version. ``pages`` are in
     order, for formats that have them; ``encoding`` is that of the file it was read from, "" where it had none.
+    ``origin`` is the file, and the record in it, that a reader found it in, as a URI; empty for a document that came
+    otherwise. It says which document a file is, and is no part of what the document says.
     """
 
     doc_id: str
@@ -75,6 +77,7 @@ class Document:
     tenant: str = ""
     pages: tuple[Page, ...] = ()
     encoding: str = ""
+    origin: str = field(default="", compare=False)
 
     @property
     def content_hash(self) -> str:
@@ -283,13 +286,22 @@ class Failure:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did. Lists hold document ids; ``seconds`` is wall time."""
+    """What an ingest did. Lists hold document ids; ``seconds`` is wall time.
+
+    ``replaced`` have another text, title or metadata; ``moved`` the same text in another place; ``vanished`` were read
+    before from a folder or file that was read now, and are no longer there; ``pruned`` are those of them that were
+    removed. ``skipped`` counts what folders hold and was left out, by reason.
+    """
 
     added: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     repaired: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
+    vanished: tuple[str, ...] = ()
+    pruned: tuple[str, ...] = ()
     failed: tuple[Failure, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
     segments: int = 0
     source_tokens: int = 0
     slots: int = 0

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -69,16 +70,27 @@ class EngineDouble:
         return {"lloco": self.answer, "in_context": text, "text_retrieval": text}
 
     def ingest(
-        self, sources: Any, *, tenant: str = "", metadata: Mapping[str, Any] | None = None, progress: Any = None
+        self,
+        sources: Any,
+        *,
+        tenant: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        prune: bool = False,
+        progress: Any = None,
     ):
         sources = list(sources)
-        self._note("ingest", sources, {"tenant": tenant, "metadata": metadata})
+        self._note("ingest", sources, {"tenant": tenant, "metadata": metadata, "prune": prune})
+        skipped: Counter[str] = Counter()
         items = [item for item in sources if isinstance(item, Document)]
-        items += read_paths([source for source in sources if not isinstance(source, Document)], tenant=tenant)
+        paths = [source for source in sources if not isinstance(source, Document)]
+        items += read_paths(paths, tenant=tenant, skipped=skipped)
         documents = [item for item in items if isinstance(item, Document)]
         return IngestReport(
             added=tuple(document.doc_id for document in documents),
             failed=tuple(item for item in items if isinstance(item, Failure)),
+            vanished=("gone.md", "lost.md"),
+            pruned=("gone.md", "lost.md") if prune else (),
+            skipped=dict(skipped),
             source_tokens=1200,
             compress_s=2.0,
         )
@@ -350,6 +362,8 @@ def test_ingest_reports_what_it_did(engine, corpus):
     rows = {line.rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in result.stdout.splitlines()[1:] if line}
     assert rows["added"] == "2"
     assert rows["failed"] == "0"
+    assert (rows["vanished"], rows["pruned"]) == ("2", "0")
+    assert "vanished: gone.md" in result.stderr and "--prune removes them" in result.stderr
     assert "600 tokens/s" in result.stdout
     assert "skipped in folders: 1 .png" in result.stderr
 
@@ -361,6 +375,14 @@ def test_ingest_names_failures_and_exits_1(engine, corpus):
     assert f"failed: {corpus}/bad.txt: a text must not be binary" in result.stderr
     assert f"failed: {corpus}/gone.txt: no such file or folder" in result.stderr
     assert engine.closed == 1
+
+
+def test_ingest_says_what_was_pruned(engine, corpus):
+    result = run("ingest", corpus, "--prune")
+    assert result.exit_code == 0
+    assert "pruned: gone.md\npruned: lost.md\n" in result.stdout
+    assert "vanished" not in result.stderr
+    assert "lloco ingest docs/ --prune" in run("ingest", "--help").stdout
 
 
 def test_ingest_as_json(engine, corpus):
@@ -377,13 +399,15 @@ def test_ingest_passes_every_option_on(engine, corpus):
     run(
         "ingest", corpus, "--store", "s", "--decoder", "d", "--embedder", "e", "--ratio", "8",
         "--segment-tokens", "512", "--dtype", "int8", "--tenant", "acme", "--meta", "year=2024",
-        "--meta", "team=pumps", "--device", "cpu", "--compressor", "c", "--set", "chain=1",
+        "--meta", "team=pumps", "--device", "cpu", "--compressor", "c", "--set", "chain=1", "--prune",
     )  # fmt: skip
     assert engine.opened == {
         "store": Path("s"), "create": True, "decoder": "d", "embedder": "e", "ratio": 8.0, "segment_tokens": 512,
         "dtype": "int8", "device": "cpu", "compressor": "c", "settings": {"chain": 1},
     }  # fmt: skip
-    assert engine.calls == [("ingest", [corpus], {"tenant": "acme", "metadata": {"year": 2024, "team": "pumps"}})]
+    assert engine.calls == [
+        ("ingest", [corpus], {"tenant": "acme", "metadata": {"year": 2024, "team": "pumps"}, "prune": True})
+    ]
 
 
 def test_an_empty_folder_is_said_to_be_empty(engine, tmp_path):
@@ -393,15 +417,16 @@ def test_an_empty_folder_is_said_to_be_empty(engine, tmp_path):
 
 
 def test_the_bar_follows_the_engine(corpus, capsys, monkeypatch):
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
+
+    from lloco_engine.engine import Progress
 
     shown = []
-    monkeypatch.setattr(Progress, "update", lambda self, task, **fields: shown.append(fields))
+    monkeypatch.setattr(Bar, "update", lambda self, task, **fields: shown.append(fields))
     with _progress([corpus], show=True) as report:
         assert report is not None
-        for doc_id, done in (("a.txt", 1), ("a.txt", 2), ("b.md", 1), ("b.md", 2)):
-            event = {"document": doc_id, "done_segments": done, "total_segments_of_document": 2, "tokens_per_s": 1500.0}
-            report(SimpleNamespace(**event))
+        for number, doc_id, done in ((0, "a.txt", 1), (0, "a.txt", 2), (1, "x/b.md", 1), (1, "x/b.md", 2)):
+            report(Progress(doc_id, done, 2, 0, 1500.0, number))
     assert [fields["completed"] for fields in shown] == [5, 10, 14, 18]  # characters, of 10 and 8
     assert shown[0]["rate"] == "1,500 tokens/s"
     assert capsys.readouterr().out == ""

@@ -17,7 +17,7 @@ PACKAGE = Path(lloco_engine.__file__).parent
 # One tuple per stage, in the order of the spine. A module imports its own stage or earlier ones.
 STAGES = (
     ("errors",),
-    ("config", "types", "reasoning", "tokenizing", "tokens", "weights"),
+    ("config", "types", "documents", "reasoning", "tokenizing", "tokens", "weights"),
     ("fingerprints", "models"),
     ("embedder", "chunking", "readers", "lexical"),
     ("store",),
@@ -27,7 +27,7 @@ STAGES = (
     ("compress",),
     ("adapters",),
     ("ledger", "baselines"),
-    ("opening", "ingest", "answers", "recall", "engine"),
+    ("opening", "ingest", "vanished", "answers", "recall", "engine"),
     ("finetune", "testing"),
     ("demo", "eval"),
     ("cli",),

@@ -178,7 +178,7 @@ def test_records_become_documents_with_their_scalars_as_metadata(tmp_path):
         ('{"doc_id": 7, "text": "t"}', '"doc_id" as a string, and it is a number'),
         ('{"doc_id": "x"}', '"text" as a string, and it is missing'),
         ('{"doc_id": "x", "text": null}', '"text" as a string, and it is null'),
-        ('{"doc_id": " ", "text": "t"}', '"doc_id" must not be empty'),
+        ('{"doc_id": " ", "text": "t"}', "id must not be empty"),
         ('{"doc_id": "x", "text": "t", "title": []}', '"title" must be a string, not a list'),
         ('{"doc_id": "x", "text": " \\n"}', "this one is blank"),
         ('{"doc_id": "x", "text": "a\\u0000b"}', "character 1 is NUL"),
@@ -258,29 +258,35 @@ def test_a_huge_file_is_refused_without_being_read(tmp_path):
     assert "at most 49 bytes" in refused(tmp_path / "exact.txt", config=ReadConfig(max_bytes=49))
 
 
-def test_the_same_id_twice_is_refused_and_the_same_text_twice_is_not(tmp_path):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
+def test_files_of_one_name_are_told_apart_by_the_folders_above_them(tmp_path):
+    for folder in ("one", "two", "three/two"):
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.txt").write_text("same")
     (tmp_path / "one" / "b.txt").write_text("same")
-    documents, (failure,) = read(tmp_path / "one", tmp_path / "two")
-    assert [document.doc_id for document in documents] == ["a.txt", "b.txt"]
-    assert failure.source == (tmp_path / "two" / "a.txt").as_posix()
-    assert "'a.txt' was read from" in failure.reason
-    assert (tmp_path / "one" / "a.txt").as_posix() in failure.reason
+    documents, failures = read(tmp_path / "one", tmp_path / "two", tmp_path / "three" / "two")
+    assert [document.doc_id for document in documents] == ["a.txt", "b.txt", "two/a.txt", "three/two/a.txt"]
+    assert failures == []
+
+
+def test_a_record_id_that_came_before_is_refused_by_name(tmp_path):
+    one = write_jsonl(tmp_path / "1.jsonl", {"doc_id": "a", "text": "t"})
+    two = write_jsonl(tmp_path / "2.jsonl", {"doc_id": "a", "text": "u"})
+    documents, (failure,) = read(one, two)
+    assert [document.text for document in documents] == ["t"]
+    assert failure == Failure(f"{two}:1", f"a doc_id must come once in a run, and 'a' was read from {one}:1")
 
 
 def test_an_unreadable_file_is_named_and_the_rest_go_on(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt", "c.jsonl", "d.txt"):
         (tmp_path / name).write_text("text")
-    real = Path.open
+    real = os.open
 
-    def guarded(self, *args, **kwargs):
-        if self.name in ("b.txt", "c.jsonl"):
+    def guarded(path, *args, **kwargs):
+        if Path(path).name in ("b.txt", "c.jsonl"):
             raise PermissionError(13, "Permission denied")
-        return real(self, *args, **kwargs)
+        return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", guarded)
+    monkeypatch.setattr(os, "open", guarded)
     documents, failures = read(tmp_path)
     assert [document.doc_id for document in documents] == ["a.txt", "d.txt"]
     assert [failure.source for failure in failures] == [f"{tmp_path}/b.txt", f"{tmp_path}/c.jsonl"]
@@ -351,6 +357,8 @@ def test_links_are_followed_only_to_files_inside_the_folder(tmp_path):
     (outside / "secret.txt").write_text("secret")
     (root / "sub" / "real.txt").write_text("real")
     (root / "alias.txt").symlink_to(root / "sub" / "real.txt")
+    (root / "sub" / ".kept").write_text("behind a hidden name")
+    (root / "name.txt").symlink_to(root / "sub" / ".kept")
     (root / "leak.txt").symlink_to(outside / "secret.txt")
     (root / "leak").symlink_to(outside)
     (root / "sub" / "loop").symlink_to(root)
@@ -358,10 +366,11 @@ def test_links_are_followed_only_to_files_inside_the_folder(tmp_path):
     (root / "circle.txt").symlink_to(root / "circle.txt")
     skipped: Counter[str] = Counter()
     documents, failures = read(root, skipped=skipped)
-    assert [document.doc_id for document in documents] == ["alias.txt", "sub/real.txt"]
+    assert [document.doc_id for document in documents] == ["sub/real.txt", "name.txt"]
     assert [Path(failure.source).name for failure in failures] == ["broken.txt", "circle.txt"]
     assert all("link is broken" in failure.reason for failure in failures)
-    assert skipped == {"link that leaves the folder": 2, "link to a folder": 1}
+    other = "other name of a file that was read"
+    assert skipped == {"link that leaves the folder": 2, "link to a folder": 1, "hidden": 1, other: 1}
     assert "link is broken" in refused(root / "broken.txt")
     assert read(root / "leak.txt")[0][0].text == "secret"  # named by the user, so meant
 
@@ -403,8 +412,8 @@ def test_reading_is_lazy(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     opened = []
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self.name) or real(self, *args))
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *args: opened.append(Path(path).name) or real(path, *args))
     items = read_paths([tmp_path])
     assert opened == []
     next(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,11 +57,22 @@ def test_a_document_comes_back_as_it_was_put(tmp_path):
 
 
 def test_text_survives_that_sqlite_finds_hard(tmp_path):
-    doc = Document("odd\x00id", "a\x00b\r\n\N{GRINNING FACE}" * 10, title="\x00")
+    doc = Document("odd'\"%id", "a\x01b\r\n\ufffe\N{GRINNING FACE}" * 10, title="\x1b")
     with make_store(tmp_path / "s", doc) as store:
-        assert store.document_text("odd\x00id") == doc.text
-        assert store.document("odd\x00id").title == "\x00"
+        assert store.document_text(doc.doc_id) == doc.text
+        assert store.document(doc.doc_id).title == "\x1b"
         assert store.verify() == []
+
+
+@pytest.mark.parametrize("field", ["doc_id", "text", "title", "source", "tenant", "origin"])
+def test_nul_is_refused_for_sqlite_would_find_no_word_behind_it(tmp_path, field):
+    doc = replace(document("a"), **{field: "a\x00b"})
+    with (
+        make_store(tmp_path / "s") as store,
+        store.writer() as writer,
+        pytest.raises(DocumentError, match=rf"{field} must not be binary, and character 1 is NUL"),
+    ):
+        put(writer, doc)
 
 
 def test_replacing_counts_versions_and_removes_what_is_no_longer_used(tmp_path):
@@ -241,8 +253,11 @@ def test_what_cannot_be_put_is_refused_and_changes_nothing(tmp_path):
             (
                 DocumentError,
                 "must tile",
-                {"document": Document("a", ""), "chunks": [], "ids": [], "vectors": [], "stats": []},
+                {"document": doc, "chunks": [], "ids": [], "vectors": [], "stats": []},
             ),
+            (DocumentError, "must hold text", {"document": Document("a", "")}),
+            (DocumentError, "no control characters, and character 1 is one", {"document": Document("a\nb", doc.text)}),
+            (DocumentError, "at most 10,000 characters, not 10,001", {"document": Document("a" * 10_001, doc.text)}),
             (DocumentError, "id must not be empty", {"document": Document("", doc.text)}),
             (
                 DocumentError,
@@ -253,7 +268,7 @@ def test_what_cannot_be_put_is_refused_and_changes_nothing(tmp_path):
             (StoreError, "3 chunks but 2 segment ids", {"ids": ids[:2]}),
             (StoreError, r"of shape \(2, 8\), not \(2, 7\)", {"vectors": [vectors[0][:, :7], *vectors[1:]]}),
             (StoreError, "must be finite", {"vectors": [vectors[0] * np.nan, *vectors[1:]]}),
-            (StoreError, "is not in the store; save it", {"ids": ["0" * 32, *ids[1:]]}),
+            (SegmentUnavailable, "is not in the store; save it", {"ids": ["0" * 32, *ids[1:]]}),
         ):
             with pytest.raises(error, match=message):
                 attempt(**arguments)

@@ -83,6 +83,7 @@ def _compress_again(store: Path, decoder: str | None, device: str | None) -> lis
                 source=info.source,
                 metadata=info.metadata,
                 tenant=info.tenant,
+                origin=info.origin,
             )
             for info in broken
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -69,6 +68,9 @@ def ingest(
     group: Annotated[
         str | None, typer.Option("--group", metavar="NAME", help="Group of every document, whose adapter will answer.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove documents whose files have vanished from the folders.")
+    ] = False,
     device: Device = None,
     as_json: AsJSON = False,
 ) -> None:
@@ -79,9 +81,19 @@ def ingest(
     cut off goes on where it stopped. What cannot be used is named with the
     rule it breaks, the rest is ingested, and the exit code is 1.
 
+    A file that was moved or renamed stays the document that it was. What was
+    read before from these folders and is no longer there is named, and removed
+    with --prune: never documents of other folders. A folder that is missing is
+    a failure, and one that holds nothing is not pruned.
+
+    Exit codes: 0 all was ingested, 1 something failed or was refused,
+    2 wrong usage, 130 interrupted.
+
     \b
     Examples:
       lloco ingest docs/
+      lloco ingest docs/ --prune
+      lloco ingest docs/ notes/ --prune --json
       lloco ingest a.pdf b.md --store work --meta year=2024 --meta team=pumps
       lloco ingest corpus.jsonl --ratio 8 --json
       lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
@@ -90,7 +102,6 @@ def ingest(
     metadata = parse_metadata(meta or [])
     if group is not None:
         metadata[GROUP] = check_group(group)
-    skipped = _skipped(paths)
     with factory.open_engine(
         store,
         create=True,
@@ -105,36 +116,27 @@ def ingest(
     ) as engine:
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
-                report = engine.ingest(paths, tenant=tenant, metadata=metadata, progress=report_progress)
+                report = engine.ingest(paths, tenant=tenant, metadata=metadata, prune=prune, progress=report_progress)
         except KeyboardInterrupt:
             typer.echo("Documents finished so far are in the store; the same command goes on from here.", err=True)
             raise
     if as_json:
-        print_json(report.as_dict() | {"skipped": dict(skipped)})
+        print_json(report.as_dict())
     else:
-        _print_report(report, skipped)
+        _print_report(report)
     if report.failed:
         raise typer.Exit(1)
 
 
-def _skipped(paths: Sequence[Path]) -> Counter[str]:
-    """What the folders among ``paths`` hold and is left out, by reason."""
-    from lloco_engine.readers import SUFFIXES
-    from lloco_engine.readers.walk import find_files
-
-    skipped: Counter[str] = Counter()
-    for path in paths:
-        for _ in find_files(path.expanduser(), SUFFIXES, skipped):
-            pass
-    return skipped
-
-
-def _print_report(report: IngestReport, skipped: Counter[str]) -> None:
+def _print_report(report: IngestReport) -> None:
     rows: list[tuple[str, object]] = [
         ("added", len(report.added)),
         ("replaced", len(report.replaced)),
         ("unchanged", len(report.unchanged)),
         ("repaired", len(report.repaired)),
+        ("moved", len(report.moved)),
+        ("vanished", len(report.vanished)),
+        ("pruned", len(report.pruned)),
         ("failed", len(report.failed)),
         ("segments written", report.segments),
         ("source tokens", report.source_tokens),
@@ -146,11 +148,20 @@ def _print_report(report: IngestReport, skipped: Counter[str]) -> None:
     if report.compress_s > 0:
         rows.insert(-1, ("rate", f"{report.source_tokens / report.compress_s:.0f} tokens/s"))
     print_table(["documents", "count>"], rows)
-    if skipped:
-        left_out = ", ".join(f"{count} {safe(reason)}" for reason, count in sorted(skipped.items()))
+    if report.skipped:
+        left_out = ", ".join(f"{count} {safe(reason)}" for reason, count in sorted(report.skipped.items()))
         typer.echo(f"skipped in folders: {left_out}", err=True)
-    elif not (report.added or report.replaced or report.unchanged or report.repaired or report.failed):
+    elif not any((report.added, report.replaced, report.unchanged, report.repaired, report.moved, report.failed)):
         typer.echo("note: there was nothing to ingest", err=True)
+    for doc_id in report.moved:
+        typer.echo(f"moved: {safe(doc_id)}")
+    for doc_id in report.pruned:
+        typer.echo(f"pruned: {safe(doc_id)}")
+    left = [doc_id for doc_id in report.vanished if doc_id not in set(report.pruned)]
+    for doc_id in left:
+        typer.echo(f"vanished: {safe(doc_id)}", err=True)
+    if left:
+        typer.echo(f"note: {len(left)} vanished document(s) are still in the store; --prune removes them", err=True)
     for failure in report.failed:
         typer.echo(f"failed: {safe(failure.source)}: {safe(failure.reason)}", err=True)
 
@@ -164,8 +175,7 @@ def _progress(paths: Sequence[Path], *, show: bool) -> Iterator[Callable[[Progre
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    before, chars = _measure(paths)
-    total = sum(chars.values())
+    ends = _measure(paths)
     columns = (
         TextColumn("{task.fields[name]}", markup=False),
         BarColumn(),
@@ -175,30 +185,27 @@ def _progress(paths: Sequence[Path], *, show: bool) -> Iterator[Callable[[Progre
         TextColumn("left"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total or None, name="reading", rate="")
+        task = bar.add_task("", total=ends[-1] or None, name="reading", rate="")
 
         def report(progress: Any) -> None:
-            doc_id = str(getattr(progress.document, "doc_id", progress.document))
+            begin, end = (ends[min(progress.documents_done + more, len(ends) - 1)] for more in (0, 1))
             share = progress.done_segments / max(progress.total_segments_of_document, 1)
             bar.update(
                 task,
-                completed=before.get(doc_id, 0) + chars.get(doc_id, 0) * share,
-                name=safe(doc_id)[-40:],
+                completed=begin + (end - begin) * share,
+                name=safe(progress.document)[-40:],
                 rate=f"{progress.tokens_per_s:,.0f} tokens/s",
             )
 
         yield report
 
 
-def _measure(paths: Sequence[Path]) -> tuple[dict[str, int], dict[str, int]]:
-    """Characters before each document, and in it, by id: reading is quick beside compressing."""
+def _measure(paths: Sequence[Path]) -> list[int]:
+    """Characters up to each thing that an ingest reads, document or failure, and at last in all: reading is quick
+    beside compressing."""
     from lloco_engine.readers import read_paths
 
-    before: dict[str, int] = {}
-    chars: dict[str, int] = {}
-    total = 0
+    ends = [0]
     for item in read_paths(paths):
-        if not isinstance(item, Failure):
-            before[item.doc_id], chars[item.doc_id] = total, len(item.text)
-            total += len(item.text)
-    return before, chars
+        ends.append(ends[-1] + (0 if isinstance(item, Failure) else len(item.text)))
+    return ends

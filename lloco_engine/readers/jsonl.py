@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lloco_engine.config import ReadConfig
+from lloco_engine.documents import printable
 from lloco_engine.errors import DocumentError
 from lloco_engine.readers.encodings import UnclearEncoding, decode, find_encoding, is_wide
-from lloco_engine.readers.walk import printable
+from lloco_engine.readers.walk import open_file
 from lloco_engine.types import Document, Failure
 
 __all__ = ["read_jsonl"]
@@ -31,7 +32,7 @@ def read_jsonl(path: Path, config: ReadConfig) -> Iterator[tuple[str, Document |
         OSError: the file cannot be read.
     """
     most = min(config.max_bytes, 4 * config.max_text)
-    with path.open("rb") as handle:
+    with open_file(path) as handle:
         head = handle.read(_HEAD)
         encoding, mark = _encoding(head)
         handle.seek(mark)
@@ -125,8 +126,6 @@ def _document(line: str, where: str) -> Document:
         if not isinstance(record.get(name), str):
             found = _kind(record[name]) if name in record else "missing"
             raise DocumentError(f'a record needs "{name}" as a string, and it is {found}')
-    if not record["doc_id"].strip():
-        raise DocumentError('a record\'s "doc_id" must not be empty')
     for name in ("title", "source"):
         if not isinstance(record.get(name), str | None):
             raise DocumentError(f'a record\'s "{name}" must be a string, not {_kind(record[name])}')

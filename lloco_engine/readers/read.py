@@ -2,23 +2,142 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lloco_engine.config import ReadConfig
+from lloco_engine.documents import check_document, origin_of, printable, record_of
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.readers.apart import parse_apart
 from lloco_engine.readers.formats import FORMATS, parse
+from lloco_engine.readers.identity import Identities
 from lloco_engine.readers.jsonl import read_jsonl
-from lloco_engine.readers.walk import Found, find_files, printable
+from lloco_engine.readers.walk import Found, find_files, open_file
 from lloco_engine.types import Document, Failure, MetadataValue
 
-__all__ = ["SUFFIXES", "read_paths"]
+__all__ = ["SUFFIXES", "Area", "Reader", "read_paths"]
 
-SUFFIXES = (*FORMATS, ".jsonl")
+_RECORDS = (".jsonl",)  # files of documents with ids of their own
+SUFFIXES = (*FORMATS, *_RECORDS)
 _RESERVED = ("doc_id", "source", "title", "text", "tenant")
+
+
+@dataclass
+class Area:
+    """A folder, or a file of records, that was read: what was read from it before and is not there now has vanished.
+
+    ``origin`` is its own; ``source`` its name as given; ``files`` how many were found in it (of a file: its records).
+    ``whole`` says whether all that it holds is known: not where a record could not be read, for which one that was is
+    not known.
+    """
+
+    origin: str
+    source: str
+    records: bool = False
+    files: int = 0
+    whole: bool = True
+
+
+class Reader:
+    """One run over documents, files and folders: what each holds, every file once, however it is reached.
+
+    Args:
+        tenant: set on every document.
+        metadata: added to every document; wins over a record's own field of the same name.
+        config: limits; what is beyond them is a Failure.
+
+    Raises:
+        ConfigError: a metadata key is one of the names that every document has.
+    """
+
+    def __init__(
+        self,
+        *,
+        tenant: str = "",
+        metadata: Mapping[str, MetadataValue] | None = None,
+        config: ReadConfig | None = None,
+    ) -> None:
+        self._tenant = tenant
+        self._metadata = dict(metadata or {})
+        self._config = config or ReadConfig()
+        self._met: set[str | tuple[int, int]] = set()
+        self.skipped: Counter[str] = Counter()  # what folders hold but was left out, by reason
+        self.areas: list[Area] = []  # what was read to its end
+        if clash := [key for key in self._metadata if key in _RESERVED]:
+            raise ConfigError(
+                f"metadata must not use the names {', '.join(_RESERVED)}, and {clash[0]!r} is one of them"
+            )
+
+    def read(self, source: object) -> Iterator[Document | Failure]:
+        """The documents of one source, each as it may be (`check_document`); what cannot be used is a Failure.
+
+        Args:
+            source: a Document, or the path of a file or folder. Anything else is a Failure too.
+        """
+        if isinstance(source, Document):
+            yield self._checked(source, printable(source.source or source.doc_id))
+            return
+        if not isinstance(source, str | os.PathLike) or not isinstance(path := os.fspath(source), str):
+            reason = f"a source must be a Document or a path, not of type {type(source).__name__}"
+            yield Failure(printable(repr(source))[:200], reason)
+            return
+        try:
+            root = Path(path).expanduser()
+        except RuntimeError as error:
+            yield Failure(printable(path), f"no such file or folder: {error}")
+            return
+        yield from self._files(root)
+
+    def _files(self, root: Path) -> Iterator[Document | Failure]:
+        area: Area | None = None
+        if os.path.isdir(root):
+            area = Area(origin_of(Path(os.path.realpath(root))), printable(root))
+        for found in find_files(root, SUFFIXES, self.skipped):
+            if isinstance(found, Failure):
+                yield found
+                continue
+            if area is not None:
+                area.files += 1
+            if found.origin in self._met or found.linked in self._met:
+                self.skipped["other name of a file that was read"] += 1
+                continue
+            self._met |= {found.origin} | ({found.linked} if found.linked else set())
+            yield from self._file(found)
+        if area is not None:
+            self.areas.append(area)
+
+    def _file(self, found: Found) -> Iterator[Document | Failure]:
+        records = found.path.suffix.lower() in _RECORDS
+        area = Area(found.origin, printable(found.path), records=True)
+        for where, read in _documents(found, self._config):
+            item = read
+            if isinstance(read, Document):
+                origin = record_of(found.origin, read.doc_id) if records else found.origin
+                item = self._checked(replace(read, origin=origin), where)
+            area.files += 1
+            area.whole &= isinstance(item, Document)
+            yield item
+        if records:
+            self.areas.append(area)
+
+    def _checked(self, document: Document, where: str) -> Document | Failure:
+        """A document with the run's tenant and metadata, or the rule that it breaks, told of where it stands."""
+        try:
+            check_document(document)
+            if self._tenant and document.tenant not in ("", self._tenant):
+                raise DocumentError(
+                    f"a document must be of the run's tenant {self._tenant!r}, and this one is of {document.tenant!r}"
+                )
+            tenant = self._tenant or document.tenant
+            document = replace(document, tenant=tenant, metadata={**document.metadata, **self._metadata})
+            if self._metadata or self._tenant:
+                check_document(document)
+        except DocumentError as error:
+            return Failure(where, str(error))
+        return document
 
 
 def read_paths(
@@ -32,45 +151,22 @@ def read_paths(
     """Documents read from files and folders, one at a time; what cannot be used is a Failure, and the rest go on.
 
     A file's id is its path relative to the folder that was given (``/`` between parts), or its name where it was
-    given itself; a JSON Lines record brings its own. Below a folder only known suffixes count.
+    given itself, with as many folders before it as tell it from other files of the run; a JSON Lines record brings
+    its own. Below a folder only known suffixes count. A file that is reached twice is read once.
 
     Args:
         paths: files of the kinds that docs/documents.md lists, and folders.
-        tenant: set on every document.
-        metadata: added to every document; wins over a record's own field of the same name.
-        config: limits; what is beyond them is a Failure.
+        tenant, metadata, config: as a `Reader` takes them.
         skipped: when given, counts what a folder holds but was left out, by reason.
 
     Raises:
         ConfigError: a metadata key is one of the names that every document has.
     """
-    extra = dict(metadata or {})
-    if clash := [key for key in extra if key in _RESERVED]:
-        raise ConfigError(f"metadata must not use the names {', '.join(_RESERVED)}, and {clash[0]!r} is one of them")
-    return _read(paths, tenant, extra, config or ReadConfig(), Counter() if skipped is None else skipped)
-
-
-def _read(
-    paths: Iterable[str | Path],
-    tenant: str,
-    metadata: Mapping[str, MetadataValue],
-    config: ReadConfig,
-    skipped: Counter[str],
-) -> Iterator[Document | Failure]:
-    first_seen: dict[str, str] = {}
-    for path in paths:
-        for found in find_files(Path(path).expanduser(), SUFFIXES, skipped):
-            if isinstance(found, Failure):
-                yield found
-                continue
-            for where, item in _documents(found, config):
-                if isinstance(item, Failure):
-                    yield item
-                elif problem := _problem(item, first_seen):
-                    yield Failure(where, problem)
-                else:
-                    first_seen[item.doc_id] = where
-                    yield replace(item, tenant=tenant, metadata={**item.metadata, **metadata})
+    reader = Reader(tenant=tenant, metadata=metadata, config=config)
+    if skipped is not None:
+        reader.skipped = skipped
+    identities = Identities()
+    return (identities.claimed(item) for path in paths for item in reader.read(path))
 
 
 def _documents(found: Found, config: ReadConfig) -> Iterator[tuple[str, Document | Failure]]:
@@ -112,7 +208,7 @@ def _document(found: Found, source: str, suffix: str, config: ReadConfig) -> Doc
 
 
 def _bytes(path: Path, most: int) -> bytes:
-    with path.open("rb") as handle:
+    with open_file(path) as handle:
         data = handle.read(most + 1) if path.stat().st_size <= most else None
     if data is None or len(data) > most:
         raise DocumentError(
@@ -121,21 +217,3 @@ def _bytes(path: Path, most: int) -> bytes:
     if not data.strip():
         raise DocumentError(f"a file must hold text, and this one is {'blank' if data else 'empty'}")
     return data
-
-
-def _problem(document: Document, first_seen: Mapping[str, str]) -> str:
-    """The rule that a document breaks as a whole; empty when it breaks none."""
-    if not document.text.strip():
-        return "a document must hold text, and this one is blank"
-    fields = {"doc_id": document.doc_id, "text": document.text, "title": document.title, "source": document.source}
-    words = {key: value for key, value in document.metadata.items() if isinstance(value, str)}
-    for name, value in (fields | words).items():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return f"{name} must be valid Unicode, and character {error.start} is a lone surrogate"
-        if "\0" in value:
-            return f"{name} must not be binary, and character {value.index(chr(0))} is NUL"
-    if document.doc_id in first_seen:
-        return f"a doc_id must come once in a run, and {document.doc_id!r} was read from {first_seen[document.doc_id]}"
-    return ""

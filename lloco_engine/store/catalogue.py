@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lloco_engine.errors import ConfigError, NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
+from lloco_engine.documents import Place, encode_value
+from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
 from lloco_engine.store.legacy import legacy_adapters
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
@@ -35,7 +35,7 @@ _HIT = """
 _INFO = """
     SELECT d.doc_id, d.tenant, d.title, d.source, d.metadata, d.version, d.content_hash, d.chars, d.source_tokens,
            count(*), sum((SELECT count(*) FROM windows w WHERE w.chunk_key = c.chunk_key)), sum(s.slots),
-           sum(s.bytes), d.compress_s, d.ingested_at
+           sum(s.bytes), d.compress_s, d.ingested_at, d.origin
     FROM documents d JOIN chunks c USING (doc_key) JOIN segments s USING (segment_id)
 """
 
@@ -135,6 +135,28 @@ class Catalogue:
         where = f" WHERE {' AND '.join(terms)}" if terms else ""
         rows = self.connection.execute(f"{_INFO}{where} GROUP BY d.doc_key ORDER BY d.tenant, d.doc_id", wanted)
         return [_info(row) for row in rows]
+
+    def places(
+        self,
+        tenant: str,
+        *,
+        doc_id: str | None = None,
+        origin: str | None = None,
+        content_hash: str | None = None,
+        below: str | None = None,
+    ) -> list[Place]:
+        """Where a tenant's documents came from, oldest first: all, or those with this id, origin or text, or those
+        whose origin begins with ``below``."""
+        wanted = {"tenant": tenant, "doc_id": doc_id, "origin": origin, "content_hash": content_hash}
+        terms = [f"{name} = :{name}" for name, value in wanted.items() if value is not None]
+        if below is not None:  # by the index, which LIKE would not use
+            terms.append("origin >= :below AND origin < :beyond")
+            wanted |= {"below": below, "beyond": below[:-1] + chr(ord(below[-1]) + 1)}
+        rows = self.connection.execute(
+            f"SELECT doc_id, origin, source, content_hash FROM documents WHERE {' AND '.join(terms)} ORDER BY doc_key",
+            wanted,
+        )
+        return [Place(*row) for row in rows]
 
     def text(self, doc_key: int) -> str:
         """The whole text of a document."""
@@ -283,23 +305,6 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def encode_value(key: str, value: object) -> str:
-    """A metadata value as filters compare it: by type and value, numbers as numbers.
-
-    Raises:
-        ConfigError: not text, a finite number or a boolean.
-    """
-    if isinstance(value, str):
-        return f"s:{value}"
-    if isinstance(value, bool):
-        return f"b:{value}".lower()
-    if isinstance(value, int):
-        return f"n:{value}"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"n:{int(value)}" if value.is_integer() else f"n:{value!r}"
-    raise ConfigError(f"metadata {key!r} must be text, a finite number or a boolean, not {value!r}")
 
 
 def filter_options(key: str, wanted: object) -> tuple[str, ...]:

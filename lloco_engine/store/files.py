@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lloco_engine.errors import NotInStore, StoreError, StoreFull
+from lloco_engine.store.lock import CLAIM, is_claimed
 
 __all__ = ["Layout", "check_segment_id", "write_atomic"]
 
@@ -69,7 +70,8 @@ class Layout:
         """Remove what a killed writer left half written. Only the holder of the write lock may."""
         with suppress(FileNotFoundError):
             for path in self.temporary.iterdir():
-                path.unlink(missing_ok=True)
+                if path.suffix != CLAIM or not is_claimed(path):
+                    path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes | memoryview, temporary: Path) -> None:

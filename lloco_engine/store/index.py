@@ -58,6 +58,15 @@ class Query:
     lexical: float = 0.0
 
 
+@dataclass(frozen=True)
+class Published:
+    """An index ready to be saved: the generation that it is of, how many windows it holds, its bytes."""
+
+    generation: int
+    windows: int
+    data: memoryview
+
+
 class SearchIndex:
     """Windows of one store in memory. Safe for use from several threads.
 
@@ -155,16 +164,18 @@ class SearchIndex:
         return made
 
     def publish(self, catalogue: Catalogue) -> None:
-        """Save the index for the catalogue's state, record it there, and remove older files.
+        """`prepare` and `save`, for the holder of the write lock."""
+        if (ready := self.prepare(catalogue)) is not None:
+            self.save(catalogue, ready)
 
-        For the holder of the write lock. A full disk is no error: the index can be made again.
-        """
+    def prepare(self, catalogue: Catalogue) -> Published | None:
+        """The index for the catalogue's state, ready to be saved; None where a good one is on disk."""
         faiss = _faiss()
 
         with self._lock, catalogue.transaction():
             recorded, generation = catalogue.index_file(), catalogue.generation()
             if recorded is not None and recorded[0] == generation and self._read(recorded)[1] is None:
-                return
+                return None
             self._follow(catalogue)
             live = self._live_ids(catalogue)
             graph = self._wants_graph(len(live))
@@ -177,13 +188,21 @@ class SearchIndex:
             with self._lock:
                 if self._generation == generation:
                     self._hold(index)
-        self._save(catalogue, generation, len(live), data.data)
+        return Published(generation, len(live), data.data)
 
-    def _save(self, catalogue: Catalogue, generation: int, windows: int, data: memoryview) -> None:
-        path = self._layout.index_file(generation)
+    def save(self, catalogue: Catalogue, ready: Published) -> None:
+        """Save an index, record it in the catalogue, and remove older files; nothing where a newer one is recorded.
+
+        For the holder of the write lock. A full disk is no error: the index can be made again.
+        """
+        with catalogue.transaction():
+            recorded = catalogue.index_file()
+        if recorded is not None and recorded[0] > ready.generation:
+            return
+        path = self._layout.index_file(ready.generation)
         try:
-            write_atomic(path, data, self._layout.temporary)
-            row = (generation, windows, len(data), hashlib.sha256(data).hexdigest())
+            write_atomic(path, ready.data, self._layout.temporary)
+            row = (ready.generation, ready.windows, len(ready.data), hashlib.sha256(ready.data).hexdigest())
             with catalogue.transaction(write=True) as connection:
                 connection.execute("DELETE FROM index_file")
                 connection.execute("INSERT INTO index_file VALUES (?, ?, ?, ?)", row)

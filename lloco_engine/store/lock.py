@@ -1,4 +1,4 @@
-"""The write lock: one writer per store, among threads and processes."""
+"""The write lock: one writer per store, among threads and processes; and claims on work that one should do."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lloco_engine.errors import StoreLocked
 
-__all__ = ["write_lock"]
+__all__ = ["CLAIM", "claim", "is_claimed", "write_lock"]
 
+CLAIM = ".claim"  # the suffix of files that `claim` makes
 _POLL_S = 0.02
 
 
@@ -43,6 +44,50 @@ def write_lock(path: Path, timeout: float) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Hold a file made for the purpose, which is removed at the end; waits for another holder as long as it lives.
+
+    Where no file can be made or locked the block runs all the same.
+    """
+    handle = None
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while handle is None:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            while not _try_lock(handle):
+                time.sleep(_POLL_S)
+            if not _is_at(handle, path):  # the one who held it has removed it: others may hold a new one
+                os.close(handle)
+                handle = None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                path.unlink()
+            os.close(handle)
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether somebody holds this claim now."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(handle: int) -> bool:

@@ -34,7 +34,7 @@ class DocumentInfo:
 
     ``chars`` and ``source_tokens`` measure its text; ``segments``, ``windows``, ``slots`` and ``bytes`` its memory
     (a segment shared with another document counts in both); ``compress_s`` is the seconds that compressing this
-    version took; ``ingested_at`` is an ISO 8601 time in UTC.
+    version took; ``ingested_at`` is an ISO 8601 time in UTC; ``origin`` is where it was read (`Document.origin`).
     """
 
     doc_id: str
@@ -52,6 +52,7 @@ class DocumentInfo:
     bytes: int = 0
     compress_s: float = 0.0
     ingested_at: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,11 @@ MIGRATIONS: tuple[str, ...] = (
         FROM legacy, json_each(state, '$.versions') v;
     DROP TABLE legacy;
     """,
+    # 6: which file a document was read from
+    """
+    ALTER TABLE documents ADD COLUMN origin TEXT NOT NULL DEFAULT '';  -- a file URI; a record's id is its fragment
+    CREATE INDEX documents_by_origin ON documents (tenant, origin);
+    """,
 )
 
 

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lloco_engine.config import StoreConfig
+from lloco_engine.documents import Place
 from lloco_engine.errors import (
     ConfigError,
     SegmentUnavailable,
     StoreCorrupt,
     StoreError,
+    StoreLocked,
     StoreMismatch,
     StoreNotFound,
 )
 from lloco_engine.store import lookup, segments
+from lloco_engine.store import manifest as manifests
 from lloco_engine.store.adapters import StoredAdapters
 from lloco_engine.store.catalogue import Catalogue, Filters
-from lloco_engine.store.files import Layout, write_atomic
+from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.held import HeldSegments
 from lloco_engine.store.index import Query, SearchIndex
-from lloco_engine.store.lock import write_lock
+from lloco_engine.store.lock import CLAIM, claim, write_lock
 from lloco_engine.store.manifest import Manifest
-from lloco_engine.store.records import DocumentInfo, Problem
+from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
 from lloco_engine.store.schema import is_latest
 from lloco_engine.store.verify import create_catalogue, repair_store, segment_format, verify_store
-from lloco_engine.store.writer import Writer
+from lloco_engine.store.writer import Writer, stats_of
 from lloco_engine.types import AnySegment, Hit, Span
 
 if TYPE_CHECKING:
@@ -159,11 +162,12 @@ class Store:
                         create_catalogue(self._layout)
 
     @contextmanager
-    def writer(self, timeout: float = 10.0) -> Iterator[Writer]:
-        """The one writer of the store, for the length of the block; the search index is saved when it ends well.
+    def writer(self, timeout: float = 10.0, *, publish: bool = True) -> Iterator[Writer]:
+        """The one writer of the store, for the length of the block; the search index is saved after it ends well.
 
         Args:
             timeout: seconds to wait for another writer.
+            publish: save the index. Who writes in many short blocks saves it once, by `publish`.
 
         Raises:
             StoreLocked: another writer still holds the store; names its process id.
@@ -173,9 +177,43 @@ class Store:
             catalogue = Catalogue(self._layout.catalogue)
             try:
                 yield Writer(self._layout, self.manifest, self._form, catalogue)
-                self._index.publish(catalogue)
             finally:
                 catalogue.close()
+        if publish:
+            self.publish()
+
+    def publish(self) -> None:
+        """Save the search index for what the store holds now, unless that was done.
+
+        It is made without the write lock, for a large one takes long, and any later writer saves a newer one.
+        """
+        catalogue = Catalogue(self._layout.catalogue)
+        try:
+            if (ready := self._index.prepare(catalogue)) is not None:
+                with suppress(StoreLocked), write_lock(self._layout.lock, timeout=10.0):
+                    self._index.save(catalogue, ready)
+        finally:
+            catalogue.close()
+
+    def segment_id(self, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
+        """Content address of the segment that a tenant's tokens become in this store; see `Writer.segment_id`."""
+        return manifests.segment_id(self.manifest, tenant, token_ids, previous)
+
+    def segment_stats(self, segment_id: str) -> SegmentStats | None:
+        """What `Writer.put_document` needs of a segment whose file is there; None when it must be made (again).
+
+        Reads and checks the whole file.
+        """
+        with self._reading() as catalogue:
+            return stats_of(segment_id, self._layout, self._form, catalogue)
+
+    def claim(self, segment_id: str) -> AbstractContextManager[None]:
+        """Be the one who makes a segment, among threads and processes: others wait, and then find it made.
+
+        The work is kept from being done twice, no more: who can't claim makes the segment all the same.
+        """
+        check_segment_id(segment_id)
+        return claim(self._layout.temporary / f"{segment_id}{CLAIM}")
 
     @contextmanager
     def _reading(self) -> Iterator[Catalogue]:
@@ -203,6 +241,12 @@ class Store:
         with self._reading() as catalogue:
             catalogue.doc_key(doc_id, tenant)
             return catalogue.infos(tenant, doc_id)[0]
+
+    def places(self, tenant: str = "", **wanted: str) -> list[Place]:
+        """Where a tenant's documents came from, oldest first; ``doc_id``, ``origin``, ``content_hash`` and ``below``
+        say which, as in `Catalogue.places`."""
+        with self._reading() as catalogue:
+            return catalogue.places(tenant, **wanted)
 
     def document_text(self, doc_id: str, tenant: str = "") -> str:
         """The whole text of a document; `NotInStore` when the tenant has no such document."""

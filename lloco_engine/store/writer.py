@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
+from lloco_engine.documents import check_document, encode_value
 from lloco_engine.errors import DocumentError, SegmentUnavailable, StoreError
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store import segments
-from lloco_engine.store.catalogue import Catalogue, encode_value
+from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     Vectors = npt.NDArray[np.float32]
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "stats_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,19 +61,8 @@ class Writer:
 
         Reads and checks the whole file.
         """
-        path = self._layout.segment(segment_id)
-        try:
-            segment, checksum = segments.verify(path, segment_id, self._form)
-            size = path.stat().st_size
-        except (SegmentUnavailable, OSError):
-            return None
-        with self._catalogue.errors():
-            known = self._catalogue.connection.execute(
-                "SELECT checksum FROM segments WHERE segment_id = ?", (segment_id,)
-            ).fetchone()
-        if known is not None and known[0] != checksum:
-            return None
-        return SegmentStats(segment_id, segment.slots, segment.source_tokens, size, checksum)
+        with self._catalogue.transaction():
+            return stats_of(segment_id, self._layout, self._form, self._catalogue)
 
     def save_segment(self, segment_id: str, segment: AnySegment) -> SegmentStats:
         """Write a segment's file, or write a damaged one again.
@@ -114,8 +104,9 @@ class Writer:
                 segment of the chunk before it, which it builds on.
 
         Raises:
-            DocumentError: chunks do not tile the document, or a metadata value is of a type that metadata cannot have.
-            StoreError: lists differ in length, vectors have a wrong shape, or a segment's file is not there.
+            DocumentError: chunks do not tile the document, or it is none that can be kept (`check_document`).
+            SegmentUnavailable: a segment's file is not there, or no longer.
+            StoreError: lists differ in length, or vectors have a wrong shape.
             StoreFull: no room; the store is as it was.
         """
         put = _Put(document, chunks, segment_ids, vectors, seconds, segment_stats)
@@ -130,6 +121,26 @@ class Writer:
             connection.execute("UPDATE generation SET number = number + 1")
         self._remove_files(unused)
         return "added" if state is None else "replaced"
+
+    def relabel(self, document: Document) -> None:
+        """Give a document that is there, with this text, this title, source, origin and metadata. Its version stays.
+
+        Raises:
+            NotInStore: the tenant has no such document.
+            DocumentError: it is none that can be kept (`check_document`).
+            StoreFull: no room; the store is as it was.
+        """
+        check_document(document)
+        with self._catalogue.transaction(write=True) as connection:
+            doc_key = self._catalogue.doc_key(document.doc_id, document.tenant)
+            labels = _labels(document)
+            assignments = ", ".join(f"{name} = :{name}" for name in labels)
+            connection.execute(
+                f"UPDATE documents SET {assignments} WHERE doc_key = :doc_key", labels | {"doc_key": doc_key}
+            )
+            connection.execute("DELETE FROM metadata WHERE doc_key = ?", (doc_key,))
+            _insert_metadata(connection, doc_key, document)
+            connection.execute("UPDATE generation SET number = number + 1")
 
     def delete_document(self, doc_id: str, tenant: str = "") -> None:
         """Remove a document, and the segments that no other document has.
@@ -178,9 +189,8 @@ class _Put:
     def check(self, dim: int, layout: Layout) -> None:
         import numpy as np
 
+        check_document(self.document)
         name, count = self.document.doc_id, len(self.chunks)
-        if not name:
-            raise DocumentError("a document's id must not be empty")
         for what, values in (("segment ids", self.segment_ids), ("vectors", self.vectors), ("stats", self.stats)):
             if len(values) != count:
                 raise StoreError(f"document {name!r} has {count} chunks but {len(values)} {what}; give one a chunk")
@@ -193,11 +203,6 @@ class _Put:
             raise DocumentError(
                 f"chunks must tile document {name!r}; {count} chunks end at {at} of {len(self.document.text)}"
             )
-        for key, value in self.document.metadata.items():
-            try:
-                encode_value(key, value)
-            except ValueError as error:
-                raise DocumentError(f"document {name!r}: {error}") from error
         for chunk, vectors in zip(self.chunks, self.vectors, strict=True):
             if vectors.shape != (len(chunk.windows), dim) or not np.isfinite(vectors).all():
                 raise StoreError(
@@ -207,7 +212,9 @@ class _Put:
         for segment_id, stats in zip(self.segment_ids, self.stats, strict=True):
             path = layout.segment(check_segment_id(segment_id))
             if stats.segment_id != segment_id or not path.is_file() or path.stat().st_size != stats.bytes:
-                raise StoreError(f"segment {segment_id} of {name!r} is not in the store; save it before the document")
+                raise SegmentUnavailable(
+                    f"segment {segment_id} of {name!r} is not in the store; save it before the document"
+                )
         for stats, before in zip(self.stats, (None, *self.segment_ids[:-1]), strict=True):
             if stats.previous not in (None, before):
                 raise StoreError(
@@ -218,28 +225,22 @@ class _Put:
     def insert(self, connection: sqlite3.Connection, version: int) -> None:
         document = self.document
         rows = [list(_window_rows(chunk, vectors)) for chunk, vectors in zip(self.chunks, self.vectors, strict=True)]
+        values = _labels(document) | {
+            "tenant": document.tenant,
+            "doc_id": document.doc_id,
+            "version": version,
+            "content_hash": document.content_hash,
+            "windows_hash": windows_hash(row for part in rows for row in part),
+            "chars": len(document.text),
+            "source_tokens": sum(len(chunk.token_ids) for chunk in self.chunks),
+            "compress_s": self.seconds,
+            "ingested_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         doc_key = connection.execute(
-            "INSERT INTO documents (tenant, doc_id, title, source, metadata, version, content_hash, windows_hash,"
-            " chars, source_tokens, compress_s, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                document.tenant,
-                document.doc_id,
-                document.title,
-                document.source,
-                json.dumps(dict(document.metadata), ensure_ascii=False),
-                version,
-                document.content_hash,
-                windows_hash(row for part in rows for row in part),
-                len(document.text),
-                sum(len(chunk.token_ids) for chunk in self.chunks),
-                self.seconds,
-                datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
+            f"INSERT INTO documents ({', '.join(values)}) VALUES (:{', :'.join(values)})", values
         ).lastrowid
-        connection.executemany(
-            "INSERT INTO metadata VALUES (?, ?, ?)",
-            [(doc_key, key, encode_value(key, value)) for key, value in document.metadata.items()],
-        )
+        assert doc_key is not None
+        _insert_metadata(connection, doc_key, document)
         connection.executemany(
             "INSERT INTO segments (segment_id, slots, source_tokens, bytes, checksum, previous)"
             " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO NOTHING",
@@ -263,6 +264,40 @@ class _Put:
                 "INSERT INTO windows (chunk_key, start, end, vector) VALUES (?, ?, ?, ?)",
                 [(chunk_key, *row) for row in part],
             )
+
+
+def _labels(document: Document) -> dict[str, str]:
+    """The columns of what is said about a document, apart from its text."""
+    return {
+        "title": document.title,
+        "source": document.source,
+        "origin": document.origin,
+        "metadata": json.dumps(dict(document.metadata), ensure_ascii=False),
+    }
+
+
+def _insert_metadata(connection: sqlite3.Connection, doc_key: int, document: Document) -> None:
+    connection.executemany(
+        "INSERT INTO metadata VALUES (?, ?, ?)",
+        [(doc_key, key, encode_value(key, value)) for key, value in document.metadata.items()],
+    )
+
+
+def stats_of(segment_id: str, layout: Layout, form: segments.AnyFormat, catalogue: Catalogue) -> SegmentStats | None:
+    """What is to be known of a segment whose file is there, all of it read and checked; None where it is not good.
+
+    The catalogue is inside a transaction.
+    """
+    path = layout.segment(segment_id)
+    try:
+        segment, checksum = segments.verify(path, segment_id, form)
+        size = path.stat().st_size
+    except (SegmentUnavailable, OSError):
+        return None
+    known = catalogue.segment_rows([segment_id]).get(segment_id)
+    if known is not None and known[1] != checksum:
+        return None
+    return SegmentStats(segment_id, segment.slots, segment.source_tokens, size, checksum)
 
 
 def windows_hash(rows: Iterable[tuple[int, int, bytes]]) -> str:
