@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -237,7 +238,8 @@ def test_sources_that_are_none_are_refused_before_anything_starts(engine, source
         engine.ingest(sources)
 
 
-def test_folders_may_lie_deeper_than_calls(engine, tmp_path):
+def test_folders_may_lie_deeper_than_calls(engine, tmp_path, request):
+    request.addfinalizer(lambda: subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True))  # Python's recurses
     here = os.open(tmp_path, os.O_RDONLY)
     try:
         for _ in range(1200):
