@@ -23,6 +23,7 @@ from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.retrieve import Retriever, SearchOptions, with_history, with_options
 from lloco_engine.store import DocumentInfo, Manifest, Problem, Store
 from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Usage
+from lloco_engine.unicode import require_unicode
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
@@ -288,7 +289,7 @@ class Engine:
 
     def retrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
         """The segments that a question needs, best first; `SearchOptions` says what the arguments are."""
-        _check_names("retrieve", options, SearchOptions)
+        _check("retrieve", question, options, SearchOptions)
         config = with_options(self.retrieval, options)
         filters, tenant = options.get("filters"), options.get("tenant", "")
         retriever = Retriever(self.store, self.embedder)
@@ -338,7 +339,7 @@ class Engine:
         from lloco_engine.decoder.local import Prompt
         from lloco_engine.ledger import usage_of
 
-        _check_names("ask", options, AskOptions)
+        _check("ask", question, options, AskOptions)
         if not question.strip():
             raise ConfigError(f"a question must not be empty, not {question!r}")
         wanted = self._wanted(question, options)
@@ -463,12 +464,15 @@ def _best_windows(hits: Sequence[Hit]) -> str:
     return "\n".join(hit.quote(hit.windows[0]) for hit in ranked[:_WINDOWS] if hit.windows)
 
 
-def _check_names(call: str, options: Mapping[str, Any], known: type) -> None:
-    """What Python itself does where arguments are named one by one."""
+def _check(call: str, question: str, options: Mapping[str, Any], known: type) -> None:
+    """What Python itself does where arguments are named one by one; and that every text is one."""
     if unknown := sorted(set(options) - set(known.__annotations__)):
         raise TypeError(
             f"{call}() got an unexpected keyword argument {unknown[0]!r}; it takes {sorted(known.__annotations__)}"
         )
+    texts = ("tenant", "filters", "whole_document", "context", "adapter")
+    require_unicode(question=question, **{name: options.get(name) for name in texts})
+    require_unicode(history=[turn.text for turn in options.get("history") or ()])
 
 
 def _refusal(found: Found) -> AnswerStream:

@@ -19,6 +19,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+from lloco_engine.unicode import require_unicode
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -74,6 +76,9 @@ class TextEncoder:
         """Token ids of untrusted text.
 
         The unknown token is among them where the vocabulary cannot write a character, and no other added token.
+
+        Raises:
+            ConfigError: the text is not Unicode.
         """
         return self._plain(text, after)[0] if text else []
 
@@ -94,6 +99,7 @@ class TextEncoder:
         """
         parts = [part for part in parts if part[0]]
         text, ids, place = "".join(piece for piece, _ in parts), [], 0
+        require_unicode(text=text)
         for token, start, end in self._model.controls(parts):
             ids += self.ids(text[place:start], after)
             ids.append(token)
@@ -107,6 +113,7 @@ class TextEncoder:
 
     def _plain(self, text: str, after: After, *, measure: bool = False) -> tuple[list[int], Sequence[int]]:
         """Ids and, where they are to be measured, starts of a text in which nothing is a control token."""
+        require_unicode(text=text)
         ids, spans = self._model.plain(text, after, measure)
         if self._forbidden.isdisjoint(ids):
             return ids, [start for start, _ in spans] if measure else ()

@@ -16,6 +16,7 @@ from lloco_engine.store.legacy import legacy_adapters
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
 from lloco_engine.types import Hit, MetadataValue, Span
+from lloco_engine.unicode import not_unicode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,8 @@ class Catalogue:
             yield
         except sqlite3.Error as error:
             raise _explain(error, self.path) from error
+        except UnicodeEncodeError as error:  # of a name that is looked up: no store holds such
+            raise not_unicode(error) from error
 
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
