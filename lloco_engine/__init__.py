@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lloco_engine.answers import AnswerStream, AsyncAnswerStream
+    from lloco_engine.compress.base import Compressor
+    from lloco_engine.compress.registry import register
+    from lloco_engine.compress.scorer import Observed, ScorerCompressor
     from lloco_engine.config import (
         ChunkConfig,
         CompressConfig,
@@ -62,6 +65,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "answers": ("AnswerStream", "AsyncAnswerStream"),
+    "compress.base": ("Compressor",),
+    "compress.registry": ("register",),
+    "compress.scorer": ("Observed", "ScorerCompressor"),
     "config": (
         "ChunkConfig",
         "CompressConfig",
@@ -115,6 +121,7 @@ __all__ = [
     "Chunk",
     "ChunkConfig",
     "CompressConfig",
+    "Compressor",
     "ConfigError",
     "Document",
     "DocumentError",
@@ -126,12 +133,14 @@ __all__ = [
     "LLoCOError",
     "ModelNotFound",
     "NotInStore",
+    "Observed",
     "Page",
     "Prefix",
     "PrefixConfig",
     "PromptTooLong",
     "ReadConfig",
     "RetrieveConfig",
+    "ScorerCompressor",
     "Segment",
     "SegmentUnavailable",
     "Span",
@@ -146,6 +155,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "__version__",
+    "register",
 ]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lloco_engine.store import Manifest, Store, Writer
+from lloco_engine.store import Manifest, Store, Writer, schema
+from lloco_engine.store.catalogue import connect
 from lloco_engine.types import Chunk, Document, Segment, Span
 
 DIM = 8
@@ -122,3 +124,26 @@ def make_store(path: Path, *documents: Document, **changes: Any) -> Store:
 def segment_file(path: Path, segment_id: str) -> Path:
     """Where a store keeps a segment."""
     return path / "segments" / segment_id[:2] / f"{segment_id}.safetensors"
+
+
+def set_back(store: Path, version: int) -> None:
+    """Make a store's catalogue what it was after so many migrations, with the rows that it had a place for then."""
+    path, former = store / "catalogue.sqlite", store / "former.sqlite"
+    with closing(connect(former)) as connection:
+        connection.execute("ATTACH ? AS now", (str(path),))
+        connection.executescript("PRAGMA foreign_keys = OFF;" + "".join(schema.MIGRATIONS[:version]))
+        there = "SELECT name FROM {}.sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        tables = [name for (name,) in connection.execute(there.format("main")) if not name.startswith("words")]
+        for table in tables:
+            own, now = (
+                [row[1] for row in connection.execute(f"PRAGMA {where}.table_info({table})")]
+                for where in ("main", "now")
+            )
+            shared = ", ".join(name for name in own if name in now)
+            connection.execute(f"DELETE FROM {table}")
+            connection.execute(f"INSERT INTO main.{table} ({shared}) SELECT {shared} FROM now.{table}")
+        connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    former.rename(path)

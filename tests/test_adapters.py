@@ -8,12 +8,14 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from store_cases import set_back
 from test_decoder import save_adapter
 from typer.testing import CliRunner
 
@@ -288,11 +290,9 @@ def test_adapters_of_former_stores_answer_as_they_did(store, made):
     (store / "adapters" / "law" / "current.json").write_text('{"current": 1, "newest": 4}')
     (store / "adapters" / "pumps" / "1").mkdir(parents=True)
     (store / "adapters" / "pumps" / "1" / "adapter_config.json").write_text("{}")
-    with sqlite3.connect(store / "catalogue.sqlite", isolation_level=None) as connection:
+    set_back(store, BEFORE_ADAPTERS)
+    with closing(sqlite3.connect(store / "catalogue.sqlite", isolation_level=None)) as connection:
         connection.execute("UPDATE documents SET tenant = 'ada' WHERE doc_id = 'law.md'")
-        connection.executescript("DROP TABLE adapters; DROP TABLE adapter_groups;")
-        connection.execute(f"PRAGMA user_version = {BEFORE_ADAPTERS}")
-    connection.close()
     with Store.open(store) as opened:
         shelf = Shelf(opened)
         assert [(one.tenant, one.group, one.version, one.current) for one in shelf.kept()] == [

@@ -12,7 +12,8 @@ import torch
 from decoder_cases import TEXT, place, spiced, tiny, tokens, whole
 
 from lloco_engine.compress import attention_matching, registry, repetition
-from lloco_engine.compress.attention_matching import AttentionMatching, select
+from lloco_engine.compress.attention_matching import AttentionMatching
+from lloco_engine.compress.eviction import select
 from lloco_engine.compress.least_squares import nnls
 from lloco_engine.compress.repetition import causal_attention, spread
 from lloco_engine.compress.uncompressed import Uncompressed

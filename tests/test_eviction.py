@@ -7,8 +7,7 @@ import torch
 from decoder_cases import TEXT, tiny, tokens, whole
 
 from lloco_engine.compress import registry
-from lloco_engine.compress.attention_matching import select
-from lloco_engine.compress.eviction import most_important_per_head
+from lloco_engine.compress.eviction import most_important_per_head, select
 from lloco_engine.compress.snapkv import _POOL
 
 LONG = f"{TEXT} {TEXT.upper()} {TEXT[::-1]}"

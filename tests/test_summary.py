@@ -512,15 +512,10 @@ def test_an_opt_decoders_keys_cannot_be_moved(folders, tmp_path):
 
 
 def test_a_store_from_before_chains_opens(tmp_path):
-    from store_cases import document, make_store
+    from store_cases import document, make_store, set_back
 
     make_store(tmp_path / "s", document("old", 60)).close()
-    connection = sqlite3.connect(tmp_path / "s" / "catalogue.sqlite")
-    connection.executescript(
-        "DROP TRIGGER words_of_new_window; DROP TRIGGER words_of_gone_window; DROP TABLE words;"
-        "DROP INDEX segments_by_previous; ALTER TABLE segments DROP COLUMN previous; PRAGMA user_version = 2;"
-    )
-    connection.close()
+    set_back(tmp_path / "s", 2)
     with Store.open(tmp_path / "s") as store:
         hits = store.chunks("old")
         assert store.earlier(hits[-1]) == [] and store.load_segment(hits[0].segment_id).slots

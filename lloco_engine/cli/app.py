@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +53,14 @@ def lloco(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin",
+            metavar="FILE",
+            help="A Python file to run first, which registers compressors; repeatable. Also $LLOCO_PLUGINS.",
+        ),
+    ] = None,
 ) -> None:
     """Ask your documents: compressed offline into memories that the decoder reads
     directly.
@@ -62,6 +72,9 @@ def lloco(
 
     Exit codes: 0 done, 1 something failed (the reason is on stderr), 2 wrong usage, 130 interrupted.
     """
+    if plugin:  # by the environment, so that worker processes run them too
+        files = [*filter(None, [os.environ.get("LLOCO_PLUGINS")]), *map(str, plugin)]
+        os.environ["LLOCO_PLUGINS"] = os.pathsep.join(files)
 
 
 ingest.register(app)

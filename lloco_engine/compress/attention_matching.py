@@ -8,11 +8,13 @@ while the compacted decoder reads them. No training; works for any decoder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from lloco_engine.compress.base import Compressor
+from lloco_engine.compress.eviction import select
 from lloco_engine.compress.least_squares import nnls
 from lloco_engine.compress.repetition import Repetition, Seen
 from lloco_engine.compress.rereading import Rereading
@@ -24,13 +26,14 @@ if TYPE_CHECKING:
     from lloco_engine.decoder.attention import Cache
     from lloco_engine.decoder.local import LocalDecoder
 
-__all__ = ["AttentionMatching", "select"]
+__all__ = ["AttentionMatching"]
 
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionMatching(Compressor):
     """Keeps the most important positions of every head, then fits a bias and a value to each.
 
@@ -44,37 +47,22 @@ class AttentionMatching(Compressor):
 
     name = "attention_matching"
 
-    def __init__(
-        self,
-        *,
-        ridge: float = 0.3,
-        fit_rows: int = 1024,
-        fit_tokens: int = 640,
-        iterations: int = 60,
-        floor: float = 0.1,
-    ) -> None:
-        if not isinstance(ridge, int | float) or not ridge > 0:
-            raise ConfigError(f"ridge must be a number above 0, not {ridge!r}")
-        if fit_rows < 16 or fit_tokens < 16 or iterations < 1:
+    ridge: float = 0.3
+    fit_rows: int = 1024
+    fit_tokens: int = 640
+    iterations: int = 60
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ridge, int | float) or not self.ridge > 0:
+            raise ConfigError(f"ridge must be a number above 0, not {self.ridge!r}")
+        if self.fit_rows < 16 or self.fit_tokens < 16 or self.iterations < 1:
             raise ConfigError(
                 "fit_rows and fit_tokens must be at least 16 and iterations at least 1, "
-                f"not {fit_rows}, {fit_tokens}, {iterations}"
+                f"not {self.fit_rows}, {self.fit_tokens}, {self.iterations}"
             )
-        if not isinstance(floor, int | float) or not 0 <= floor <= 1:
-            raise ConfigError(f"floor must be a number from 0 to 1, not {floor!r}")
-        self._ridge, self._fit_rows, self._fit_tokens = ridge, fit_rows, fit_tokens
-        self._iterations, self._floor = iterations, floor
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
-        return {
-            "ridge": self._ridge,
-            "fit_rows": self._fit_rows,
-            "fit_tokens": self._fit_tokens,
-            "iterations": self._iterations,
-            "floor": self._floor,
-        }
+        if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
+            raise ConfigError(f"floor must be a number from 0 to 1, not {self.floor!r}")
 
     def longest_chunk(self, decoder: LocalDecoder) -> int:
         """Half the window: the chunk is read twice, once to be kept and once to be repeated."""
@@ -85,12 +73,12 @@ class AttentionMatching(Compressor):
         """See `Compressor.compress`."""
         repeat = [*decoder.template.repeat_ids(), *token_ids]
         cache = decoder.prefill(token_ids, room=len(repeat))
-        repetition = Repetition(cache, decoder.template_tokens, decoder.runner.scale, self._fit_rows, self._fit_tokens)
+        repetition = Repetition(cache, decoder.template_tokens, decoder.runner.scale, self.fit_rows, self.fit_tokens)
         in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
         decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16)
         importance = torch.stack([seen.importance for seen in repetition.seen])
-        keeps = (select(importance, ratio, self._floor) for ratio in ratios)
-        return [self._fit(decoder, repeat[: self._fit_tokens], cache, repetition.seen, keep) for keep in keeps]
+        keeps = (select(importance, ratio, self.floor) for ratio in ratios)
+        return [self._fit(decoder, repeat[: self.fit_tokens], cache, repetition.seen, keep) for keep in keeps]
 
     def _fit(
         self, decoder: LocalDecoder, repeat: Sequence[int], cache: Cache, seen: Sequence[Seen], keep: torch.Tensor
@@ -98,7 +86,7 @@ class AttentionMatching(Compressor):
         """Biases of the kept positions, and then their values, as the tokens ``repeat`` read them."""
         chunk = slice(decoder.template_tokens, decoder.template_tokens + keep.shape[-1])
         bias, goal = self._bias(cache, seen, keep, chunk), [one.read for one in seen]
-        rereading = Rereading(cache, chunk.start, goal, keep, bias, scale=decoder.runner.scale, ridge=self._ridge)
+        rereading = Rereading(cache, chunk.start, goal, keep, bias, scale=decoder.runner.scale, ridge=self.ridge)
         own = decoder.new_cache(1, len(repeat))
         in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
         decoder.follow(repeat, own, rereading.attend, offset=chunk.stop, in_bf16=in_bf16)
@@ -144,25 +132,7 @@ class AttentionMatching(Compressor):
         right = torch.bmm(weights.transpose(1, 2), mass[..., None])[..., 0]
         pull = _PULL * gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) / valid.sum(dim=-1, keepdim=True) + 1e-12
         gram.diagonal(dim1=1, dim2=2).add_(pull)  # towards w = 1
-        return torch.where(valid, nnls(gram, right + pull, self._iterations).clamp_min(_LEAST_MASS), 1.0)
-
-
-def select(importance: torch.Tensor, ratio: float, floor: float) -> torch.Tensor:
-    """Which positions stay: the best of each head up to a share of an even split, then the best of all heads together.
-
-    Args:
-        importance: (L, H, n). ratio: positions per kept slot. floor: that share.
-
-    Returns:
-        (L, H, n) bool, with about ``L * H * n / ratio`` true, at least one per head.
-    """
-    layers, heads, length = importance.shape
-    budget = min(max(round(length / ratio * layers * heads), layers * heads), importance.numel())
-    own = importance.topk(max(1, int(floor * length / ratio)), dim=-1).indices
-    ranked = importance.scatter(2, own, torch.inf)
-    keep = torch.zeros(importance.numel(), dtype=torch.bool, device=importance.device)
-    keep[ranked.flatten().topk(budget).indices] = True
-    return keep.view_as(importance)
+        return torch.where(valid, nnls(gram, right + pull, self.iterations).clamp_min(_LEAST_MASS), 1.0)
 
 
 def _batches(sizes: list[int], rows: int) -> Iterator[list[int]]:

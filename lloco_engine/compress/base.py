@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lloco_engine.errors import ConfigError
@@ -18,8 +19,8 @@ __all__ = ["Compressor"]
 class Compressor(ABC):
     """Turns a chunk into the slots that stand for it.
 
-    A leaf sets ``name`` and ``memory`` and implements `make`. Its constructor takes only keyword settings, which
-    `settings` gives back JSON-ready; compressors of equal name and settings make interchangeable segments of equal
+    A leaf sets ``name`` and implements `make`. Its settings, if it has any, are the fields of a dataclass, of JSON's
+    types; compressors of equal name and settings make interchangeable segments of equal
     input, equal to the precision of the machine that made them.
     Compression always uses the decoder's base weights, never an adapter. Learned parameters are the compressor's own:
     it finds them by the decoder it is given, and the decoder's fingerprint stands for them in a store's manifest.
@@ -31,9 +32,9 @@ class Compressor(ABC):
     memory: ClassVar[str] = "compact_kv"  # which kind of memory: "compact_kv" or "summary"
 
     @property
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The settings as JSON-ready values."""
+        """The settings as JSON-ready values: what the constructor takes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init} if is_dataclass(self) else {}
 
     @abstractmethod
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> Sequence[AnySegment]:

@@ -11,7 +11,7 @@ from lloco_engine.types import Segment
 if TYPE_CHECKING:
     from lloco_engine.decoder.attention import Cache
 
-__all__ = ["keep_slots", "most_important_per_head"]
+__all__ = ["keep_slots", "most_important_per_head", "select"]
 
 
 def most_important_per_head(importance: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -27,6 +27,26 @@ def most_important_per_head(importance: torch.Tensor, ratio: float) -> torch.Ten
     count = min(importance.shape[-1], max(1, round(importance.shape[-1] / ratio)))
     keep = torch.zeros_like(importance, dtype=torch.bool)
     return keep.scatter(2, importance.topk(count, dim=-1).indices, True)
+
+
+def select(importance: torch.Tensor, ratio: float, floor: float = 0.0) -> torch.Tensor:
+    """Which positions stay: the best of each head up to a share of an even split, then the best of all heads together.
+
+    Args:
+        importance: (L, H, n).
+        ratio: positions per kept slot.
+        floor: that share.
+
+    Returns:
+        (L, H, n) bool, with about ``L * H * n / ratio`` true, at least one per head.
+    """
+    layers, heads, length = importance.shape
+    budget = min(max(round(length / ratio * layers * heads), layers * heads), importance.numel())
+    own = importance.topk(max(1, int(floor * length / ratio)), dim=-1).indices
+    ranked = importance.scatter(2, own, torch.inf)
+    keep = torch.zeros(importance.numel(), dtype=torch.bool, device=importance.device)
+    keep[ranked.flatten().topk(budget).indices] = True
+    return keep.view_as(importance)
 
 
 def keep_slots(cache: Cache, first: int, keep: torch.Tensor) -> Segment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SummaryEmbeddings"]
 
 
+@dataclass(kw_only=True, eq=False)
 class SummaryEmbeddings(Compressor):
     """Makes the K summary vectors of each chunk with the decoder's own summary tokens, a published AutoCompressor's.
 
@@ -36,17 +38,13 @@ class SummaryEmbeddings(Compressor):
     name = "autocompressor"
     memory = "summary"
 
-    def __init__(self, *, chain: int = 0) -> None:
-        if not isinstance(chain, int) or chain < 0:
-            raise ConfigError(f"chain must be a number of segments, or 0 for no limit, not {chain!r}")
-        self._chain = chain
+    chain: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chain, int) or self.chain < 0:
+            raise ConfigError(f"chain must be a number of segments, or 0 for no limit, not {self.chain!r}")
         self._known: dict[str, SummaryFacts] = {}  # by the decoder's name
         self._loaded: weakref.WeakKeyDictionary[Any, AutoCompressor] = weakref.WeakKeyDictionary()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As the constructor takes them."""
-        return {"chain": self._chain}
 
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[SummarySegment]:
         """The same segment for every ratio: the number of vectors is the model's."""
@@ -76,7 +74,7 @@ class SummaryEmbeddings(Compressor):
             start = starts[-1] if starts else 0
             summaries = (number - start) if facts.accumulate else min(1, number - start)
             positions = (summaries + 1) * facts.length + length if decoder.shape.rotary else length
-            too_long = self._chain and number - start >= self._chain
+            too_long = self.chain and number - start >= self.chain
             starts.append(number if too_long or positions > decoder.shape.window else start)
         return starts
 

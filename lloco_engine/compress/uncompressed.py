@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,11 +21,6 @@ class Uncompressed(Compressor):
     """Keeps every slot with bias 0, whatever the ratio; the reference that compression is measured against."""
 
     name = "uncompressed"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """No settings."""
-        return {}
 
     @torch.inference_mode()
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lloco_engine.decoder.slots import LayerSlots
 
-__all__ = ["Cache", "attend", "kernels", "masked"]
+__all__ = ["Cache", "attend", "causal_mask", "kernels", "masked"]
 
 _FEW = 16  # queries, those of a token's query heads: no more than that are read by plain products
 
@@ -69,7 +69,7 @@ class Cache:
         if self.pad is None and (tokens == 1 or past == 0):
             return None
         device, dtype = self.keys[0].device, self.keys[0].dtype
-        mask = _causal(tokens, past + tokens, device, dtype)
+        mask = causal_mask(tokens, past + tokens, device, dtype)
         if self.pad is not None:
             unused = self.unused(self.pad, torch.arange(past + tokens, device=device))
             # a finite minimum, so that a row of nothing but padding gives no NaN
@@ -104,7 +104,7 @@ class Cache:
         self.length += tokens
 
 
-def _causal(tokens: int, live: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def causal_mask(tokens: int, live: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask (1, 1, T, S) of the last T of S tokens: each sees what lies before it and itself."""
     later = torch.arange(live, device=device) > torch.arange(live - tokens, live, device=device)[:, None]
     return torch.zeros(later.shape, device=device, dtype=dtype).masked_fill_(later, torch.finfo(dtype).min)[None, None]
@@ -138,7 +138,7 @@ def attend(
         )
         return read.transpose(1, 2).flatten(2)
     if mask is None and tokens > 1:
-        mask = _causal(tokens, tokens, q.device, q.dtype)
+        mask = causal_mask(tokens, tokens, q.device, q.dtype)
     return slots.attend(q, keys, values, mask, scale)
 
 
