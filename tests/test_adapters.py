@@ -11,6 +11,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import AdapterError, ConfigError, StoreFull
 from lloco_engine.store import Store, adapters, schema
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
-from lloco_engine.types import Hit, Span
+from lloco_engine.types import Hit, IngestReport, Span
 
 SHORT = GenerateConfig(max_new_tokens=4)
 BEFORE_ADAPTERS = next(n for n, step in enumerate(schema.MIGRATIONS) if "CREATE TABLE adapters" in step)
@@ -484,26 +485,14 @@ def test_adapters_on_the_command_line(store, made):
     assert "poems" in missing.stderr
 
 
-def test_a_group_is_given_with_the_documents(tmp_path, decoder_folder, monkeypatch):
+def test_a_group_is_given_with_the_documents(tmp_path, monkeypatch):
     from lloco_engine.cli import factory
 
     (tmp_path / "a.md").write_text("The court of Orne sat in May.")
-    opened = {}
-
-    class Double:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def ingest(self, paths, *, tenant, metadata, progress):
-            from lloco_engine.types import IngestReport
-
-            opened.update(metadata)
-            return IngestReport()
-
-    monkeypatch.setattr(factory, "open_engine", lambda *_, **__: Double())
+    double = create_autospec(Engine, instance=True)
+    double.__enter__.return_value = double
+    double.ingest.return_value = IngestReport()
+    monkeypatch.setattr(factory, "open_engine", lambda *_, **__: double)
     assert cli("ingest", tmp_path / "a.md", "--group", "law", "--meta", "year=2024").exit_code == 0
-    assert opened == {"group": "law", "year": 2024}
+    assert double.ingest.call_args.kwargs["metadata"] == {"group": "law", "year": 2024}
     assert cli("ingest", tmp_path / "a.md", "--group", "a/b").exit_code == 1
