@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from array import array
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ _SENTENCE = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’�
 _LINE = re.compile(r"\n+")
 _WORD = re.compile(r"\s+")
 _BREAKS = (_PARAGRAPH, _SENTENCE, _LINE, _WORD)  # best first; a cut is made after the match
+_BLOCK = 256 * 1024  # characters that are measured at once
 _SPREAD = 0.25  # a chunk may be this share shorter or longer than an even division, to end at a better place
 _JOINERS = {"\u200d", "\ufe0e", "\ufe0f"}  # zero-width joiner and the variation selectors
 
@@ -64,18 +66,46 @@ class Chunker:
         """
         text = document.text
         check_text("text", text)  # tokenizers complain in their own ways
-        starts = encoder_of(self.tokenizer).starts(text)
+        starts = self._ruler(text)
+        numbers: dict[int, int] = {}  # one object for each id, however often it comes
         chunks: list[Chunk] = []
         begin = 0
         while begin < len(text):
             end, token_ids = self._next_chunk(text, starts, begin, document.doc_id)
             span = Span(begin, end)
             windows = tuple(self._windows(text, starts, span))
-            chunks.append(Chunk(document.doc_id, len(chunks), span, text[begin:end], tuple(token_ids), windows))
+            chunks.append(
+                Chunk(
+                    document.doc_id,
+                    len(chunks),
+                    span,
+                    text[begin:end],
+                    tuple(numbers.setdefault(n, n) for n in token_ids),
+                    windows,
+                )
+            )
             begin = end
         return chunks
 
-    def _next_chunk(self, text: str, starts: list[int], begin: int, doc_id: str) -> tuple[int, list[int]]:
+    def _ruler(self, text: str) -> Sequence[int]:
+        """The character at which each token of ``text`` starts, never decreasing.
+
+        A long text is measured block by block: a tokenizer's own record of a text takes a hundred times its size.
+        """
+        encoder = encoder_of(self.tokenizer)
+        if len(text) <= _BLOCK:
+            return encoder.starts(text)
+        ruler = array("I")
+        begin = 0
+        while begin < len(text):
+            end = len(text)
+            if end - begin > _BLOCK:
+                end = _best_cut(text, begin, begin + _BLOCK - _BLOCK // 8, begin + _BLOCK, begin + _BLOCK)
+            ruler.extend(begin + start for start in encoder.starts(text[begin:end]))
+            begin = end
+        return ruler
+
+    def _next_chunk(self, text: str, starts: Sequence[int], begin: int, doc_id: str) -> tuple[int, list[int]]:
         """The end of the chunk that starts at ``begin``, and its token ids."""
         most = limit = self.config.segment_tokens
         end = _chunk_end(text, starts, begin, most)
@@ -91,7 +121,7 @@ class Chunker:
             end = shorter if shorter < end else begin + (end - begin) // 2
         return end, token_ids
 
-    def _windows(self, text: str, starts: list[int], span: Span) -> list[Span]:
+    def _windows(self, text: str, starts: Sequence[int], span: Span) -> list[Span]:
         """Search windows of about ``window_tokens`` that overlap and cover ``span``."""
         size, overlap = self.config.window_tokens, self.config.window_overlap
         first, last = bisect_left(starts, span.start), bisect_left(starts, span.end)
@@ -111,14 +141,14 @@ class Chunker:
         return windows
 
 
-def _place(starts: list[int], token: int, end: int | None = None) -> int:
+def _place(starts: Sequence[int], token: int, end: int | None = None) -> int:
     """The character at which a token starts; beyond the last one, ``end`` (default: where the last one starts)."""
     if token >= len(starts):
         return starts[-1] if end is None else end
     return starts[max(token, 0)]
 
 
-def _chunk_end(text: str, starts: list[int], begin: int, most: int) -> int:
+def _chunk_end(text: str, starts: Sequence[int], begin: int, most: int) -> int:
     """Where a chunk of at most ``most`` tokens that starts at ``begin`` ends, so that the rest divides evenly."""
     first = bisect_left(starts, begin)
     left = len(starts) - first

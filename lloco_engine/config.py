@@ -54,7 +54,7 @@ class ReadConfig(Config):
 
     Args:
         max_bytes: size of a file; of JSON Lines: of a line.
-        max_text: characters of one document.
+        max_text: bytes of one document's text, in UTF-8; an ingest takes several times as much memory.
         max_unpacked: bytes that an archive (.docx, .epub, ...) holds unpacked.
         max_pages: pages or slides.
         max_nesting: tags of HTML that are open at once.
@@ -73,7 +73,9 @@ class ReadConfig(Config):
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_text", "max_unpacked", "max_pages", "max_nesting", "max_seconds"):
             value = getattr(self, name)
-            _require(value > 0, f"{name} must be above 0", value)
+            whole = isinstance(value, int) or (name == "max_seconds" and isinstance(value, float))
+            _require(whole and value > 0, f"{name} must be a number above 0", value)
+        _require(isinstance(self.max_memory, int), "max_memory must be a number of bytes", self.max_memory)
         _require(self.max_memory >= 200_000_000, "max_memory must be at least 200,000,000 bytes", self.max_memory)
 
 

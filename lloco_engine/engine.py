@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from lloco_engine.adapters.choosing import Adapters
 from lloco_engine.answers import AnswerStream, AsyncAnswerStream
-from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, PrefixConfig, RetrieveConfig, StoreConfig
+from lloco_engine.config import (
+    ChunkConfig,
+    CompressConfig,
+    GenerateConfig,
+    PrefixConfig,
+    ReadConfig,
+    RetrieveConfig,
+    StoreConfig,
+)
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
@@ -190,6 +198,7 @@ class Engine:
         tenant: str = "",
         metadata: Mapping[str, MetadataValue] | None = None,
         prune: bool = False,
+        read: ReadConfig | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """Compress documents into the store, one after another.
@@ -202,11 +211,12 @@ class Engine:
         is told by its text, and its labels follow. Other writers get in between segments and documents.
 
         Args:
-            sources: documents, files (.txt, .md, .html, .pdf, .jsonl) and folders; read lazily.
+            sources: documents, files (docs/documents.md lists their kinds) and folders; read lazily.
             tenant: whose they are.
             metadata: added to every document's own.
             prune: remove the documents that have vanished: those that were read before from a folder, or from a file
                 of records, that was read now, and that are no longer there. Without it they are named.
+            read: what a file may ask of the readers; a document beyond it is in ``failed``.
             progress: called when a document begins and after each of its segments.
 
         Returns:
@@ -224,7 +234,7 @@ class Engine:
         given: object = sources
         if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray):
             raise ConfigError(f"sources must be a document, a path or several, not of type {type(given).__name__}")
-        reader = Reader(tenant=tenant, metadata=metadata)
+        reader = Reader(tenant=tenant, metadata=metadata, config=read)
         run = Ingest(
             self.store,
             self.chunker,
@@ -415,6 +425,7 @@ class Engine:
         tenant: str = "",
         metadata: Mapping[str, MetadataValue] | None = None,
         prune: bool = False,
+        read: ReadConfig | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """`ingest` in a thread; ``progress`` is called there. Cancelled, it stops after the segment at hand."""
@@ -428,7 +439,7 @@ class Engine:
 
         try:
             return await asyncio.to_thread(
-                self.ingest, sources, tenant=tenant, metadata=metadata, prune=prune, progress=watch
+                self.ingest, sources, tenant=tenant, metadata=metadata, prune=prune, read=read, progress=watch
             )
         except asyncio.CancelledError:
             cancelled.set()

@@ -217,7 +217,12 @@ class Ingest:
         known = self._store.document(document.doc_id, document.tenant)
         labelled = known.title == document.title and dict(known.metadata) == dict(document.metadata)
         stays = _is_same_place(known, document)
-        if labelled and stays and known.origin == document.origin:
+        read_alike = (known.origin, known.encoding, known.pages) == (
+            document.origin,
+            document.encoding,
+            len(document.pages),
+        )
+        if labelled and stays and read_alike:
             return "unchanged"
         kept = replace(document, source=known.source) if stays else document
         with self._write(document, item, state) as writer:

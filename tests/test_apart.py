@@ -152,9 +152,9 @@ def test_a_long_text_is_refused_with_the_limit(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"doc_id": "c", "text": "y" * 101}))
     first, second, third = read_paths([tmp_path], config=ReadConfig(max_text=100))
     assert isinstance(first, Failure)
-    assert "at most 100 characters" in first.reason
+    assert "at most 100 bytes of text" in first.reason
     assert isinstance(second, Document)
-    assert "at most 100 characters" in third.reason
+    assert "at most 100 bytes of text" in third.reason
 
 
 @pytest.mark.parametrize("name", ["max_bytes", "max_text", "max_pages", "max_seconds", "max_memory", "max_unpacked"])
@@ -242,3 +242,14 @@ def test_a_missing_extra_is_named(tmp_path):
         env=os.environ | {"PYTHONPATH": path},
     )
     assert done.stdout.count("pip install 'lloco[documents]'") == 3, done.stdout + done.stderr
+
+
+def test_the_command_line_takes_limits():
+    import typer
+
+    from lloco_engine.cli.options import parse_limits
+
+    assert parse_limits(["max_pages=9", "max_seconds=2.5"]) == ReadConfig(max_pages=9, max_seconds=2.5)
+    for wrong in ("max_pages=0", "pages=3", "max_pages=many"):
+        with pytest.raises(typer.BadParameter, match="pages"):
+            parse_limits([wrong])

@@ -23,6 +23,7 @@ from lloco_engine.cli.options import (
     Embedder,
     StoreDir,
     Tenant,
+    parse_limits,
     parse_metadata,
     parse_settings,
 )
@@ -71,12 +72,22 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove documents whose files have vanished from the folders.")
     ] = False,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit",
+            metavar="NAME=NUMBER",
+            help="A limit for each file: max_bytes, max_text, max_unpacked, max_pages, max_nesting, max_seconds or "
+            "max_memory; repeatable.",
+        ),
+    ] = None,
     device: Device = None,
     as_json: AsJSON = False,
 ) -> None:
     """Compress documents into the store.
 
-    Reads .txt, .md, .html, .pdf and .jsonl files, and folders of them. A
+    Reads .txt, .md, .html, .pdf, .jsonl, .csv, .tsv and .epub files, .docx,
+    .pptx and .xlsx with the extra 'documents', and folders of them. A
     document that is already there unchanged costs nothing; a run that was
     cut off goes on where it stopped. What cannot be used is named with the
     rule it breaks, the rest is ingested, and the exit code is 1.
@@ -102,6 +113,7 @@ def ingest(
     metadata = parse_metadata(meta or [])
     if group is not None:
         metadata[GROUP] = check_group(group)
+    limits = {"read": parse_limits(limit)} if limit else {}
     with factory.open_engine(
         store,
         create=True,
@@ -116,7 +128,9 @@ def ingest(
     ) as engine:
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
-                report = engine.ingest(paths, tenant=tenant, metadata=metadata, prune=prune, progress=report_progress)
+                report = engine.ingest(
+                    paths, tenant=tenant, metadata=metadata, prune=prune, progress=report_progress, **limits
+                )
         except KeyboardInterrupt:
             typer.echo("Documents finished so far are in the store; the same command goes on from here.", err=True)
             raise

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from lloco_engine.config import ReadConfig
+from lloco_engine.errors import ConfigError
 from lloco_engine.types import MetadataValue
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "TemplateName",
     "Tenant",
     "parse_filters",
+    "parse_limits",
     "parse_metadata",
     "parse_settings",
 ]
@@ -114,6 +117,18 @@ def parse_filters(pairs: Sequence[str]) -> dict[str, MetadataValue | tuple[Metad
         if not isinstance(value, str):
             accepted[key].append(text)
     return {key: values[0] if len(values) == 1 else tuple(values) for key, values in accepted.items()}
+
+
+def parse_limits(pairs: Sequence[str]) -> ReadConfig:
+    """``name=number`` pairs as limits for the readers.
+
+    Raises:
+        typer.BadParameter: a pair is none of a limit and a number that it may be.
+    """
+    try:
+        return ReadConfig.from_json(parse_settings(pairs))
+    except (ConfigError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, MetadataValue]:

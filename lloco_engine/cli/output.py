@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from lloco_engine.types import Answer, Hit, Usage
+from lloco_engine.types import Answer, Hit, Page, Span, Usage
 
 __all__ = ["answer_json", "human_bytes", "print_answer_details", "print_json", "print_table", "safe", "usage_line"]
 
@@ -71,10 +71,27 @@ def hit_json(hit: Hit) -> dict[str, Any]:
         "score": hit.score,
         "source_tokens": hit.source_tokens,
         "span": asdict(hit.span),
-        "windows": [asdict(window) | {"text": hit.quote(window)} for window in hit.windows],
+        "pages": _pages_json(hit.pages),
+        "windows": [
+            asdict(window) | {"text": hit.quote(window), "pages": _pages_json(hit.pages_of(window))}
+            for window in hit.windows
+        ],
         "metadata": dict(hit.metadata),
         "also_in": list(hit.also_in),
     }
+
+
+def _pages_json(pages: Sequence[Page]) -> list[dict[str, Any]]:
+    return [{"page": page.number, "page_label": page.name} for page in pages]
+
+
+def _cited(hit: Hit, span: Span) -> str:
+    """The document, and the pages of a part of it: ``report.pdf, p. 3``."""
+    pages = hit.pages_of(span)
+    if not pages:
+        return hit.doc_id
+    first, last = pages[0].name, pages[-1].name
+    return f"{hit.doc_id}, p. {first}" if first == last else f"{hit.doc_id}, pp. {first}-{last}"
 
 
 def answer_json(question: str, answer: Answer) -> dict[str, Any]:
@@ -108,8 +125,8 @@ def print_answer_details(answer: Answer) -> None:
         typer.echo("\nSources")
     for number, hit in enumerate(answer.hits, 1):
         title = f'  "{safe(hit.title)}"' if hit.title else ""
-        typer.echo(f"[{number}] {safe(hit.doc_id)}, segment {hit.ordinal}, score {hit.score:.2f}{title}")
         span = hit.windows[0] if hit.windows else hit.span
+        typer.echo(f"[{number}] {safe(_cited(hit, span))}, segment {hit.ordinal}, score {hit.score:.2f}{title}")
         quote = hit.quote(span)
         shown = quote if len(quote) <= _QUOTE_CHARS else quote[:_QUOTE_CHARS].rsplit(None, 1)[0] + " [...]"
         typer.echo(f"    characters {span.start:,} to {span.end:,}:")

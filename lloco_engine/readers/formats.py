@@ -81,7 +81,7 @@ def parse(suffix: str, data: bytes, config: ReadConfig) -> Parsed:
         raise DocumentError(f"the {form.what} nests too deep to be read") from error
     except Exception as error:  # libraries let many kinds through for a damaged file
         raise DocumentError(f"the {form.what} is damaged: {type(error).__name__}: {str(error)[:300]}") from error
-    check_length(len(parsed.text), config.max_text)
+    check_length(parsed.text, config.max_text)
     if parsed.pages:
         return parsed if visible(parsed.text) == parsed.text else _visible_pages(parsed)
     return replace(parsed, text=visible(parsed.text), title=visible(parsed.title))

@@ -47,13 +47,7 @@ def read_jsonl(path: Path, config: ReadConfig) -> Iterator[tuple[str, Document |
                 continue
             try:
                 if (text := _decoded(line, encoding)).strip():
-                    document = _document(text, where)
-                    if len(document.text) > config.max_text:
-                        raise DocumentError(
-                            f"a document must have at most {config.max_text:,} characters, not {len(document.text):,}; "
-                            "split it, or raise max_text"
-                        )
-                    yield where, replace(document, encoding=encoding)
+                    yield where, replace(_document(text, where), encoding=encoding)
             except DocumentError as error:
                 yield where, Failure(where, str(error))
 

@@ -29,10 +29,12 @@ def visible(text: str) -> str:
     return _TAGS.sub(r"\1", text) if not text.isascii() and max(text) >= "\U000e0000" else text
 
 
-def check_length(chars: int, most: int) -> None:
-    """Refuse a text that is longer than ``most`` characters; ``chars`` is how long it is, or is already."""
-    if chars > most:
+def check_length(size: int | str, most: int) -> None:
+    """Refuse a text of more than ``most`` bytes of UTF-8; ``size`` is the text, or how long it is already."""
+    if isinstance(size, str):
+        size = len(size) if 4 * len(size) <= most else len(size.encode("utf-8", "surrogatepass"))
+    if size > most:
         raise DocumentError(
-            f"a document must have at most {most:,} characters, and this one has {chars:,} or more; split it, or raise "
-            "max_text"
+            f"a document must have at most {most:,} bytes of text, and this one has {size:,} or more; split it, or "
+            "raise max_text"
         )

@@ -15,6 +15,7 @@ from lloco_engine.readers.apart import parse_apart
 from lloco_engine.readers.formats import FORMATS, parse
 from lloco_engine.readers.identity import Identities
 from lloco_engine.readers.jsonl import read_jsonl
+from lloco_engine.readers.parsed import check_length
 from lloco_engine.readers.walk import Found, find_files, open_file
 from lloco_engine.types import Document, Failure, MetadataValue
 
@@ -127,6 +128,7 @@ class Reader:
         """A document with the run's tenant and metadata, or the rule that it breaks, told of where it stands."""
         try:
             check_document(document)
+            check_length(document.text, self._config.max_text)
             if self._tenant and document.tenant not in ("", self._tenant):
                 raise DocumentError(
                     f"a document must be of the run's tenant {self._tenant!r}, and this one is of {document.tenant!r}"

@@ -15,7 +15,7 @@ from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull,
 from lloco_engine.store.legacy import legacy_adapters
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
-from lloco_engine.types import Hit, MetadataValue, Span
+from lloco_engine.types import Hit, MetadataValue, Page, Span
 from lloco_engine.unicode import not_unicode
 
 if TYPE_CHECKING:
@@ -30,13 +30,17 @@ _RESERVED = ("doc_id", "source", "title")
 _QUICK_CHECK_BYTES = 16 * 2**20  # below this a full structural check costs a few milliseconds
 _HIT = """
     SELECT c.segment_id, d.doc_id, c.ordinal, c.start, c.end, c.text, c.source_tokens, d.title, d.source, d.metadata,
-           d.tenant, d.version, s.slots
+           d.tenant, d.version, s.slots,
+           (SELECT json_group_array(json_array(number, label, start, end)) FROM (
+                SELECT number, label, start, end FROM pages p
+                WHERE p.doc_key = d.doc_key AND p.start < c.end AND c.start < p.end ORDER BY number))
     FROM chunks c JOIN documents d USING (doc_key) JOIN segments s USING (segment_id)
 """
 _INFO = """
     SELECT d.doc_id, d.tenant, d.title, d.source, d.metadata, d.version, d.content_hash, d.chars, d.source_tokens,
            count(*), sum((SELECT count(*) FROM windows w WHERE w.chunk_key = c.chunk_key)), sum(s.slots),
-           sum(s.bytes), d.compress_s, d.ingested_at, d.origin
+           sum(s.bytes), d.compress_s, d.ingested_at, d.origin, d.encoding,
+           (SELECT count(*) FROM pages p WHERE p.doc_key = d.doc_key)
     FROM documents d JOIN chunks c USING (doc_key) JOIN segments s USING (segment_id)
 """
 
@@ -357,6 +361,7 @@ def _hit(row: Sequence[Any], score: float, windows: tuple[Span, ...]) -> Hit:
         tenant=row[10],
         version=row[11],
         slots=row[12],
+        pages=tuple(Page(number, label, Span(start, end)) for number, label, start, end in json.loads(row[13])),
     )
 
 

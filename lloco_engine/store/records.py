@@ -34,7 +34,9 @@ class DocumentInfo:
 
     ``chars`` and ``source_tokens`` measure its text; ``segments``, ``windows``, ``slots`` and ``bytes`` its memory
     (a segment shared with another document counts in both); ``compress_s`` is the seconds that compressing this
-    version took; ``ingested_at`` is an ISO 8601 time in UTC; ``origin`` is where it was read (`Document.origin`).
+    version took; ``ingested_at`` is an ISO 8601 time in UTC; ``origin`` is where it was read (`Document.origin`);
+    ``encoding`` is that of the file it was read from and ``pages`` how many pages of it hold text ("" and 0 where it
+    has none).
     """
 
     doc_id: str
@@ -53,6 +55,8 @@ class DocumentInfo:
     compress_s: float = 0.0
     ingested_at: str = ""
     origin: str = ""
+    encoding: str = ""
+    pages: int = 0
 
 
 @dataclass(frozen=True)

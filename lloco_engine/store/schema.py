@@ -140,6 +140,18 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE documents ADD COLUMN origin TEXT NOT NULL DEFAULT '';  -- a file URI; a record's id is its fragment
     CREATE INDEX documents_by_origin ON documents (tenant, origin);
     """,
+    # 7: pages of documents that have them, and the encoding of the file that a document was read from
+    """
+    CREATE TABLE pages (
+        doc_key INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+        number  INTEGER NOT NULL,        -- from 1
+        label   TEXT NOT NULL,           -- what the page calls itself; '': its number
+        start   INTEGER NOT NULL,        -- characters of the document, half open
+        end     INTEGER NOT NULL,
+        PRIMARY KEY (doc_key, number)
+    ) WITHOUT ROWID;
+    ALTER TABLE documents ADD COLUMN encoding TEXT NOT NULL DEFAULT '';
+    """,
 )
 
 

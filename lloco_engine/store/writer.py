@@ -123,7 +123,7 @@ class Writer:
         return "added" if state is None else "replaced"
 
     def relabel(self, document: Document) -> None:
-        """Give a document that is there, with this text, this title, source, origin and metadata. Its version stays.
+        """Give a document that is there, with this text, these labels: all but its text. Its version stays.
 
         Raises:
             NotInStore: the tenant has no such document.
@@ -138,8 +138,9 @@ class Writer:
             connection.execute(
                 f"UPDATE documents SET {assignments} WHERE doc_key = :doc_key", labels | {"doc_key": doc_key}
             )
-            connection.execute("DELETE FROM metadata WHERE doc_key = ?", (doc_key,))
-            _insert_metadata(connection, doc_key, document)
+            for table in ("metadata", "pages"):
+                connection.execute(f"DELETE FROM {table} WHERE doc_key = ?", (doc_key,))
+            _insert_labels(connection, doc_key, document)
             connection.execute("UPDATE generation SET number = number + 1")
 
     def delete_document(self, doc_id: str, tenant: str = "") -> None:
@@ -203,6 +204,11 @@ class _Put:
             raise DocumentError(
                 f"chunks must tile document {name!r}; {count} chunks end at {at} of {len(self.document.text)}"
             )
+        end = 0
+        for page in self.document.pages:
+            if not end <= page.span.start <= page.span.end <= len(self.document.text):
+                raise DocumentError(f"pages must lie in document {name!r} in order; page {page.number} does not")
+            end = page.span.end
         for chunk, vectors in zip(self.chunks, self.vectors, strict=True):
             if vectors.shape != (len(chunk.windows), dim) or not np.isfinite(vectors).all():
                 raise StoreError(
@@ -224,13 +230,12 @@ class _Put:
 
     def insert(self, connection: sqlite3.Connection, version: int) -> None:
         document = self.document
-        rows = [list(_window_rows(chunk, vectors)) for chunk, vectors in zip(self.chunks, self.vectors, strict=True)]
         values = _labels(document) | {
             "tenant": document.tenant,
             "doc_id": document.doc_id,
             "version": version,
             "content_hash": document.content_hash,
-            "windows_hash": windows_hash(row for part in rows for row in part),
+            "windows_hash": windows_hash(self._windows()),
             "chars": len(document.text),
             "source_tokens": sum(len(chunk.token_ids) for chunk in self.chunks),
             "compress_s": self.seconds,
@@ -240,13 +245,15 @@ class _Put:
             f"INSERT INTO documents ({', '.join(values)}) VALUES (:{', :'.join(values)})", values
         ).lastrowid
         assert doc_key is not None
-        _insert_metadata(connection, doc_key, document)
+        _insert_labels(connection, doc_key, document)
         connection.executemany(
             "INSERT INTO segments (segment_id, slots, source_tokens, bytes, checksum, previous)"
             " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO NOTHING",
             [(s.segment_id, s.slots, s.source_tokens, s.bytes, s.checksum, s.previous) for s in self.stats],
         )
-        for ordinal, (chunk, segment_id, part) in enumerate(zip(self.chunks, self.segment_ids, rows, strict=True)):
+        for ordinal, (chunk, segment_id, vectors) in enumerate(
+            zip(self.chunks, self.segment_ids, self.vectors, strict=True)
+        ):
             chunk_key = connection.execute(
                 "INSERT INTO chunks (doc_key, ordinal, start, end, source_tokens, segment_id, text, text_hash)"
                 " VALUES (:doc, :ordinal, :start, :end, :tokens, :segment, :text, text_hash(:text))",
@@ -262,8 +269,12 @@ class _Put:
             ).lastrowid
             connection.executemany(
                 "INSERT INTO windows (chunk_key, start, end, vector) VALUES (?, ?, ?, ?)",
-                [(chunk_key, *row) for row in part],
+                [(chunk_key, *row) for row in _window_rows(chunk, vectors)],
             )
+
+    def _windows(self) -> Iterator[tuple[int, int, bytes]]:
+        for chunk, vectors in zip(self.chunks, self.vectors, strict=True):
+            yield from _window_rows(chunk, vectors)
 
 
 def _labels(document: Document) -> dict[str, str]:
@@ -272,11 +283,17 @@ def _labels(document: Document) -> dict[str, str]:
         "title": document.title,
         "source": document.source,
         "origin": document.origin,
+        "encoding": document.encoding,
         "metadata": json.dumps(dict(document.metadata), ensure_ascii=False),
     }
 
 
-def _insert_metadata(connection: sqlite3.Connection, doc_key: int, document: Document) -> None:
+def _insert_labels(connection: sqlite3.Connection, doc_key: int, document: Document) -> None:
+    """What is said about a document and has rows of its own."""
+    connection.executemany(
+        "INSERT INTO pages (doc_key, number, label, start, end) VALUES (?, ?, ?, ?, ?)",
+        [(doc_key, page.number, page.label, page.span.start, page.span.end) for page in document.pages],
+    )
     connection.executemany(
         "INSERT INTO metadata VALUES (?, ?, ?)",
         [(doc_key, key, encode_value(key, value)) for key, value in document.metadata.items()],

@@ -100,8 +100,15 @@ def from_stored(doc_id: str, text: str, *, title: str, source: str, metadata: Ma
 
 
 def from_hit(hit: Hit) -> Document:
-    """A hit's real text as a document; its id is the stored document's."""
-    return from_stored(hit.doc_id, hit.text, title=hit.title, source=hit.source, metadata=hit.metadata)
+    """A hit's real text as a document; its id is the stored document's.
+
+    Where the document has pages, ``page`` (from 0) and ``page_label`` are those where the best search window begins, as
+    LangChain's loaders write them.
+    """
+    document = from_stored(hit.doc_id, hit.text, title=hit.title, source=hit.source, metadata=hit.metadata)
+    if (page := hit.page) is not None:
+        document.metadata = {"page": page.number - 1, "page_label": page.name, **document.metadata}
+    return document
 
 
 def retrieved(

@@ -236,6 +236,7 @@ class LLoCOModel(BaseModel):
                         "title": hit.title,
                         "source": hit.source,
                         "also_in": list(hit.also_in),
+                        "page_label": hit.page.name if hit.page is not None else None,
                     }
                     for hit in answer.hits
                 ],

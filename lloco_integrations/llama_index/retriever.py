@@ -21,7 +21,8 @@ class LLoCORetriever(BaseRetriever):
     """Retrieves segments by the engine's search windows; the nodes show the model handles already.
 
     A node's ``start_char_idx`` and ``end_char_idx`` are the chunk's place in its document, and ``metadata["windows"]``
-    the places of the search windows that matched, best first: verbatim citations.
+    the places of the search windows that matched, best first: verbatim citations. Where the document has pages,
+    ``metadata["page_label"]`` is that on which the best window begins.
 
     Args:
         engine: whose store is searched.
@@ -97,11 +98,12 @@ class LLoCORetriever(BaseRetriever):
 
 def _node(hit: Hit, view: str, more: dict[str, str]) -> LLoCONode:
     ours = {"title": hit.title, "source": hit.source, "windows": [[w.start, w.end] for w in hit.windows], **more}
+    pages = {} if hit.page is None else {"page_label": hit.page.name}  # as LlamaIndex's readers name it
     hidden = sorted(OF_THE_QUESTION)
     node = TextNode(
         id_=hit.segment_id,
         text=hit.text,
-        metadata={**hit.metadata, **ours},
+        metadata={**pages, **hit.metadata, **ours},
         excluded_llm_metadata_keys=hidden,
         excluded_embed_metadata_keys=hidden,
         relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.doc_id)},
