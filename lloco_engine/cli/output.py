@@ -73,7 +73,9 @@ def hit_json(hit: Hit) -> dict[str, Any]:
         "span": asdict(hit.span),
         "pages": _pages_json(hit.pages),
         "windows": [
-            asdict(window) | {"text": hit.quote(window), "pages": _pages_json(hit.pages_of(window))}
+            asdict(window)
+            | {"text": hit.quote(window)}
+            | ({"pages": _pages_json(hit.pages_of(window))} if hit.pages else {})
             for window in hit.windows
         ],
         "metadata": dict(hit.metadata),
