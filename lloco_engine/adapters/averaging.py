@@ -7,11 +7,15 @@ import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lloco_engine.adapters.loading import read
 from lloco_engine.adapters.manifest import FILES, MANIFEST, WEIGHTS, AdapterManifest
 from lloco_engine.adapters.writing import new_folder
 from lloco_engine.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["average"]
 
@@ -33,7 +37,8 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
 
     Raises:
         ConfigError: the share breaks its rule, or ``out`` exists.
-        AdapterError: a folder is damaged, or the later adapter was not trained on from the earlier one.
+        AdapterError: a folder is damaged, or the later adapter was not trained on from the earlier one, or is of
+            another shape.
         LLoCOError: the folder cannot be written.
     """
     from safetensors.torch import load, save_file
@@ -50,8 +55,12 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
             f"sha256 {begun or 'none'}, and these are {first.weights_sha256}"
         )
     old, new = (load((folder / WEIGHTS).read_bytes()) for folder in (earlier, later))
+    if other := [name for name, value in old.items() if name not in new or new[name].shape != value.shape]:
+        raise AdapterError(
+            f"the adapters must be of one shape, and {other[0]} of {earlier} is not so in {later}: average others"
+        )
     with new_folder(out) as draft:
-        mean = {name: (1 - share) * old[name] + share * value for name, value in new.items()}
+        mean = {name: _mean(old.get(name), value, share, name) for name, value in new.items()}
         save_file(mean, draft / WEIGHTS, metadata={"format": "pt"})
         for name in FILES:
             if name not in (WEIGHTS, MANIFEST) and (later / name).is_file():
@@ -65,3 +74,10 @@ def average(earlier: Path, later: Path, share: float, out: Path) -> AdapterManif
         )
         (draft / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
     return manifest
+
+
+def _mean(old: torch.Tensor | None, new: torch.Tensor, share: float, name: str) -> torch.Tensor:
+    """The mean of a tensor; of a target that came later, whose low-rank product began as 0, the share of that."""
+    if old is None:
+        return share * new if "lora_B" in name else new
+    return (1 - share) * old + share * new

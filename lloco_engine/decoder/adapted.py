@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 
-from lloco_engine import fingerprints, models
+from lloco_engine import fingerprints
 from lloco_engine.decoder.attention import Cache
-from lloco_engine.decoder.lora import adapter_source
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.opt import runner_of
+from lloco_engine.decoder.peft_modules import PeftModules
 from lloco_engine.decoder.replay import PlacedCache, Replay
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template
@@ -45,6 +44,7 @@ class AdaptedDecoder:
         self.template = Template.suited(tokenizer, model.config, template)
         self.tokenizer_fingerprint = fingerprints.tokenizer_fingerprint(tokenizer)
         self.fingerprint = ""
+        self._modules = PeftModules(model, self.runner.linears())
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
         self._adapters: dict[str, Path] = {}
         self._lock = threading.RLock()
@@ -75,24 +75,21 @@ class AdaptedDecoder:
     # -- adapters ---------------------------------------------------------------------------------------------
 
     def load_adapter(self, folder: str | Path, name: str) -> None:
-        """Add a PEFT LoRA adapter under a name.
+        """Add a PEFT adapter of the linear layers under a name.
+
+        It is of one of the kinds in `lloco_engine.decoder.peft_modules.KINDS`, LoRA and DoRA among them.
 
         Raises:
             AdapterError: the folder holds no adapter for this decoder, or the name is taken.
         """
-        if name in self._adapters or name == "none":
-            raise AdapterError(f"an adapter's name must be new and not 'none', not {name!r}")
-        model = self.runner.model
-        with self._lock, models.quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of every adapter after the first
-            try:
-                model.load_adapter(adapter_name=name, **adapter_source(Path(folder)))
-                if any("lora_" in key for part in self._outer() for key in part.state_dict()):
-                    raise ValueError("it changes lm_head or embed_tokens, which are read unadapted")
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                if name in getattr(model, "peft_config", {}):
-                    model.delete_adapter(name)
-                raise AdapterError(f"{folder} does not hold a LoRA adapter for {self.name!r}: {error}") from error
+        if not name or name in self._adapters or name == "none":
+            raise AdapterError(f"an adapter's name must be new and neither 'none' nor empty, not {name!r}")
+        with self._lock:
+            if (
+                not self.fingerprint
+            ):  # of a decoder that was never in a folder: from now on its modules have other names
+                self.fingerprint = fingerprints.model_fingerprint(self.runner.model)
+            self._modules.load(Path(folder), name)
             self._adapters[name] = Path(folder)
 
     def add_adapter(self, config: Any, name: str) -> dict[str, torch.nn.Parameter]:
@@ -108,17 +105,10 @@ class AdaptedDecoder:
         Raises:
             AdapterError: the name is taken, or the decoder has no such targets.
         """
-        if name in self._adapters or name == "none":
-            raise AdapterError(f"an adapter's name must be new and not 'none', not {name!r}")
-        model = self.runner.model
-        with self._lock, models.quiet():
-            try:
-                model.add_adapter(config, adapter_name=name)
-            except ValueError as error:
-                raise AdapterError(
-                    f"{self.name!r} cannot be adapted at {sorted(config.target_modules)}: {error}"
-                ) from error
-        parameters = {key: value for key, value in model.named_parameters() if f".{name}." in key and "lora_" in key}
+        if not name or name in self._adapters or name == "none":
+            raise AdapterError(f"an adapter's name must be new and neither 'none' nor empty, not {name!r}")
+        with self._lock:
+            parameters = self._modules.add(config, name)
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -128,15 +118,10 @@ class AdaptedDecoder:
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter and free its weights; one that is not there is no error."""
         if self._adapters.pop(name, None) is not None:
-            with self._lock, models.quiet():
-                self.runner.model.delete_adapter(name)
+            with self._lock:
+                self._modules.remove(name)
                 self.runner.forget(name)
                 self._prefix_cache.pop(name, None)
-
-    def _outer(self) -> list[Any]:
-        """The modules outside the layers, as they are now: PEFT may have wrapped them."""
-        model: Any = self.runner.model
-        return [model.lm_head, model.get_input_embeddings()]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -145,14 +130,10 @@ class AdaptedDecoder:
 
     def _use(self, adapter: str | None) -> None:
         """Make the next pass one of an adapter; the lock must be held until it is over."""
-        if adapter in (None, "none"):
-            self.runner.adapter = None
-            return
-        if adapter not in self._adapters:
+        adapter = None if adapter == "none" else adapter
+        if adapter is not None and adapter not in self._adapters:
             raise AdapterError(f"adapter {adapter!r} is not loaded; there is {', '.join(self._adapters) or 'none'}")
-        model: Any = self.runner.model
-        if model.active_adapters() != [adapter]:
-            model.set_adapter(adapter)
+        self._modules.use(adapter)
         self.runner.adapter = adapter
 
     # -- passes -----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ than a plain one. The modules stay where they are, and training goes through the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 
 from lloco_engine.decoder.linear import FusedLinear
 
-__all__ = ["LowRank", "Product", "adapted", "adapter_source", "read_adapter"]
+__all__ = ["PEFT_NAME", "LowRank", "Product", "adapted", "read_adapter"]
 
+PEFT_NAME = "adapter"  # of the only adapter in a module: each has modules of its own
 Product = Callable[[torch.Tensor], torch.Tensor]  # (..., in) -> (..., out)
 
 
@@ -43,42 +43,42 @@ class LowRank:
 
 
 @torch.no_grad()
-def read_adapter(layers: Sequence[FusedLinear], name: str) -> LowRank | None:
-    """An adapter out of PEFT's modules; None where it is more than plain LoRA and only the modules can run it."""
+def read_adapter(layers: Sequence[FusedLinear]) -> LowRank | None:
+    """The adapter whose modules are in place; None where it is more than plain LoRA and only the modules can run it."""
     pairs: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     weights: list[Any] = []
     for layer in layers:
         parts = layer.parts
-        if not all(map(_is_plain, parts, [name] * len(parts))):
+        if not all(map(_is_plain, parts)):
             return None
-        found = [(number, part) for number, part in enumerate(parts) if name in getattr(part, "lora_A", {})]
+        found = [(number, part) for number, part in enumerate(parts) if PEFT_NAME in getattr(part, "lora_A", {})]
         if not found:
             pairs.append(None)
             continue
-        downs = [part.lora_A[name].weight for _, part in found]
-        ups = [part.lora_B[name].weight for _, part in found]
+        downs = [part.lora_A[PEFT_NAME].weight for _, part in found]
+        ups = [part.lora_B[PEFT_NAME].weight for _, part in found]
         weights += [*downs, *ups]
         down = torch.cat(downs)
         up = down.new_zeros(down.shape[0], sum(layer.sizes))
         row = 0
         for (number, part), weight in zip(found, ups, strict=True):
             column, rank = sum(layer.sizes[:number]), weight.shape[1]
-            up[row : row + rank, column : column + weight.shape[0]] = weight.T * part.scaling[name]
+            up[row : row + rank, column : column + weight.shape[0]] = weight.T * part.scaling[PEFT_NAME]
             row += rank
         # in the decoder's own precision: casting back and forth would double the operations of a step
         pairs.append((down.to(layer.weight.dtype), up.to(layer.weight.dtype)))
     return LowRank(pairs, weights)
 
 
-def _is_plain(part: Any, name: str) -> bool:
-    """Whether a module is an unadapted linear layer or adds nothing but a low-rank product under this name."""
+def _is_plain(part: Any) -> bool:
+    """Whether a module is an unadapted linear layer or adds nothing but a low-rank product."""
     if type(part) is torch.nn.Linear:
         return True
     from peft.tuners.lora import Linear  # loaded by now: something has wrapped the layer
 
-    if type(part) is not Linear or part.merged or part.fan_in_fan_out or name in part.lora_variant:
+    if type(part) is not Linear or part.merged or part.fan_in_fan_out or PEFT_NAME in part.lora_variant:
         return False
-    return name not in part.lora_B or part.lora_B[name].bias is None
+    return PEFT_NAME not in part.lora_B or part.lora_B[PEFT_NAME].bias is None
 
 
 def adapted(base: Product, pair: tuple[torch.Tensor, torch.Tensor] | None) -> Product:
@@ -94,27 +94,3 @@ def adapted(base: Product, pair: tuple[torch.Tensor, torch.Tensor] | None) -> Pr
         return out
 
     return product
-
-
-def adapter_source(folder: Path) -> dict[str, Any]:
-    """An adapter's folder as transformers takes it, its weights in memory of our own.
-
-    Transformers would map the file into memory, and a file that is cut while it is read ends the process by a signal.
-    """
-    from peft import PeftConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    weights, others = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if not weights.is_file() and not others.is_file():
-        return {"peft_model_id": str(folder)}  # which says what is missing
-    try:
-        if weights.is_file():
-            state = load(weights.read_bytes())
-        else:
-            state = torch.load(others, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{weights.name} could not be read: {error}") from error
-    except Exception as error:  # torch raises many kinds for a file that is damaged or would run code
-        raise ValueError(f"{others.name} could not be read: {error}") from error
-    return {"peft_config": PeftConfig.from_pretrained(str(folder)), "adapter_state_dict": state}

@@ -47,6 +47,7 @@ class _Layer:
         self.activation = layer.activation_fn
         self.norm_attention, self.norm_mlp = layer.self_attn_layer_norm, layer.final_layer_norm
         self.norm_first = bool(layer.do_layer_norm_before)
+        self.parts = (self.q, self.k, self.v, self.o, self.up, self.down)
 
 
 class OptRunner(Runner):
@@ -116,6 +117,11 @@ class OptRunner(Runner):
         if body.final_layer_norm is not None:
             hidden = body.final_layer_norm(hidden)
         return hidden if body.project_out is None else body.project_out(hidden)
+
+    def linears(self) -> list[Any]:
+        """As of `Runner`."""
+        parts = (part for layer in self.blocks for part in layer.parts)
+        return [getattr(part.owner, part.name) for part in parts]
 
     def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
         """Not for this family: its keys cannot be moved.

@@ -87,7 +87,7 @@ class Runner:
         self.layers = [_Layer(layer) for layer in body.layers]
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.scale = self.layers[0].scale  # of the attention logits
-        self.adapter: str | None = None  # PEFT's name of the adapter to run with
+        self.adapter: str | None = None  # the adapter to run with, whose modules are in place
         self._head = FusedLinear(model, ("lm_head",))
         self._fused = [product for layer in self.layers for product in layer.fused]
         self._low_rank: dict[str, LowRank | None] = {}
@@ -210,10 +210,14 @@ class Runner:
         """Have an adapter's weights as they are now in ``_low_rank``; False where only PEFT's modules can run it."""
         low_rank = self._low_rank.get(name)
         if low_rank is None or not low_rank.current:
-            low_rank = self._low_rank[name] = read_adapter(self._fused, name)
+            low_rank = self._low_rank[name] = read_adapter(self._fused)
             for few in (True, False):
                 self._made.pop((name, few), None)
         return low_rank is not None
+
+    def linears(self) -> list[Any]:
+        """The layers' linear modules, which an adapter may change: they are read as they are when a pass begins."""
+        return [part for layer in self._fused for part in layer.parts]
 
     def low_rank(self, name: str | None) -> LowRank | None:
         """An adapter's matrices as they were last read, or None: what a pass with it multiplies by."""
