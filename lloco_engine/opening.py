@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lloco_engine import __version__, fingerprints, models
 from lloco_engine.config import ChunkConfig, CompressConfig, StoreConfig
 from lloco_engine.errors import ConfigError, StoreError, StoreNotFound
+from lloco_engine.pretrained import read_decoder_config
 from lloco_engine.store import FORMAT_VERSION, Manifest, Store
 
 if TYPE_CHECKING:
@@ -20,10 +22,14 @@ if TYPE_CHECKING:
 
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import LocalDecoder
-    from lloco_engine.decoder.shape import DecoderShape
     from lloco_engine.decoder.template import Template
+    from lloco_engine.shape import DecoderShape
 
 __all__ = ["DecoderFacts", "Encodes", "Setup", "open_store"]
+
+
+_STEP = 64  # a default segment size that is made to fit is a multiple of it
+_LEAST = 256  # tokens below which nothing fits well: the size must be chosen then
 
 
 class Encodes(Protocol):
@@ -77,8 +83,8 @@ class DecoderFacts:
             ModelNotFound: nothing of that name can be read.
             UnsupportedModel: the engine cannot run its family.
         """
-        from lloco_engine.decoder.shape import DecoderShape
         from lloco_engine.decoder.template import Template
+        from lloco_engine.shape import DecoderShape
 
         if not isinstance(decoder, str):
             fingerprint = decoder.fingerprint or fingerprints.model_fingerprint(decoder.runner.model)
@@ -90,20 +96,18 @@ class DecoderFacts:
                 decoder.template,
                 decoder.shape,
             )
-        from transformers import AutoConfig
-
         folder = models.decoder_folder(decoder)
         fingerprint = fingerprints.model_fingerprint(folder)  # first: it says best what is wrong with a folder
+        config = read_decoder_config(folder)
         tokenizer = models.load_tokenizer(decoder)
-        with models.quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        shape = DecoderShape.of(config)
         return cls(
             decoder,
             fingerprint,
             tokenizer,
             fingerprints.tokenizer_fingerprint(tokenizer),
             Template.suited(tokenizer, config, template),
-            DecoderShape.of(config),
+            shape,
         )
 
 
@@ -148,7 +152,7 @@ class Setup:
         embedder = embedder or models.DEFAULT_EMBEDDER
         self.embedder: Encodes = Embedder(embedder, device) if isinstance(embedder, str) else embedder
         self.compress = compress or CompressConfig()
-        self.chunk = chunk or ChunkConfig()
+        self._chunk = chunk
         self.store = store or StoreConfig()
         self.compressor: Compressor = registry.get(self.compress.name, **self.compress.settings)
 
@@ -160,6 +164,24 @@ class Setup:
         if isinstance(self.decoder, str) and former.fingerprint == self._made_with:
             return replace(facts, template=former)
         return facts
+
+    @cached_property
+    def chunk(self) -> ChunkConfig:
+        """Sizes of chunks and search windows; those that nobody chose are made to fit the decoder's window."""
+        if self._chunk is not None:
+            return self._chunk
+        default, facts = ChunkConfig(), self.facts
+        compressible: Any = facts  # has what `longest_chunk` reads of a decoder
+        longest = self.compressor.longest_chunk(compressible)
+        if not _LEAST <= longest < default.segment_tokens:
+            return default
+        fitting = replace(default, segment_tokens=longest // _STEP * _STEP)
+        print(
+            f"lloco: segment_tokens is {fitting.segment_tokens} in this store, not {default.segment_tokens}: that is "
+            f"what the window of {facts.shape.window} of decoder {facts.name!r} has room for",
+            file=sys.stderr,
+        )
+        return fitting
 
     def expected(self) -> dict[str, Any]:
         """The fields of a manifest that a store must have to be used with this."""

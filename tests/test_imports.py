@@ -18,7 +18,7 @@ PACKAGE = Path(lloco_engine.__file__).parent
 STAGES = (
     ("errors",),
     ("config", "types", "documents", "reasoning", "tokenizing", "tokens", "unicode", "weights"),
-    ("fingerprints", "models"),
+    ("fingerprints", "processor", "shape", "pretrained", "hub", "models"),
     ("embedder", "chunking", "readers", "lexical"),
     ("store",),
     ("retrieve", "relevance"),

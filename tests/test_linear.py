@@ -60,6 +60,53 @@ def test_weights_that_float16_does_not_hold_are_not_packed():
     assert torch.equal(layer.quick(x), layer.plain(x))
 
 
+@half_weights
+def test_bfloat16_weights_are_packed_where_they_do_not_overflow():
+    torch.manual_seed(1)
+    weight = (0.02 * torch.randn(300, 300)).bfloat16().float()
+    off = (weight.half().float() - weight).abs().max()
+    assert 0 < off <= 2**-25, "some lie below float16's grid"
+    x = torch.randn(3, 300)
+    made = torch.ops.quantized.linear_dynamic_fp16.default(x, _packed(weight, None))
+    torch.testing.assert_close(made, x @ weight.T, rtol=1e-5, atol=2e-6)
+    for value in (65536.0, 1.0 + 2**-12):  # too large for float16; too fine
+        changed = weight.clone()
+        changed[7, 5] = value
+        assert _packed(changed, None) is None
+
+
+@half_weights
+def test_a_bfloat16_release_answers_as_transformers_does():
+    model = spiced(tiny_decoder(initializer_range=0.1)).bfloat16().float()
+    decoder = LocalDecoder(spiced(tiny_decoder(initializer_range=0.1)).bfloat16().float(), tiny_tokenizer(), "bf16")
+    assert all(layer._packed is not None for layer in [decoder.runner._head, *decoder.runner._fused])
+    ids = torch.tensor([tokens(decoder, TEXT)[:40]])
+    with torch.inference_mode():
+        hidden = decoder.runner.forward(ids, torch.arange(40), decoder.new_cache(1, 40))
+        torch.testing.assert_close(decoder.runner.logits(hidden), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@half_weights
+@pytest.mark.parametrize("packed", [("gate_proj", "up_proj"), ("down_proj",), ("q_proj", "k_proj", "v_proj"), ()])
+def test_a_short_text_is_repeated_in_bfloat16_whatever_is_packed(packed, monkeypatch):
+    """As on a processor that multiplies bfloat16: what one product makes, another kind of product reads."""
+    from lloco_engine.compress import attention_matching
+
+    def compressed() -> torch.Tensor:
+        model = spiced(tiny_decoder())
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-2] in packed:
+                parameter.data = parameter.data.half().float()
+        decoder = LocalDecoder(model, tiny_tokenizer(), "mixed")
+        made = attention_matching.AttentionMatching().compress(decoder, tokens(decoder, TEXT), [2])
+        return made[0].values
+
+    expected = compressed()
+    monkeypatch.setattr(attention_matching, "quicker_in_bf16", lambda *_: True)
+    made = compressed()
+    assert made.shape == expected.shape and made.isfinite().all() and made.dtype == expected.dtype
+
+
 def test_without_a_kernel_the_plain_product_serves(monkeypatch):
     monkeypatch.setattr(torch.backends.quantized, "engine", "onednn")
     layer, x = FusedLinear(Owner(), ("one", "two")), torch.randn(1, 48)

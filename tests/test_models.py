@@ -116,9 +116,10 @@ def test_a_hub_id_gives_its_snapshot_and_downloads_only_what_is_missing(monkeypa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert models.decoder_folder("owner/model") == str(tiny)
     assert calls[0] == {"local_files_only": True}
-    assert "*.bin" not in calls[1]["allow_patterns"]
+    assert calls[1] == {"allow_patterns": ["config.json"]}
+    assert not any(pattern.endswith(".bin") for pattern in calls[2]["allow_patterns"])
     assert models.decoder_folder("owner/model") == str(tiny)
-    assert len(calls) == 3  # the second time from the cache alone
+    assert len(calls) == 4  # the second time from the cache alone
 
 
 def test_a_missing_wheel_names_the_commands(monkeypatch):

@@ -55,7 +55,7 @@ def open_engine(
         embedder=embedder or made.get("embedder") or DEFAULT_EMBEDDER,
         create=create,
         compress=_compress(made, compressor, ratio, settings),
-        chunk=ChunkConfig.from_json(chunk),
+        chunk=ChunkConfig.from_json(chunk) if chunk else None,
         store_config=StoreConfig.from_json({"dtype": dtype or made.get("dtype") or StoreConfig.dtype}),
         device=device,
         template=template,

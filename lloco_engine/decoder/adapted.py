@@ -30,7 +30,7 @@ class AdaptedDecoder:
     Requests from several threads take turns, pass by pass; an adapter chosen for one never leaks into another.
 
     Args:
-        model: causal language model in eval mode, of a family in `lloco_engine.decoder.shape.FAMILIES`.
+        model: causal language model in eval mode, of a family in `lloco_engine.shape.FAMILIES`.
         tokenizer: its tokenizer.
         name: what the user called it.
         template: of `lloco_engine.decoder.template.NAMES`, or one that is made; None is the one that suits the decoder.

@@ -20,9 +20,9 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba import njit
 
+from lloco_engine import processor
 from lloco_engine.decoder import call as calls
 from lloco_engine.decoder import slots, team, vectors
 from lloco_engine.decoder.call import WIDTH, Attend, Desk
@@ -80,8 +80,7 @@ _array: Any = numba.carray  # type: ignore[attr-defined]
 @cache
 def runs() -> bool:
     """Whether the processor converts half precision by itself, which the kernel relies on."""
-    f16c = bool(torch.cpu.get_capabilities().get("f16c", False))
-    return platform.machine().lower() in ("arm64", "aarch64") or f16c
+    return platform.machine().lower() in ("arm64", "aarch64") or processor.has("f16c")
 
 
 # -- one block --------------------------------------------------------------------------------------------------

@@ -7,7 +7,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["FusedLinear"]
+from lloco_engine.errors import UnsupportedModel
+
+__all__ = ["FusedLinear", "check_linear"]
+
+_FINEST = 2.0**-25  # half of float16's finest step: how far bfloat16's smallest weights may be off
+
+
+def check_linear(name: str, part: Any) -> None:
+    """Refuse a layer that the runner would not compute as it is: quantised, or with an adapter around it.
+
+    Raises:
+        UnsupportedModel: it is no plain linear layer.
+    """
+    dtype = str(part.weight.dtype).removeprefix("torch.")
+    if type(part) is not torch.nn.Linear or not part.weight.is_floating_point() or part.weight.element_size() < 2:
+        raise UnsupportedModel(
+            f"a decoder's layers must be plain torch.nn.Linear in float32, float16 or bfloat16, and {name} is "
+            f"{type(part).__module__}.{type(part).__name__} in {dtype}: load it "
+            "unquantised, and adapters with load_adapter"
+        )
 
 
 class FusedLinear:
@@ -15,9 +34,10 @@ class FusedLinear:
 
     The parts' own weights become views of the joined one, so nothing is stored twice and the modules go on working.
 
-    Where the processor has a kernel for it and float16 holds the weights exactly, a second copy is packed in float16.
-    The product with it multiplies and adds in float32, so it differs from the plain one in the order of the sums
-    alone, but it reads half the bytes: that is what a step of few tokens waits for (docs/decisions/0001).
+    Where the processor has a kernel for it and float16 holds the weights, a second copy is packed in float16: exactly,
+    or, for releases in bfloat16, to half of float16's finest grid, 2**-25. The product with it multiplies and adds in
+    float32, so it differs from the plain one in the order of the sums and by that, but it reads half the bytes: that
+    is what a step of few tokens waits for (docs/decisions/0001).
 
     Args:
         owner: the module that holds the parts.
@@ -27,6 +47,8 @@ class FusedLinear:
     def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
         self.owner, self.names = owner, names
         parts = [getattr(owner, name) for name in names]
+        for name, part in zip(names, parts, strict=True):
+            check_linear(name, part)
         self.sizes = [part.weight.shape[0] for part in parts]
         self.weight, self.bias = parts[0].weight.data, parts[0].bias
         if len(parts) > 1:
@@ -58,7 +80,7 @@ class FusedLinear:
         """The same for few rows and without gradients, from the packed copy where there is one."""
         if self._packed is None:
             return F.linear(x, self.weight, self.bias)
-        return self._packed_product(x, self._packed)  # type: ignore[no-any-return]
+        return self._packed_product(x.float(), self._packed)  # type: ignore[no-any-return]
 
     def modules(self, x: torch.Tensor) -> torch.Tensor:
         """The same through the modules that are there now, adapters, dropout and gradients included."""
@@ -69,7 +91,10 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     """The weights as the half-precision kernel reads them; None where it is missing or would not be exact."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
-    if torch.backends.quantized.engine not in ("fbgemm", "x86") or not torch.equal(weight, weight.half().float()):
+    if torch.backends.quantized.engine not in ("fbgemm", "x86"):
+        return None
+    half = weight.half()
+    if not bool(half.isfinite().all()) or bool(torch.any((half.float() - weight).abs() > _FINEST)):
         return None
     try:
         return torch.ops.quantized.linear_prepack_fp16(weight.detach(), None if bias is None else bias.detach())

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from lloco_engine.decoder.attention import Cache
-from lloco_engine.decoder.linear import FusedLinear
+from lloco_engine.decoder.linear import FusedLinear, check_linear
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.runner import Attention, Runner, in_bfloat16
-from lloco_engine.decoder.shape import DecoderShape
 from lloco_engine.errors import ConfigError
+from lloco_engine.shape import DecoderShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ class _Linear:
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
+        check_linear(name, getattr(owner, name))
         self.weight, self.bias = getattr(owner, name).weight, getattr(owner, name).bias
 
     def __call__(self, x: torch.Tensor, adapted: bool) -> torch.Tensor:

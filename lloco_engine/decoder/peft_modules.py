@@ -8,16 +8,15 @@ and every tensor of its file has a place there.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lloco_engine import models
 from lloco_engine.decoder.lora import PEFT_NAME
 from lloco_engine.errors import AdapterError
+from lloco_engine.pretrained import quiet, read_adapter_config
 
 __all__ = ["KINDS", "PeftModules"]
 
@@ -26,7 +25,7 @@ KINDS = (
     *("LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA"),
     *("HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SUPERTUNING", "WAVEFT"),
 )
-_CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _NOTES = {"peft_version", "auto_mapping", "revision", "base_model_name_or_path", "task_type", "inference_mode"}
 # ways to begin that leave the decoder's own weights alone: the others take from these what the adapter begins with
 _GENTLE_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -116,7 +115,7 @@ class PeftModules:
         self.use(None)
         data = {place: module.weight.data for place, module in self._linears.items()}
         try:
-            with models.quiet():  # PEFT warns of many things that are checked here
+            with quiet():  # PEFT warns of many things that are checked here
                 inject_adapter_in_model(config, self._model, PEFT_NAME)
                 self._check_places()
                 if weights is not None:
@@ -163,18 +162,9 @@ class PeftModules:
 
 
 def _config(folder: Path) -> Any:
-    from peft import PeftConfig
-
-    path = folder / _CONFIG
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"must have a readable {_CONFIG}: {error}") from error
-    if not isinstance(said, dict):
-        raise AdapterError(f"must have a JSON object in {_CONFIG}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings that this PEFT does not know: checked below
-        config = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    """PEFT's configuration of an adapter, none of whose settings PEFT left out."""
+    config = read_adapter_config(folder)
+    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     unknown = sorted(key for key, value in said.items() if value and key not in _NOTES and not hasattr(config, key))
     if unknown:
         raise AdapterError(f"has settings that the installed PEFT does not know, {', '.join(unknown)}; update peft")

@@ -18,8 +18,8 @@ from lloco_engine.decoder.attention import Cache, attend, kernels
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.lora import LowRank, Product, adapted, read_adapter
 from lloco_engine.decoder.memory import Memory
-from lloco_engine.decoder.shape import DecoderShape
 from lloco_engine.decoder.slots import LayerSlots
+from lloco_engine.shape import DecoderShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lloco_engine import processor
 from lloco_engine.decoder.slots import TIE
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
     "weigh_few",
 ]
 
-_WIDE = bool(torch.cpu.get_capabilities().get("avx512_f", False))
+_WIDE = processor.has("avx512f")
 LANES = 16 if _WIDE else 8  # numbers that an operation takes
 ROWS = 8 if _WIDE else 4  # rows by twice `LANES` columns are summed up in registers at once
 FEW = 4  # queries up to which each has `SPREAD` lanes, which add up its products' parts: one would leave most idle

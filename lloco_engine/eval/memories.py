@@ -22,13 +22,13 @@ from lloco_engine.compress.autocompressor import AutoCompressor
 from lloco_engine.compress.summary_tokens import SummaryTokens
 from lloco_engine.config import ChunkConfig, Config, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.decoder.shape import DecoderShape
 from lloco_engine.errors import ConfigError
 from lloco_engine.eval.corpus import source_ids
 from lloco_engine.eval.machine import circumstances
 from lloco_engine.eval.timing import seconds
 from lloco_engine.models import DEFAULT_DECODER
 from lloco_engine.prefix import assemble
+from lloco_engine.shape import DecoderShape
 from lloco_engine.store import segments as files
 from lloco_engine.types import AnySegment, Prefix, SummarySegment
 

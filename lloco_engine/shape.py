@@ -50,6 +50,9 @@ class DecoderShape:
                 "stored keys would no longer match"
             )
         window = int(config.max_position_embeddings)
+        if rope.get("rope_type") == "yarn":  # the window that the scaling makes, as vLLM computes it
+            original = rope.get("original_max_position_embeddings") or window
+            window = int(float(rope["factor"]) * int(original))
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
         if sliding and getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
             window = min(window, int(config.sliding_window))
