@@ -230,31 +230,6 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_of_ours(folder, tmp_path):
         LocalDecoder.load(str(folder))
 
 
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
-    small = save_tiny_decoder(tmp_path / "small", vocab_size=200)
-    for begin in ways_in(small, tmp_path / "store"):
-        with pytest.raises(UnsupportedModel, match="it has 200 where its tokenizer has 28"):
-            begin()
-
-
-def test_a_tokenizer_without_an_end_token_serves():
-    def decoder(end: bool) -> LocalDecoder:
-        tokenizer = tiny_tokenizer()
-        model = tiny_decoder()
-        if not end:
-            tokenizer.eos_token = None
-            model.generation_config.eos_token_id = None
-        return LocalDecoder(model, tokenizer)
-
-    ours, usual = decoder(False), decoder(True)
-    prompts = [Prompt("Who?"), Prompt("When did she come to the mill?")]
-    made = [generation.token_ids for generation in ours.generate(prompts)]
-    for ids, expected in zip(made, usual.generate(prompts), strict=True):
-        assert ids[: len(expected.token_ids)] == expected.token_ids
-    (loss, count), (_, with_end) = (d.answer_losses(prompts[:1], ["Ada"])[0] for d in (ours, usual))
-    assert count == with_end - 1 and loss > 0
-
-
 # -- windows ---------------------------------------------------------------------------------------------------------
 
 
