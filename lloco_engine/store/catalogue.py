@@ -15,6 +15,7 @@ from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull,
 from lloco_engine.store.legacy import legacy_adapters
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
+from lloco_engine.store.terms import term, window_terms
 from lloco_engine.types import Hit, MetadataValue, Page, Span
 from lloco_engine.unicode import not_unicode
 
@@ -235,13 +236,13 @@ class Catalogue:
             )
         ]
 
-    def window_ids_with(self, word: str, most: int) -> npt.NDArray[np.int64] | None:
-        """Ids of all windows, of whichever tenant, that have a word of letters and digits; None when over ``most``."""
+    def window_ids_with(self, word: str, tenant: str, most: int) -> npt.NDArray[np.int64] | None:
+        """Ids of a tenant's windows that have a word, as `lexical.words` gives it; None when over ``most``."""
         import numpy as np
 
         count, ids = self.connection.execute(  # one row, for hundreds of rows take longer than the look-up
             "SELECT count(*), group_concat(rowid) FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?)",
-            (f'"{word}"', most + 1),
+            (f'"{term(tenant, word)}"', most + 1),
         ).fetchone()
         return np.fromstring(ids or "", np.int64, sep=",") if count <= most else None
 
@@ -304,6 +305,7 @@ def connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
     try:
         connection.create_function("text_hash", 1, text_hash, deterministic=True)
+        connection.create_function("window_terms", 2, window_terms, deterministic=True)
         connection.create_function("legacy_adapters", 0, lambda: legacy_adapters(path.parent))
         connection.execute("PRAGMA foreign_keys = ON")
         # Files of replaced segments go after the commit, so the commit must survive a power cut first.

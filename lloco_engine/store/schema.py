@@ -152,6 +152,24 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     ALTER TABLE documents ADD COLUMN encoding TEXT NOT NULL DEFAULT '';
     """,
+    # 8: words of every script, by tenant; store/terms.py says what a row holds
+    """
+    DROP TRIGGER words_of_new_window;
+    DROP TRIGGER words_of_gone_window;
+    DROP TABLE words;
+    CREATE VIRTUAL TABLE words USING fts5 (text, columnsize = 0, detail = none, tokenize = 'ascii');
+    INSERT INTO words (rowid, text)
+        SELECT w.window_id, window_terms(d.tenant, substr(c.text, w.start - c.start + 1, w.end - w.start))
+        FROM windows w JOIN chunks c USING (chunk_key) JOIN documents d USING (doc_key);
+    CREATE TRIGGER words_of_new_window AFTER INSERT ON windows BEGIN
+        INSERT INTO words (rowid, text)
+            SELECT new.window_id, window_terms(d.tenant, substr(c.text, new.start - c.start + 1, new.end - new.start))
+            FROM chunks c JOIN documents d USING (doc_key) WHERE c.chunk_key = new.chunk_key;
+    END;
+    CREATE TRIGGER words_of_gone_window AFTER DELETE ON windows BEGIN
+        DELETE FROM words WHERE rowid = old.window_id;
+    END;
+    """,
 )
 
 
