@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         StoreMismatch,
         StoreNotFound,
         UnsupportedModel,
+        WrongProcess,
     )
     from lloco_engine.types import (
         Answer,
@@ -94,6 +95,7 @@ _HOMES = {
         "StoreMismatch",
         "StoreNotFound",
         "UnsupportedModel",
+        "WrongProcess",
     ),
     "types": (
         "Answer",
@@ -154,6 +156,7 @@ __all__ = [
     "Turn",
     "UnsupportedModel",
     "Usage",
+    "WrongProcess",
     "__version__",
     "register",
 ]

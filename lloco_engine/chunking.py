@@ -172,7 +172,7 @@ def _best_cut(text: str, begin: int, low: int, target: int, high: int) -> int:
     low, high = max(low, begin + 1), max(high, begin + 1)
     for kind in _BREAKS:
         # One character more than may be used: a break that runs on beyond ``high`` is not cut in two.
-        places = [match.end() for match in kind.finditer(text, low - 1, min(high + 1, len(text)))]
+        places: list[int] = [match.end() for match in kind.finditer(text, low - 1, min(high + 1, len(text)))]
         places = [place for place in places if low <= place <= high and not _splits_character(text, place, begin)]
         if places:
             return min(places, key=lambda place: abs(place - target))

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING
 
 from lloco_engine.fingerprints import model_fingerprint
 from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device
 from lloco_engine.pretrained import read_embedder
+from lloco_engine.process import ProcessLock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ class Embedder:
     def __init__(self, name: str = DEFAULT_EMBEDDER, device: str | None = None) -> None:
         self.name = name
         self.device = device
-        self._lock = RLock()  # encoding sets truncation on the one tokenizer
+        self._lock = ProcessLock(f"the embedder {name!r}")  # encoding sets truncation on the one tokenizer
 
     @cached_property
     def folder(self) -> str:

@@ -17,7 +17,7 @@ PACKAGE = Path(lloco_engine.__file__).parent
 # One tuple per stage, in the order of the spine. A module imports its own stage or earlier ones.
 STAGES = (
     ("errors",),
-    ("config", "graphemes", "types", "documents", "reasoning", "tokenizing", "tokens", "unicode", "weights"),
+    ("config", "graphemes", "process", "types", "documents", "reasoning", "tokenizing", "tokens", "unicode", "weights"),
     ("fingerprints", "processor", "shape", "pretrained", "hub", "models"),
     ("embedder", "chunking", "readers", "lexical"),
     ("store",),

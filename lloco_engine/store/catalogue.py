@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lloco_engine.documents import Place, encode_value
 from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
-from lloco_engine.store.legacy import legacy_adapters
+from lloco_engine.store.connecting import connect, connect_reader, file_state, is_writable
 from lloco_engine.store.records import DocumentInfo
+from lloco_engine.store.schema import APPLICATION_ID, check_version
 from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
+from lloco_engine.store.terms import term
 from lloco_engine.store.terms import term, window_terms
 from lloco_engine.types import Hit, MetadataValue, Page, Span
 from lloco_engine.unicode import not_unicode
@@ -54,7 +56,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path) -> None:
-        """Connect to a catalogue that exists.
+        """Connect to a catalogue that exists; to one that this process may not write, for reading only.
 
         Raises:
             StoreCorrupt: missing or damaged.
@@ -62,8 +64,23 @@ class Catalogue:
         self.path = path
         if not path.is_file():
             raise StoreCorrupt(f"{path} is missing; put it back, or repair the store and ingest its documents again")
+        self._open()
+
+    def _open(self) -> None:
+        self._state: tuple[object, ...] | None = None  # of the file, where the connection sees no change of it
         with self.errors():
-            self.connection = connect(path)
+            if is_writable(self.path):
+                self.connection = connect(self.path)
+                return
+            state = file_state(self.path)
+            self.connection, follows = connect_reader(self.path)
+            self._state = None if follows else state
+
+    def _current(self) -> None:
+        """Connect anew where the file has changed under a connection that does not see it."""
+        if self._state is not None and self._state != file_state(self.path):
+            self.connection.close()
+            self._open()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -82,6 +99,7 @@ class Catalogue:
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """One transaction: committed at the end of the block, undone when the block raises."""
+        self._current()
         with self.errors():
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
@@ -300,20 +318,6 @@ class Catalogue:
             yield from self.connection.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode; its owner sees to one thread at a time."""
-    connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-    try:
-        connection.create_function("text_hash", 1, text_hash, deterministic=True)
-        connection.create_function("window_terms", 2, window_terms, deterministic=True)
-        connection.create_function("legacy_adapters", 0, lambda: legacy_adapters(path.parent))
-        connection.execute("PRAGMA foreign_keys = ON")
-        # Files of replaced segments go after the commit, so the commit must survive a power cut first.
-        connection.execute("PRAGMA synchronous = FULL")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 def filter_options(key: str, wanted: object) -> tuple[str, ...]:
