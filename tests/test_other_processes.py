@@ -10,11 +10,11 @@ import traceback
 
 import pytest
 from store_cases import document, make_store, put, text_vector, unit
+from test_store_catalogue import golden
 
 from lloco_engine.errors import StoreError, WrongProcess
 from lloco_engine.store import Store
-from lloco_engine.store import connecting as connecting_module
-from lloco_engine.store.schema import MIGRATIONS
+from lloco_engine.store.schema import is_latest
 
 DOCUMENTS = [document(f"d{n}", 60) for n in range(3)]
 
@@ -135,16 +135,18 @@ def test_another_user_reads_what_a_killed_writer_left(tmp_path):
 
 
 @root
-def test_an_older_catalogue_is_brought_up_to_date_in_memory(tmp_path, monkeypatch):
+def test_an_older_catalogue_is_brought_up_to_date_in_memory(tmp_path):
     path = tmp_path / "s"
-    with make_store(path, *DOCUMENTS) as store:
-        store._catalogue.connection.executescript(
-            "DROP TRIGGER words_of_new_window; DROP TRIGGER words_of_gone_window; DROP TABLE words;"
-            f"{MIGRATIONS[3]} PRAGMA user_version = 4; DROP TABLE adapters; DROP TABLE adapter_groups;"
-        )
+    golden("store_v1_float16", path)
     before = files(path)
-    as_another(path, lambda: served(path))
-    assert files(path) == before and connecting_module.is_writable(path / "catalogue.sqlite")
+
+    def act():
+        with Store.open(path) as store:
+            assert store.documents() and not store.verify()
+            assert is_latest(store._catalogue.connection, "the copy")
+
+    as_another(path, act)
+    assert files(path) == before
 
 
 def in_child(act):

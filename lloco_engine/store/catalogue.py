@@ -318,8 +318,6 @@ class Catalogue:
             yield from self.connection.execute(f"{query} IN ({','.join('?' * len(part))})", part)
 
 
-
-
 def filter_options(key: str, wanted: object) -> tuple[str, ...]:
     """The values that a filter accepts, as `encode_value` gives them: one value, or any of a collection.
 
