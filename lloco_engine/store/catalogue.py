@@ -15,9 +15,7 @@ from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull,
 from lloco_engine.store.connecting import connect, connect_reader, file_state, is_writable
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version
-from lloco_engine.store.schema import APPLICATION_ID, check_version, text_hash
 from lloco_engine.store.terms import term
-from lloco_engine.store.terms import term, window_terms
 from lloco_engine.types import Hit, MetadataValue, Page, Span
 from lloco_engine.unicode import not_unicode
 
