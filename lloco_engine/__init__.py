@@ -45,8 +45,9 @@ if TYPE_CHECKING:
         StoreMismatch,
         StoreNotFound,
         UnsupportedModel,
-        WrongProcess,
     )
+    from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
+    from lloco_engine.metadata import plain_metadata
     from lloco_engine.types import (
         Answer,
         Chunk,
@@ -95,8 +96,9 @@ _HOMES = {
         "StoreMismatch",
         "StoreNotFound",
         "UnsupportedModel",
-        "WrongProcess",
     ),
+    "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
+    "metadata": ("plain_metadata",),
     "types": (
         "Answer",
         "Chunk",
@@ -116,6 +118,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
+    "And",
     "Answer",
     "AnswerStream",
     "AskOptions",
@@ -124,18 +127,23 @@ __all__ = [
     "ChunkConfig",
     "CompressConfig",
     "Compressor",
+    "Condition",
     "ConfigError",
     "Document",
     "DocumentError",
     "Engine",
     "Failure",
+    "Filter",
+    "Filters",
     "GenerateConfig",
     "Hit",
     "IngestReport",
     "LLoCOError",
     "ModelNotFound",
+    "Not",
     "NotInStore",
     "Observed",
+    "Or",
     "Page",
     "Prefix",
     "PrefixConfig",
@@ -156,8 +164,9 @@ __all__ = [
     "Turn",
     "UnsupportedModel",
     "Usage",
-    "WrongProcess",
     "__version__",
+    "parse_filter",
+    "plain_metadata",
     "register",
 ]
 

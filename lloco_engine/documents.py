@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
 from lloco_engine.errors import ConfigError, DocumentError
+from lloco_engine.metadata import plain_metadata
 from lloco_engine.types import Document
 
 __all__ = [
     "Place",
     "check_document",
     "check_text",
-    "encode_value",
     "file_of",
     "is_gone",
     "is_older_note",
@@ -32,13 +31,14 @@ _MAX_ID = 10_000  # characters; no path that can be opened is half as long
 _SCHEME = "file://"
 
 
-def check_document(document: object) -> None:
-    """Refuse what could not be kept, found again and shown, before any work is done on it.
+def check_document(document: object) -> Document:
+    """The document as it is kept, its metadata as JSON values; what could not be kept, found again and shown is refused
+    before any work is done on it.
 
     Raises:
         DocumentError: names the field and the rule that it breaks: every field is text without NUL and without lone
             surrogates; the id is not empty, not over 10,000 characters and holds no control characters; the text is
-            not blank; metadata is a mapping of such text to what `encode_value` takes.
+            not blank; metadata is a mapping of such text to what `lloco_engine.metadata` takes.
     """
     if not isinstance(document, Document):
         raise DocumentError(f"a document must be a Document, not {_shown(document)}")
@@ -55,14 +55,11 @@ def check_document(document: object) -> None:
         raise DocumentError("a document must hold text, and this one is blank")
     if not isinstance(document.metadata, Mapping):
         raise DocumentError(f"metadata must be a mapping of names to values, not {_shown(document.metadata)}")
-    for key, value in document.metadata.items():
-        check_text("a metadata key", key)
-        if isinstance(value, str):
-            check_text(key, value)
-        try:
-            encode_value(key, value)
-        except ValueError as error:
-            raise DocumentError(str(error)) from error
+    try:
+        metadata, private = plain_metadata(document.metadata), plain_metadata(document.private)
+    except ConfigError as error:
+        raise DocumentError(str(error)) from error
+    return replace(document, metadata=metadata, private=private)
 
 
 def check_text(name: str, value: object) -> None:
@@ -79,23 +76,6 @@ def check_text(name: str, value: object) -> None:
         raise DocumentError(f"{name} must be valid Unicode, and character {error.start} is a lone surrogate") from error
     if "\0" in value:
         raise DocumentError(f"{name} must not be binary, and character {value.index(chr(0))} is NUL")
-
-
-def encode_value(key: str, value: object) -> str:
-    """A metadata value as filters compare it: by type and value, numbers as numbers.
-
-    Raises:
-        ConfigError: not text, a finite number or a boolean.
-    """
-    if isinstance(value, str):
-        return f"s:{value}"
-    if isinstance(value, bool):
-        return f"b:{value}".lower()
-    if isinstance(value, int):
-        return f"n:{value}"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"n:{int(value)}" if value.is_integer() else f"n:{value!r}"
-    raise ConfigError(f"metadata {key!r} must be text, a finite number or a boolean, not {value!r}")
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from lloco_engine.config import (
     StoreConfig,
 )
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
+from lloco_engine.filters import parse_filter
 from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
-from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
 from lloco_engine.recall import AskOptions, Found, Recall, Recalled, Wanted
 from lloco_engine.relevance import NOTHING, doubt, floor_of
@@ -69,7 +69,7 @@ class Engine:
         self._setup = setup
         self._device, self._dtype = device, dtype
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
-        self._lock = ProcessLock(f"the engine of {store.path}")
+        self._lock = threading.RLock()
         self._compressing = threading.Lock()
         self._recall = Recall(store, setup)
 
@@ -138,9 +138,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the store and of the decoder's weights."""
         self.store.close()
-        if self._lock.here:
-            with self._lock:
-                self._decoder = None
+        with self._lock:
+            self._decoder = None
 
     def __enter__(self) -> Self:
         return self
@@ -215,7 +214,7 @@ class Engine:
         Args:
             sources: documents, files (docs/documents.md lists their kinds) and folders; read lazily.
             tenant: whose they are.
-            metadata: added to every document's own.
+            metadata: added to every document's own; of the types that `lloco_engine.metadata` names.
             prune: remove the documents that have vanished: those that were read before from a folder, or from a file
                 of records, that was read now, and that are no longer there. Without it they are named.
             read: what a file may ask of the readers; a document beyond it is in ``failed``.
@@ -229,7 +228,7 @@ class Engine:
             StoreFull: the disk is full; finished documents and segments stay.
             StoreLocked: another writer held the store for ten seconds; finished documents and segments stay.
             ConfigError: the sources cannot be iterated over, or a metadata key is one of the names that every document
-                has; nothing was read.
+                has, or a value of no fitting type; nothing was read.
         """
         if isinstance(sources, Document | str | os.PathLike):
             sources = [sources]
@@ -254,6 +253,11 @@ class Engine:
         """Remove a document and the segments that no other has; `NotInStore` when the tenant has no such document."""
         with self.store.writer() as writer:
             writer.delete_document(doc_id, tenant)
+
+    def delete_all(self, doc_ids: Iterable[str], tenant: str = "") -> list[str]:
+        """Remove documents as `delete` does, all in one go or none; returns those that were there."""
+        with self.store.writer() as writer:
+            return writer.delete_documents(doc_ids, tenant)
 
     def documents(self, tenant: str | None = None) -> list[DocumentInfo]:
         """Documents of a tenant, or of all tenants, by tenant and id."""
@@ -301,7 +305,6 @@ class Engine:
 
     def retrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
         """The segments that a question needs, best first; `SearchOptions` says what the arguments are."""
-        self._lock.check()
         _check("retrieve", question, options, SearchOptions)
         config = with_options(self.retrieval, options)
         filters, tenant = options.get("filters"), options.get("tenant", "")
@@ -393,7 +396,6 @@ class Engine:
 
     def _wanted(self, question: str, options: AskOptions) -> Wanted:
         """What is to be read for a question."""
-        self._lock.check()
         names = ("hits", "whole_document", "filters", "tenant", "history")
         given: dict[str, Any] = {name: options[name] for name in names if name in options}  # type: ignore[literal-required]
         return Wanted(question, with_options(self.retrieval, options), **given)
@@ -485,7 +487,8 @@ def _check(call: str, question: str, options: Mapping[str, Any], known: type) ->
         raise TypeError(
             f"{call}() got an unexpected keyword argument {unknown[0]!r}; it takes {sorted(known.__annotations__)}"
         )
-    texts = ("tenant", "filters", "whole_document", "context", "adapter")
+    parse_filter(options.get("filters"))
+    texts = ("tenant", "whole_document", "context", "adapter")
     require_unicode(question=question, **{name: options.get(name) for name in texts})
     require_unicode(history=[turn.text for turn in options.get("history") or ()])
 

@@ -16,8 +16,7 @@
     ├── SegmentUnavailable     one segment is missing or damaged; the others can be used
     ├── NotInStore             an id that the store does not hold
     ├── PromptTooLong          question, prefix and answer do not fit the decoder's window
-    ├── AdapterError           an adapter is unknown, or was made for another decoder
-    └── WrongProcess           opened before a fork and used after it
+    └── AdapterError           an adapter is unknown, or was made for another decoder
 
 A message states the rule, the value received and, where it is known, the fix.
 """
@@ -38,7 +37,6 @@ __all__ = [
     "StoreMismatch",
     "StoreNotFound",
     "UnsupportedModel",
-    "WrongProcess",
 ]
 
 
@@ -103,7 +101,3 @@ class PromptTooLong(LLoCOError, ValueError):
 
 class AdapterError(LLoCOError):
     """An adapter is unknown, or was made for another decoder."""
-
-
-class WrongProcess(LLoCOError):
-    """What was opened before a fork is used in the forked process."""

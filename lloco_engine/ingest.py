@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lloco_engine.chunking import Chunker
 from lloco_engine.documents import file_of, is_older_note, printable
 from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
+from lloco_engine.metadata import same_metadata
 from lloco_engine.readers import Identities, Reader
 from lloco_engine.store import DocumentInfo, SegmentStats, Store, Writer
 from lloco_engine.types import AnySegment, Chunk, Document, Failure, IngestReport
@@ -157,7 +158,7 @@ class Ingest:
         except (DocumentError, StoreError) as error:
             if not isinstance(error, DocumentError) and type(error) is not StoreError:
                 raise  # full, locked, damaged: not this document's fault
-            self._tally.failed.append(Failure(item.source or item.doc_id, str(error)))
+            self._tally.failed.append(Failure(item.source or item.doc_id, str(error), item.doc_id))
         else:
             done: list[str] = getattr(self._tally, outcome)
             done.append(doc_id)
@@ -215,7 +216,14 @@ class Ingest:
     def _relabel(self, document: Document, item: Document, state: tuple[str, int] | None) -> Outcome:
         """Let the labels of a document that is there with this text follow."""
         known = self._store.document(document.doc_id, document.tenant)
-        labelled = known.title == document.title and dict(known.metadata) == dict(document.metadata)
+        labelled = (
+            known.title == document.title
+            and same_metadata(known.metadata, document.metadata)
+            and any(
+                same_metadata(one.private, document.private)
+                for one in self._store.load_documents([document.doc_id], document.tenant)
+            )
+        )
         stays = _is_same_place(known, document)
         read_alike = (known.origin, known.encoding, known.pages) == (
             document.origin,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.errors import ConfigError, SegmentUnavailable
+from lloco_engine.filters import Filters
 from lloco_engine.prefix import assemble
 from lloco_engine.relevance import doubt, floor_of
 from lloco_engine.retrieve import SearchOptions, with_history
-from lloco_engine.store import Filters, Store
+from lloco_engine.store import Store
 from lloco_engine.types import AnySegment, Hit, Prefix, Turn
 
 if TYPE_CHECKING:

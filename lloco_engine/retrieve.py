@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from lloco_engine.config import RetrieveConfig
 from lloco_engine.errors import ConfigError
-from lloco_engine.store import Filters, Store
+from lloco_engine.filters import Filters
+from lloco_engine.store import Store
 from lloco_engine.types import Hit, Turn
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class SearchOptions(TypedDict, total=False):
     """What every search takes besides the question. None of a setting is the engine's own (`Engine.open`).
 
     top_k, neighbours, min_score, lexical, floor, when_nothing: as in `RetrieveConfig`.
-    filters: as in `Store.search`: metadata key, doc_id, source or title, to a value or a collection of them.
+    filters: which documents may be found, as `lloco_engine.filters` says.
     tenant: whose documents, "" by default.
     history: earlier turns of the conversation, oldest first: what the user said last counts in the search.
     """
@@ -85,8 +86,7 @@ class Retriever:
         config = RetrieveConfig() if config is None else config
         if not question.strip():
             raise ConfigError(f"a question must not be empty, not {question!r}")
-        encode = getattr(self._embedder, "encode_query", self._embedder.encode)  # where questions are told apart
-        vector = encode([question])[0]
+        vector = self._embedder.encode([question])[0]
         hits = self._store.search(
             vector,
             top_k=config.top_k,

@@ -8,9 +8,9 @@ Letters used for shapes: ``L`` layers, ``H`` KV heads, ``D`` head dimension, ``N
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:  # a type never costs the import of torch
     import torch
@@ -33,7 +33,8 @@ __all__ = [
     "Usage",
 ]
 
-MetadataValue = str | int | float | bool
+# What JSON holds. `lloco_engine.metadata` says which other types become it.
+MetadataValue: TypeAlias = str | int | float | bool | Sequence["MetadataValue"] | Mapping[str, "MetadataValue"] | None
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ class Page:
 class Document:
     """One source text.
 
-    ``doc_id`` is unique within a tenant; the same id with another text replaces the earlier version. ``pages`` are in
-    order, for formats that have them; ``encoding`` is that of the file it was read from, "" where it had none.
+    ``doc_id`` is unique within a tenant; the same id with another text replaces the earlier version. ``metadata`` is
+    what filters see; common types beside JSON's are taken too (`lloco_engine.metadata`). ``pages`` are in order, for
+    formats that have them; ``encoding`` is that of the file it was read from, "" where it had none.
     ``origin`` is the file, and the record in it, that a reader found it in, as a URI; empty for a document that came
-    otherwise. It says which document a file is, and is no part of what the document says.
+    otherwise. It says which document a file is, and is no part of what the document says. ``private`` is what the
+    program that added the document keeps with it: no reader of files sets it, no user's filter sees it, no hit has it.
     """
 
     doc_id: str
@@ -78,6 +81,7 @@ class Document:
     pages: tuple[Page, ...] = ()
     encoding: str = ""
     origin: str = field(default="", compare=False)
+    private: Mapping[str, MetadataValue] = field(default_factory=dict)
 
     @property
     def content_hash(self) -> str:
@@ -278,10 +282,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """One input that was not ingested, and the rule it broke."""
+    """One input that was not ingested, and the rule it broke; ``doc_id`` is its document's, where it was one."""
 
     source: str
     reason: str
+    doc_id: str = ""
 
 
 @dataclass(frozen=True)

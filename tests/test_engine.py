@@ -188,7 +188,7 @@ def test_a_bad_document_is_named_and_the_rest_go_on(empty, tmp_path):
     (tmp_path / "in" / "a.txt").write_text(story("lamp"))
     (tmp_path / "in" / "b.txt").write_bytes(b"\xff\xfe\x00binary")
     bad = [Document("", "text"), Document("blank", " \n"), Document("broken", "a\ud800"), PUMPS, PUMPS]
-    bad.append(Document("meta", "text", metadata={"list": [1]}))
+    bad.append(Document("meta", "text", metadata={"list": [b"1"]}))
     report = empty.ingest([*bad, tmp_path / "in", str(tmp_path / "missing.txt"), CRANES])
     assert report.added == ("pumps.md", "a.txt", "cranes.md")
     assert [failure.source.rsplit("/", 1)[-1] for failure in report.failed] == [

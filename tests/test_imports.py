@@ -17,7 +17,8 @@ PACKAGE = Path(lloco_engine.__file__).parent
 # One tuple per stage, in the order of the spine. A module imports its own stage or earlier ones.
 STAGES = (
     ("errors",),
-    ("config", "graphemes", "process", "types", "documents", "reasoning", "tokenizing", "tokens", "unicode", "weights"),
+    ("config", "types", "unicode", "metadata", "filters", "documents"),
+    ("reasoning", "tokenizing", "tokens", "weights"),
     ("fingerprints", "processor", "shape", "pretrained", "hub", "models"),
     ("embedder", "chunking", "readers", "lexical"),
     ("store",),

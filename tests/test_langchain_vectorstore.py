@@ -11,6 +11,7 @@ from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 
+from lloco_engine import DocumentError
 from lloco_integrations.langchain import LLoCOVectorStore
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -48,17 +49,23 @@ def test_metadata_comes_back_as_it_was(store):
     assert store.get_by_ids([doc_id]) == [Document(page_content="words of a page", metadata=metadata, id=doc_id)]
 
 
-def test_what_cannot_be_added_is_refused_before_anything_is_written(store):
+def test_what_cannot_be_added_is_named_and_the_rest_is_added(store):
     good = Document(page_content="words", id="a")
-    with pytest.raises(ValueError, match="'b' is blank"):
-        store.add_documents([good, Document(page_content="  ", id="b")])
-    with pytest.raises(ValueError, match="must be JSON"):
-        store.add_documents([good, Document(page_content="x", metadata={"when": object()}, id="b")])
-    with pytest.raises(ValueError, match="must come once"):
-        store.add_documents([good, good])
     with pytest.raises(ValueError, match="as many as documents, 1, not 2"):
         store.add_documents([good], ids=["a", "b"])
+    unfit = Document(page_content="x", metadata={"when": object()}, id="b")
+    with pytest.raises(DocumentError, match=r"1 of 1 documents could not be added: b: metadata 'when' must be text"):
+        store.add_documents([unfit])
     assert store.engine.documents() == []
+    more = [unfit, Document(page_content=" ", id="c"), Document(page_content="y\ud800", id="d"), good]
+    with pytest.warns(
+        UserWarning, match="4 of 5 .*b: metadata 'when' .*c: .*blank; d: .*surrogate; a: .*must come once"
+    ):
+        assert store.add_documents([good, *more]) == ["a"]
+    unfit.id = "b"
+    with pytest.warns(UserWarning, match="1 of 2 .*b: metadata 'when'"):
+        made = LLoCOVectorStore.from_documents([unfit, Document(page_content="z", id="z")], None, engine=store.engine)
+    assert [one.id for one in made.get_by_ids(["z", "b", "a"])] == ["z", "a"]
 
 
 def test_filters_threshold_and_diversity(store):

@@ -314,8 +314,11 @@ def test_a_transform_is_not_sent_to_other_processes(own_engine):
 
 def test_a_node_that_cannot_be_stored_is_named_and_the_others_are_stored(own_engine):
     good, bad = TextNode(text="fine", id_="good"), TextNode(text="broken \ud800", id_="bad")
-    with pytest.raises(DocumentError, match=r"1 of 2 nodes were not stored: .*surrogate"):
-        LLoCOTransform(own_engine)([good, bad, TextNode(text="  ", id_="blank")])
+    given = [good, bad, TextNode(text="  ", id_="blank")]
+    with pytest.warns(UserWarning, match=r"2 of 3 documents could not be added: bad: .*surrogate; blank: .*is blank"):
+        assert LLoCOTransform(own_engine)(given) == given
+    with pytest.raises(DocumentError, match=r"1 of 1 documents could not be added: bad: .*surrogate"):
+        LLoCOVectorStore(own_engine).add([bad])
     assert [info.doc_id for info in own_engine.documents()] == ["good"]
 
 

@@ -142,7 +142,7 @@ def write_jsonl(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_records_become_documents_with_their_scalars_as_metadata(tmp_path):
+def test_records_become_documents_with_their_other_fields_as_metadata(tmp_path):
     record = {
         "doc_id": "a",
         "title": "T",
@@ -161,9 +161,8 @@ def test_records_become_documents_with_their_scalars_as_metadata(tmp_path):
     )
     documents, failures = read(path)
     assert failures == []
-    assert documents[0] == Document(
-        "a", "body", "T", "S", {"year": 2024, "ok": True, "x": 1.5, "who": "me"}, encoding="utf-8"
-    )
+    metadata = {"year": 2024, "ok": True, "x": 1.5, "who": "me", "none": None, "o": {}}  # no questions, nor answers
+    assert documents[0] == Document("a", "body", "T", "S", metadata, encoding="utf-8")
     assert (documents[1].doc_id, documents[1].title, documents[1].source) == ("b", "", f"{path}:3")
 
 
@@ -183,7 +182,7 @@ def test_records_become_documents_with_their_scalars_as_metadata(tmp_path):
         ('{"doc_id": "x", "text": " \\n"}', "this one is blank"),
         ('{"doc_id": "x", "text": "a\\u0000b"}', "character 1 is NUL"),
         ('{"doc_id": "x", "text": "ab\\ud800"}', "character 2 is a lone surrogate"),
-        ('{"doc_id": "x", "text": "t", "who": "\\ud800"}', "who must be valid Unicode"),
+        ('{"doc_id": "x", "text": "t", "who": "\\ud800"}', "metadata 'who' must be valid Unicode"),
         ('{"doc_id": "good", "text": "t"}', "must come once in a run"),
     ],
 )

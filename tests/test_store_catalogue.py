@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from store_cases import document, make_store, put, text_vector
 
-from lloco_engine.errors import ConfigError, StoreCorrupt, StoreMismatch
+from lloco_engine.errors import StoreCorrupt, StoreMismatch
 from lloco_engine.store import Store, schema
-from lloco_engine.store.catalogue import encode_value
 
 GOLDEN = Path(__file__).parent / "golden"
 # of the first segment of document "beta"
@@ -132,12 +131,3 @@ def test_another_programs_database_is_refused(tmp_path):
     connection.close()
     with pytest.raises(StoreCorrupt, match="is not a store's catalogue"):
         Store.open(tmp_path / "s")
-
-
-def test_metadata_values_compare_by_type_and_value():
-    distinct = ["1", 1, True, "true", 1.5, "1.5", "", "s:", False, 0, -1, 10**30]
-    assert len({encode_value("k", value) for value in distinct}) == len(distinct)
-    assert encode_value("k", 2.0) == encode_value("k", 2) and encode_value("k", -0.0) == encode_value("k", 0)
-    for wrong in (None, float("inf"), float("nan"), b"x", [1], {}):
-        with pytest.raises(ConfigError, match="metadata 'k' must be text, a finite number or a boolean"):
-            encode_value("k", wrong)

@@ -10,21 +10,23 @@ from typing import Any, BinaryIO, NoReturn
 
 from lloco_engine.config import ReadConfig
 from lloco_engine.documents import printable
-from lloco_engine.errors import DocumentError
+from lloco_engine.errors import ConfigError, DocumentError
+from lloco_engine.metadata import plain_metadata
 from lloco_engine.readers.encodings import UnclearEncoding, decode, find_encoding, is_wide
 from lloco_engine.readers.walk import open_file
-from lloco_engine.types import Document, Failure
+from lloco_engine.types import Document, Failure, MetadataValue
 
 __all__ = ["read_jsonl"]
 
 _HEAD = 256 * 1024  # bytes that the encoding of a file is told from
 _FIELDS = ("doc_id", "text", "title", "source")
+_LEFT_OUT = "questions"  # with their answers: what adapters learn from, never what a model is told (readers/records.py)
 
 
 def read_jsonl(path: Path, config: ReadConfig) -> Iterator[tuple[str, Document | Failure]]:
     """``file:line`` and the document there, line by line; a bad line is a Failure, and the rest go on.
 
-    Scalar fields beyond the four become metadata; lists, objects and nulls (``"questions"``) are left out.
+    Fields beyond the four become metadata, whatever they hold, but for ``"questions"`` of `readers.records`.
     A record without ``source`` gets ``file:line``. Memory holds one line; a line over the limit is refused.
 
     Raises:
@@ -128,12 +130,15 @@ def _document(line: str, where: str) -> Document:
         text=record["text"],
         title=record.get("title") or "",
         source=record.get("source") or where,
-        metadata={
-            key: value
-            for key, value in record.items()
-            if key not in _FIELDS and isinstance(value, str | int | float | bool)
-        },
+        metadata=_metadata({key: value for key, value in record.items() if key not in (*_FIELDS, _LEFT_OUT)}),
     )
+
+
+def _metadata(values: dict[str, Any]) -> dict[str, MetadataValue]:
+    try:
+        return plain_metadata(values)
+    except ConfigError as error:
+        raise DocumentError(f"a record's {error}") from error
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lloco_engine.config import ReadConfig
 from lloco_engine.documents import check_document, origin_of, printable, record_of
 from lloco_engine.errors import ConfigError, DocumentError
+from lloco_engine.metadata import plain_metadata
 from lloco_engine.readers.apart import parse_apart
 from lloco_engine.readers.formats import FORMATS, parse
 from lloco_engine.readers.identity import Identities
@@ -51,7 +52,7 @@ class Reader:
         config: limits; what is beyond them is a Failure.
 
     Raises:
-        ConfigError: a metadata key is one of the names that every document has.
+        ConfigError: a metadata key is one of the names that every document has, or a value has no form in JSON.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Reader:
         config: ReadConfig | None = None,
     ) -> None:
         self._tenant = tenant
-        self._metadata = dict(metadata or {})
+        self._metadata = plain_metadata(metadata or {})
         self._config = config or ReadConfig()
         self._met: set[str | tuple[int, int]] = set()
         self.skipped: Counter[str] = Counter()  # what folders hold but was left out, by reason
@@ -127,7 +128,7 @@ class Reader:
     def _checked(self, document: Document, where: str) -> Document | Failure:
         """A document with the run's tenant and metadata, or the rule that it breaks, told of where it stands."""
         try:
-            check_document(document)
+            document = check_document(document)
             check_length(document.text, self._config.max_text)
             if self._tenant and document.tenant not in ("", self._tenant):
                 raise DocumentError(
@@ -136,9 +137,9 @@ class Reader:
             tenant = self._tenant or document.tenant
             document = replace(document, tenant=tenant, metadata={**document.metadata, **self._metadata})
             if self._metadata or self._tenant:
-                check_document(document)
+                document = check_document(document)
         except DocumentError as error:
-            return Failure(where, str(error))
+            return Failure(where, str(error), document.doc_id)
         return document
 
 
@@ -162,7 +163,7 @@ def read_paths(
         skipped: when given, counts what a folder holds but was left out, by reason.
 
     Raises:
-        ConfigError: a metadata key is one of the names that every document has.
+        ConfigError: a metadata key is one of the names that every document has, or a value has no form in JSON.
     """
     reader = Reader(tenant=tenant, metadata=metadata, config=config)
     if skipped is not None:

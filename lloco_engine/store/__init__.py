@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lloco_engine.store.adapters import AdapterRow, StoredAdapters
-from lloco_engine.store.catalogue import Filters
 from lloco_engine.store.manifest import FORMAT_VERSION, Manifest
 from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
 from lloco_engine.store.store import Store
@@ -14,7 +13,6 @@ __all__ = [
     "FORMAT_VERSION",
     "AdapterRow",
     "DocumentInfo",
-    "Filters",
     "Manifest",
     "Problem",
     "SegmentStats",

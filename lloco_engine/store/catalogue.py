@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lloco_engine.documents import Place, encode_value
+from lloco_engine.documents import Place
 from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
-from lloco_engine.store.connecting import connect, connect_reader, file_state, is_writable
+from lloco_engine.filters import Filter
+from lloco_engine.store.legacy import legacy_adapters
 from lloco_engine.store.records import DocumentInfo
-from lloco_engine.store.schema import APPLICATION_ID, check_version
-from lloco_engine.store.terms import term
-from lloco_engine.types import Hit, MetadataValue, Page, Span
+from lloco_engine.store.schema import APPLICATION_ID, FUNCTIONS, check_version
+from lloco_engine.store.where import Where, where
+from lloco_engine.types import Document, Hit, Page, Span
 from lloco_engine.unicode import not_unicode
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Catalogue", "Filters", "encode_value", "filter_options"]
+__all__ = ["Catalogue", "connect", "missing_document"]
 
-Filters = Mapping[str, MetadataValue | Collection[MetadataValue]]
-
-_RESERVED = ("doc_id", "source", "title")
+_TOO_MUCH = re.compile("too (many|large|big|long|deep|complex)|overflow")  # SQLite's words for its limits
 _QUICK_CHECK_BYTES = 16 * 2**20  # below this a full structural check costs a few milliseconds
 _HIT = """
     SELECT c.segment_id, d.doc_id, c.ordinal, c.start, c.end, c.text, c.source_tokens, d.title, d.source, d.metadata,
@@ -54,7 +54,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path) -> None:
-        """Connect to a catalogue that exists; to one that this process may not write, for reading only.
+        """Connect to a catalogue that exists.
 
         Raises:
             StoreCorrupt: missing or damaged.
@@ -62,23 +62,8 @@ class Catalogue:
         self.path = path
         if not path.is_file():
             raise StoreCorrupt(f"{path} is missing; put it back, or repair the store and ingest its documents again")
-        self._open()
-
-    def _open(self) -> None:
-        self._state: tuple[object, ...] | None = None  # of the file, where the connection sees no change of it
         with self.errors():
-            if is_writable(self.path):
-                self.connection = connect(self.path)
-                return
-            state = file_state(self.path)
-            self.connection, follows = connect_reader(self.path)
-            self._state = None if follows else state
-
-    def _current(self) -> None:
-        """Connect anew where the file has changed under a connection that does not see it."""
-        if self._state is not None and self._state != file_state(self.path):
-            self.connection.close()
-            self._open()
+            self.connection = connect(path)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -97,7 +82,6 @@ class Catalogue:
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """One transaction: committed at the end of the block, undone when the block raises."""
-        self._current()
         with self.errors():
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
@@ -148,8 +132,7 @@ class Catalogue:
         """Key of a document; `NotInStore` when there is none."""
         state = self.document_state(doc_id, tenant)
         if state is None:
-            of = f" of tenant {tenant!r}" if tenant else ""
-            raise NotInStore(f"the store holds no document {doc_id!r}{of}")
+            raise NotInStore(missing_document(doc_id, tenant))
         return state[0]
 
     def infos(self, tenant: str | None = None, doc_id: str | None = None) -> list[DocumentInfo]:
@@ -240,25 +223,61 @@ class Catalogue:
         """Ids of all windows, ascending."""
         return [row[0] for row in self.connection.execute("SELECT window_id FROM windows ORDER BY window_id")]
 
-    def allowed_window_ids(self, tenant: str, filters: Filters) -> list[int]:
-        """Ids of the windows of a tenant's documents that meet every filter, ascending."""
-        where, values = _where(tenant, filters)
-        return [
-            row[0]
-            for row in self.connection.execute(
-                "SELECT w.window_id FROM documents d JOIN chunks c USING (doc_key) JOIN windows w USING (chunk_key)"
-                f" WHERE {where} ORDER BY w.window_id",
-                values,
-            )
-        ]
+    def allowed_window_ids(self, wanted: Where) -> list[int]:
+        """Ids of the windows of the documents that meet a filter, ascending."""
+        rows = self.connection.execute(
+            "SELECT w.window_id FROM documents d JOIN chunks c USING (doc_key) JOIN windows w USING (chunk_key)"
+            f" WHERE {wanted.sql} ORDER BY w.window_id",
+            wanted.values,
+        )
+        return [row[0] for row in rows]
 
-    def window_ids_with(self, word: str, tenant: str, most: int) -> npt.NDArray[np.int64] | None:
-        """Ids of a tenant's windows that have a word, as `lexical.words` gives it; None when over ``most``."""
+    def doc_ids(self, tenant: str, wanted: Filter) -> list[str]:
+        """Ids of a tenant's documents that a filter lets through, in order."""
+        term = where(tenant, wanted)
+        rows = self.connection.execute(f"SELECT doc_id FROM documents d WHERE {term.sql} ORDER BY doc_id", term.values)
+        return [row[0] for row in rows]
+
+    def documents(self, doc_ids: Sequence[str], tenant: str) -> dict[str, Document]:
+        """Whole documents of a tenant by their ids, in no order; those that are not there are left out."""
+        rows = self._by_ids(
+            "SELECT doc_key, doc_id, title, source, metadata, private, origin, encoding FROM documents"
+            " WHERE tenant = ? AND doc_id",
+            doc_ids,
+            tenant,
+        )
+        kept = {row[0]: row[1:] for row in rows}
+        texts: dict[int, list[str]] = {}
+        chunks = self._by_ids("SELECT doc_key, ordinal, text FROM chunks WHERE doc_key", list(kept))
+        for doc_key, _, text in sorted(chunks):
+            texts.setdefault(doc_key, []).append(text)
+        pages: dict[int, list[Page]] = {}
+        numbered = self._by_ids("SELECT doc_key, number, label, start, end FROM pages WHERE doc_key", list(kept))
+        for doc_key, number, label, start, end in sorted(numbered):
+            pages.setdefault(doc_key, []).append(Page(number, label, Span(start, end)))
+        return {
+            doc_id: Document(
+                doc_id=doc_id,
+                text="".join(texts[doc_key]),
+                title=title,
+                source=source,
+                metadata=json.loads(metadata),
+                tenant=tenant,
+                private=json.loads(private),
+                pages=tuple(pages.get(doc_key, ())),
+                encoding=encoding,
+                origin=origin,
+            )
+            for doc_key, (doc_id, title, source, metadata, private, origin, encoding) in kept.items()
+        }
+
+    def window_ids_with(self, word: str, most: int) -> npt.NDArray[np.int64] | None:
+        """Ids of all windows, of whichever tenant, that have a word of letters and digits; None when over ``most``."""
         import numpy as np
 
         count, ids = self.connection.execute(  # one row, for hundreds of rows take longer than the look-up
             "SELECT count(*), group_concat(rowid) FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?)",
-            (f'"{term(tenant, word)}"', most + 1),
+            (f'"{word}"', most + 1),
         ).fetchone()
         return np.fromstring(ids or "", np.int64, sep=",") if count <= most else None
 
@@ -310,35 +329,33 @@ class Catalogue:
             "SELECT generation, windows, bytes, checksum FROM index_file ORDER BY generation DESC LIMIT 1"
         ).fetchone()
 
-    def _by_ids(self, query: str, ids: Sequence[int] | Sequence[str]) -> Iterator[Any]:
+    def _by_ids(self, query: str, ids: Sequence[int] | Sequence[str], *before: str) -> Iterator[Any]:
+        """Rows of a query that ends with the column of the ids; ``before`` are its parameters so far."""
         for at in range(0, len(ids), 500):  # SQLite limits the parameters of one statement
             part = ids[at : at + 500]
-            yield from self.connection.execute(f"{query} IN ({','.join('?' * len(part))})", part)
+            yield from self.connection.execute(f"{query} IN ({','.join('?' * len(part))})", (*before, *part))
 
 
-def filter_options(key: str, wanted: object) -> tuple[str, ...]:
-    """The values that a filter accepts, as `encode_value` gives them: one value, or any of a collection.
-
-    Raises:
-        ConfigError: a value that metadata cannot have.
-    """
-    if isinstance(wanted, Collection) and not isinstance(wanted, (str, bytes)):
-        return tuple(sorted({encode_value(key, value) for value in wanted}))
-    return (encode_value(key, wanted),)
+def missing_document(doc_id: str, tenant: str) -> str:
+    """What to say where a tenant has no such document."""
+    of = f" of tenant {tenant!r}" if tenant else ""
+    return f"the store holds no document {doc_id!r}{of}"
 
 
-def _where(tenant: str, filters: Filters) -> tuple[str, list[str]]:
-    terms, values = ["d.tenant = ?"], [tenant]
-    for key, wanted in filters.items():
-        options = filter_options(key, wanted)
-        marks = ",".join("?" * len(options))
-        if key in _RESERVED:
-            terms.append(f"d.{key} IN ({marks})")
-            values += [option.removeprefix("s:") for option in options]
-        else:
-            terms.append(f"d.doc_key IN (SELECT doc_key FROM metadata WHERE key = ? AND value IN ({marks}))")
-            values += [key, *options]
-    return " AND ".join(terms), values
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode; its owner sees to one thread at a time."""
+    connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+    try:
+        for function in FUNCTIONS:
+            connection.create_function(function.__name__, -1, function, deterministic=True)
+        connection.create_function("legacy_adapters", 0, lambda: legacy_adapters(path.parent))
+        connection.execute("PRAGMA foreign_keys = ON")
+        # Files of replaced segments go after the commit, so the commit must survive a power cut first.
+        connection.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _info(row: Sequence[Any]) -> DocumentInfo:
@@ -377,4 +394,6 @@ def _explain(error: sqlite3.Error, path: Path) -> StoreError:
         return StoreError(f"cannot write {path} ({error}); check the permissions of its folder")
     if isinstance(error, sqlite3.ProgrammingError):
         return StoreError(f"the store of {path} was closed ({error})")
+    if name in ("SQLITE_TOOBIG", "SQLITE_NOMEM", "SQLITE_INTERRUPT") or _TOO_MUCH.search(str(error)):
+        return StoreError(f"SQLite cannot do so much in one statement on {path} ({error}); the store is as it was")
     return StoreCorrupt(f"{path} is damaged ({error}); repair the store and ingest its documents again")

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lloco_engine.errors import StoreError
+from lloco_engine.filters import Filter
 from lloco_engine.lexical import MOST, coverage, words
-from lloco_engine.store.catalogue import Catalogue, Filters, filter_options
+from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, write_atomic
+from lloco_engine.store.where import where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +41,7 @@ _BUILD_WIDTH = 80
 _SEARCH_WIDTH = 64
 _CACHED_FILTERS = 64
 _CACHED_WORDS = 256  # 20 MB at most
-_MOST_WITH = 10_000  # a word that more windows of a tenant have is not looked at, so that a search stays quick
+_MOST_WITH = 10_000  # a word that more windows have is not looked at, so that a search stays quick
 _CANDIDATES = 256  # windows with the most of a question's words that are looked at beside the nearest in a graph
 
 
@@ -85,24 +87,24 @@ class SearchIndex:
         self._order: Rows  # rows by ascending window
         self._generation = -1
         self._read_from = -1  # generation of the file that was last read
-        self._allowed: OrderedDict[tuple[Any, ...], Rows] = OrderedDict()
-        self._having: OrderedDict[tuple[str, str, int], Rows | None] = OrderedDict()
+        self._allowed: OrderedDict[str, Rows] = OrderedDict()
+        self._having: OrderedDict[tuple[str, int], Rows | None] = OrderedDict()
 
     def search(
-        self, catalogue: Catalogue, query: Query, k: int, tenant: str, filters: Filters
+        self, catalogue: Catalogue, query: Query, k: int, tenant: str, wanted: Filter
     ) -> tuple[list[tuple[int, float]], int]:
-        """The best windows among those of a tenant that meet the filters.
+        """The best windows among those of a tenant that meet the filter.
 
         Returns:
             up to ``k`` pairs of window id and score, best first; and how many windows could be found at all.
         """
         with self._lock:
             self._follow(catalogue)
-            allowed = self._allowed_rows(catalogue, tenant, filters)
+            allowed = self._allowed_rows(catalogue, tenant, wanted)
             if not len(allowed):
                 return [], 0
             k = min(k, len(allowed))
-            shares = self._shares(catalogue, query, allowed, tenant, narrowed=bool(filters))
+            shares = self._shares(catalogue, query, allowed)
             rows = self._candidates(query, k, allowed, shares)
             scores = self._products(query.vector, rows)
             if shares is not None:
@@ -110,20 +112,15 @@ class SearchIndex:
             best = _highest(scores, k)
             return list(zip(self._ids[rows[best]].tolist(), scores[best].tolist(), strict=True)), len(allowed)
 
-    def _shares(
-        self, catalogue: Catalogue, query: Query, allowed: Rows, tenant: str, *, narrowed: bool
-    ) -> Shares | None:
-        """How much of the query's words each allowed window has.
-
-        A word weighs by how many of the allowed windows have it. Whether it is looked at at all depends on all windows
-        of the tenant, whatever the filters. What others' windows hold never counts.
-        """
+    def _shares(self, catalogue: Catalogue, query: Query, allowed: Rows) -> Shares | None:
+        """How much of the query's words each allowed window has; what others' windows hold does not count."""
         if not query.lexical:
             return None
-        most = _MOST_WITH if narrowed else min(_MOST_WITH, len(allowed) // 4)
-        having = (self._rows_having(catalogue, tenant, word, most) for word in words(query.text)[:MOST])
+        everything = len(allowed) == len(self._ids)
+        most = min(_MOST_WITH, len(allowed) // 4) if everything else _MOST_WITH
+        having = (self._rows_having(catalogue, word, most) for word in words(query.text)[:MOST])
         found = [rows for rows in having if rows is not None]
-        if len(allowed) < len(self._ids):
+        if not everything:
             marks = self._marks(allowed)
             found = [rows[marks[rows]] for rows in found]
         return coverage(found, len(allowed), len(self._ids))
@@ -331,20 +328,18 @@ class SearchIndex:
         marks[rows] = True
         return marks
 
-    def _allowed_rows(self, catalogue: Catalogue, tenant: str, filters: Filters) -> Rows:
-        key = (tenant, *sorted((name, filter_options(name, value)) for name, value in filters.items()))
-        return _cached(
-            self._allowed, key, _CACHED_FILTERS, lambda: self._rows(catalogue.allowed_window_ids(tenant, filters))
-        )
+    def _allowed_rows(self, catalogue: Catalogue, tenant: str, wanted: Filter) -> Rows:
+        term = where(tenant, wanted)
+        return _cached(self._allowed, term.key, _CACHED_FILTERS, lambda: self._rows(catalogue.allowed_window_ids(term)))
 
-    def _rows_having(self, catalogue: Catalogue, tenant: str, word: str, most: int) -> Rows | None:
-        """The rows of a tenant's windows that have a word; None when over ``most``."""
+    def _rows_having(self, catalogue: Catalogue, word: str, most: int) -> Rows | None:
+        """The rows, of whichever tenant, that have a word; None when over ``most``."""
 
         def look_up() -> Rows | None:
-            ids = catalogue.window_ids_with(word, tenant, most)
+            ids = catalogue.window_ids_with(word, most)
             return None if ids is None else self._rows(ids)
 
-        return _cached(self._having, (tenant, word, most), _CACHED_WORDS, look_up)
+        return _cached(self._having, (word, most), _CACHED_WORDS, look_up)
 
 
 @contextmanager

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Callable
 
 from lloco_engine.errors import StoreMismatch
+from lloco_engine.store.legacy_metadata import private_part, public_part
+from lloco_engine.store.terms import terms_json
+from lloco_engine.store.where import fold
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "check_version", "is_latest", "migrate", "text_hash"]
+__all__ = ["APPLICATION_ID", "FUNCTIONS", "MIGRATIONS", "check_version", "is_latest", "migrate", "text_hash"]
 
 APPLICATION_ID = 0x4C4C6F43  # "LLoC", in the header of the file
 
@@ -152,23 +156,22 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     ALTER TABLE documents ADD COLUMN encoding TEXT NOT NULL DEFAULT '';
     """,
-    # 8: words of every script, by tenant; store/terms.py says what a row holds
+    # 8: metadata holds any JSON; what frameworks keep with a document is apart from it, where no record can reach
     """
-    DROP TRIGGER words_of_new_window;
-    DROP TRIGGER words_of_gone_window;
-    DROP TABLE words;
-    CREATE VIRTUAL TABLE words USING fts5 (text, columnsize = 0, detail = none, tokenize = 'ascii');
-    INSERT INTO words (rowid, text)
-        SELECT w.window_id, window_terms(d.tenant, substr(c.text, w.start - c.start + 1, w.end - w.start))
-        FROM windows w JOIN chunks c USING (chunk_key) JOIN documents d USING (doc_key);
-    CREATE TRIGGER words_of_new_window AFTER INSERT ON windows BEGIN
-        INSERT INTO words (rowid, text)
-            SELECT new.window_id, window_terms(d.tenant, substr(c.text, new.start - c.start + 1, new.end - new.start))
-            FROM chunks c JOIN documents d USING (doc_key) WHERE c.chunk_key = new.chunk_key;
-    END;
-    CREATE TRIGGER words_of_gone_window AFTER DELETE ON windows BEGIN
-        DELETE FROM words WHERE rowid = old.window_id;
-    END;
+    ALTER TABLE documents ADD COLUMN private TEXT NOT NULL DEFAULT '{}';  -- JSON object: `Document.private`
+    UPDATE documents SET metadata = public_part(metadata, doc_id), private = private_part(metadata, doc_id);
+    DROP TABLE metadata;
+    CREATE TABLE metadata (              -- of both, what filters find: a row for each value (terms.py)
+        doc_key INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+        key     TEXT NOT NULL,
+        value   TEXT NOT NULL,
+        listed  INTEGER NOT NULL,        -- whether it is an element of a list
+        PRIMARY KEY (doc_key, key, value, listed)
+    ) WITHOUT ROWID;
+    CREATE INDEX metadata_by_value ON metadata (key, value);
+    INSERT INTO metadata
+        SELECT d.doc_key, json_extract(t.value, '$[0]'), json_extract(t.value, '$[1]'), json_extract(t.value, '$[2]')
+        FROM documents d, json_each(terms_json(d.metadata, d.private)) t;
     """,
 )
 
@@ -179,6 +182,10 @@ def text_hash(text: str) -> str:
     Also a function of SQL on every connection of a catalogue.
     """
     return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
+
+
+# What SQL on a catalogue may call, on every connection.
+FUNCTIONS: tuple[Callable[..., str], ...] = (text_hash, fold, terms_json, public_part, private_part)
 
 
 def migrate(connection: sqlite3.Connection, name: str) -> None:

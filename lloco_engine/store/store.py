@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from lloco_engine.errors import (
     StoreMismatch,
     StoreNotFound,
 )
-from lloco_engine.process import ProcessLock
+from lloco_engine.filters import Filters, parse_filter
 from lloco_engine.store import lookup, segments
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store.adapters import StoredAdapters
-from lloco_engine.store.catalogue import Catalogue, Filters
+from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.held import HeldSegments
 from lloco_engine.store.index import Query, SearchIndex
@@ -34,7 +35,7 @@ from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
 from lloco_engine.store.schema import is_latest
 from lloco_engine.store.verify import create_catalogue, repair_store, segment_format, verify_store
 from lloco_engine.store.writer import Writer, stats_of
-from lloco_engine.types import AnySegment, Hit, Span
+from lloco_engine.types import AnySegment, Document, Hit, Span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +47,7 @@ __all__ = ["Store"]
 class Store:
     """One folder: ``manifest.json``, ``catalogue.sqlite``, ``segments/``, ``index/``, ``adapters/``, a lock, ``tmp/``.
 
-    Made by `create` or `open`; a context manager; safe for use from several threads, refused after a fork
-    (`WrongProcess`). Who may not write to the folder reads it all the same, and writes nothing.
+    Made by `create` or `open`; a context manager; safe for use from several threads, not across a fork.
     Reading goes on while a writer, in this process or another, writes: each call sees one committed state.
     """
 
@@ -59,7 +59,7 @@ class Store:
         self._form = segment_format(manifest)
         self._index = SearchIndex(self._layout, manifest.embedder_dim, config.hnsw_above)
         self._held = HeldSegments()
-        self._lock = ProcessLock(f"the store at {path}")
+        self._lock = threading.RLock()
         self._catalogue = Catalogue(self._layout.catalogue)
         self.adapters = StoredAdapters(self._layout, self._reading)
 
@@ -145,9 +145,8 @@ class Store:
 
     def close(self) -> None:
         """Let go of the files; segments that were loaded stay usable."""
-        if self._lock.here:  # a forked child must not close what its parent has open
-            with self._lock:
-                self._catalogue.close()
+        with self._lock:
+            self._catalogue.close()
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +173,6 @@ class Store:
         Raises:
             StoreLocked: another writer still holds the store; names its process id.
         """
-        self._lock.check()
         with write_lock(self._layout.lock, timeout):
             self._layout.clear_temporary()
             catalogue = Catalogue(self._layout.catalogue)
@@ -255,6 +253,19 @@ class Store:
         """The whole text of a document; `NotInStore` when the tenant has no such document."""
         with self._reading() as catalogue:
             return catalogue.text(catalogue.doc_key(doc_id, tenant))
+
+    def find_documents(self, filters: Filters | None = None, tenant: str = "") -> list[str]:
+        """Ids of a tenant's documents that a filter lets through, in order; raises as `search` does."""
+        wanted = parse_filter(filters)
+        with self._reading() as catalogue:
+            return catalogue.doc_ids(tenant, wanted)
+
+    def load_documents(self, doc_ids: Sequence[str], tenant: str = "") -> list[Document]:
+        """Whole documents of a tenant as they were put, each once, in the ids' order; unknown ids are left out."""
+        wanted = list(dict.fromkeys(doc_ids))
+        with self._reading() as catalogue:
+            found = catalogue.documents(wanted, tenant)
+        return [found[doc_id] for doc_id in wanted if doc_id in found]
 
     def chunks(self, doc_id: str, tenant: str = "") -> list[Hit]:
         """Every segment of a document, in order, score 1.0 (whole-document mode); `NotInStore` when there is none."""
@@ -344,8 +355,9 @@ class Store:
             vector: (embedder_dim,) float32, L2-normalised.
             top_k: distinct segments wanted; fewer come back only when no more match.
             tenant: whose documents are searched; no other's are ever seen.
-            filters: metadata key, or doc_id, source or title, to the value that it must have, or to a collection
-                of which it must have one. Types count: 1 is not "1". Applied inside the search.
+            filters: which documents may be found, as `lloco_engine.filters` says: a mapping of metadata keys (and
+                doc_id, source, title) to values, collections or operators, or LlamaIndex's ``MetadataFilters``.
+                Applied inside the search.
             min_score: windows with a lower score do not count.
             question: whose words windows may have; without one the score is the cosine similarity.
             lexical: the share of the score that these words make up, from 0 to 1.
@@ -356,6 +368,7 @@ class Store:
 
         Raises:
             StoreMismatch: the vector's length is not the store's.
+            ConfigError: a filter is not understood, or another argument is outside its rule.
         """
         import numpy as np
 
@@ -369,11 +382,12 @@ class Store:
             raise ConfigError(f"top_k must be at least 1, not {top_k!r}")
         if not 0 <= lexical <= 1:
             raise ConfigError(f"lexical must be between 0 and 1, not {lexical!r}")
+        wanted = parse_filter(filters)
         query = Query(near, question, lexical)
         width = max(32, 4 * top_k)
         with self._reading() as catalogue:
             while True:
-                found, reachable = self._index.search(catalogue, query, width, tenant, filters or {})
+                found, reachable = self._index.search(catalogue, query, width, tenant, wanted)
                 kept = [(window, score) for window, score in found if score >= min_score]
                 groups = _by_segment(catalogue, kept)
                 if len(groups) >= top_k or width >= reachable or len(kept) < len(found):

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
-from lloco_engine.documents import check_document, encode_value
-from lloco_engine.errors import DocumentError, SegmentUnavailable, StoreError
+from lloco_engine.documents import check_document
+from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store import segments
-from lloco_engine.store.catalogue import Catalogue
+from lloco_engine.store.catalogue import Catalogue, missing_document
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
+from lloco_engine.store.terms import terms
 from lloco_engine.types import AnySegment, Chunk, Document, Span
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Writer:
             StoreError: lists differ in length, or vectors have a wrong shape.
             StoreFull: no room; the store is as it was.
         """
-        put = _Put(document, chunks, segment_ids, vectors, seconds, segment_stats)
+        put = _Put(check_document(document), chunks, segment_ids, vectors, seconds, segment_stats)
         put.check(self._manifest.embedder_dim, self._layout)
         with self._catalogue.transaction(write=True) as connection:
             state = self._catalogue.document_state(document.doc_id, document.tenant)
@@ -130,7 +131,7 @@ class Writer:
             DocumentError: it is none that can be kept (`check_document`).
             StoreFull: no room; the store is as it was.
         """
-        check_document(document)
+        document = check_document(document)
         with self._catalogue.transaction(write=True) as connection:
             doc_key = self._catalogue.doc_key(document.doc_id, document.tenant)
             labels = _labels(document)
@@ -149,10 +150,24 @@ class Writer:
         Raises:
             NotInStore: the tenant has no such document.
         """
+        if not self.delete_documents([doc_id], tenant):
+            raise NotInStore(missing_document(doc_id, tenant))
+
+    def delete_documents(self, doc_ids: Iterable[str], tenant: str = "") -> list[str]:
+        """Remove documents as `delete_document` does, in one transaction; returns the ids of those that were there."""
+        removed: list[str] = []
+        used: set[str] = set()
         with self._catalogue.transaction(write=True) as connection:
-            unused = _drop_unused(connection, _forget(connection, self._catalogue.doc_key(doc_id, tenant)))
-            connection.execute("UPDATE generation SET number = number + 1")
+            for doc_id in dict.fromkeys(doc_ids):
+                state = self._catalogue.document_state(doc_id, tenant)
+                if state is not None:
+                    used |= _forget(connection, state[0])
+                    removed.append(doc_id)
+            unused = _drop_unused(connection, used)
+            if removed:
+                connection.execute("UPDATE generation SET number = number + 1")
         self._remove_files(unused)
+        return removed
 
     def collect_garbage(self) -> int:
         """Remove every file that no document refers to; returns how many.
@@ -190,7 +205,6 @@ class _Put:
     def check(self, dim: int, layout: Layout) -> None:
         import numpy as np
 
-        check_document(self.document)
         name, count = self.document.doc_id, len(self.chunks)
         for what, values in (("segment ids", self.segment_ids), ("vectors", self.vectors), ("stats", self.stats)):
             if len(values) != count:
@@ -284,7 +298,8 @@ def _labels(document: Document) -> dict[str, str]:
         "source": document.source,
         "origin": document.origin,
         "encoding": document.encoding,
-        "metadata": json.dumps(dict(document.metadata), ensure_ascii=False),
+        "metadata": json.dumps(document.metadata, ensure_ascii=False, allow_nan=False),
+        "private": json.dumps(document.private, ensure_ascii=False, allow_nan=False),
     }
 
 
@@ -295,8 +310,8 @@ def _insert_labels(connection: sqlite3.Connection, doc_key: int, document: Docum
         [(doc_key, page.number, page.label, page.span.start, page.span.end) for page in document.pages],
     )
     connection.executemany(
-        "INSERT INTO metadata VALUES (?, ?, ?)",
-        [(doc_key, key, encode_value(key, value)) for key, value in document.metadata.items()],
+        "INSERT INTO metadata (doc_key, key, value, listed) VALUES (?, ?, ?, ?)",
+        [(doc_key, *row) for row in terms(document.metadata, document.private)],
     )
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.documents import Document
 from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
+from lloco_engine import ConfigError, Failure, Hit, plain_metadata
 from lloco_engine import Document as EngineDocument
-from lloco_engine import Hit
 from lloco_integrations.chunks import View
 from lloco_integrations.handles import Handles
 
 __all__ = ["HANDLE", "LLoCODocument", "from_hit", "from_stored", "retrieved", "shown", "to_engine"]
 
 HANDLE = "lloco_handle"  # metadata key of a handle beside real text
-MetadataValue = str | int | float | bool
-
-_REST = "langchain"  # metadata that a store cannot filter by, as JSON
 _FIELDS = ("source", "title")  # what LangChain keeps in metadata and a store has a field for
 
 
@@ -64,39 +60,22 @@ class SegmentIds(list[str]):
         return hash(tuple(self))
 
 
-def to_engine(document: Document, doc_id: str, tenant: str) -> EngineDocument:
-    """A LangChain document as the engine's, its metadata kept whole.
-
-    Raises:
-        ValueError: a metadata value is not JSON.
-    """
-    plain: dict[str, MetadataValue] = {}
-    fields: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for key, value in document.metadata.items():
-        if key in _FIELDS and isinstance(value, str) and value:
-            fields[key] = value
-        elif key not in (*_FIELDS, "doc_id", _REST) and _is_plain(value):
-            plain[key] = value
-        else:
-            rest[key] = value
-    if rest:
-        try:
-            plain[_REST] = json.dumps(rest, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"metadata must be JSON, and that of document {doc_id!r} is not ({error}): {sorted(rest)}"
-            ) from error
-    return EngineDocument(doc_id, document.page_content, metadata=plain, tenant=tenant, **fields)
+def to_engine(document: Document, doc_id: str, tenant: str) -> EngineDocument | Failure:
+    """A LangChain document as the engine's, its metadata kept whole; a Failure where that cannot be."""
+    try:
+        metadata = plain_metadata(document.metadata)
+    except ConfigError as error:
+        return Failure(doc_id, str(error))
+    fields = {name: value for name in _FIELDS if isinstance(value := metadata.get(name), str) and value}
+    kept = {key: value for key, value in metadata.items() if key not in fields}
+    made = EngineDocument(doc_id, document.page_content, metadata=kept, tenant=tenant)
+    return replace(made, title=fields.get("title", ""), source=fields.get("source", ""))
 
 
-def from_stored(doc_id: str, text: str, *, title: str, source: str, metadata: Mapping[str, MetadataValue]) -> Document:
+def from_stored(document: EngineDocument | Hit, text: str) -> Document:
     """A stored document, or a part of it, as the LangChain document that it was."""
-    values: dict[str, Any] = {key: value for key, value in metadata.items() if key != _REST}
-    values |= {key: value for key, value in (("source", source), ("title", title)) if value}
-    if isinstance(rest := metadata.get(_REST), str):
-        values |= json.loads(rest)
-    return Document(page_content=text, metadata=values, id=doc_id)
+    fields = {name: value for name in _FIELDS if (value := getattr(document, name))}
+    return Document(page_content=text, metadata={**document.metadata, **fields}, id=document.doc_id)
 
 
 def from_hit(hit: Hit) -> Document:
@@ -105,7 +84,7 @@ def from_hit(hit: Hit) -> Document:
     Where the document has pages, ``page`` (from 0) and ``page_label`` are those where the best search window begins, as
     LangChain's loaders write them.
     """
-    document = from_stored(hit.doc_id, hit.text, title=hit.title, source=hit.source, metadata=hit.metadata)
+    document = from_stored(hit, hit.text)
     if (page := hit.page) is not None:
         document.metadata = {"page": page.number - 1, "page_label": page.name, **document.metadata}
     return document
@@ -117,27 +96,32 @@ def retrieved(
     """Hits as a model is shown them, under handles that are the same for the same chunk and question."""
     documents = []
     for hit in hits:
-        stored = from_hit(hit)
         more = {"lloco_score": hit.score} | ({"lloco_warning": warning} if warning else {})
         document = RetrievedDocument(
-            page_content=hit.text, metadata={**stored.metadata, **more}, id=f"{hit.doc_id}#{hit.ordinal}"
+            page_content=hit.text, metadata=from_hit(hit).metadata, id=f"{hit.doc_id}#{hit.ordinal}"
         )
-        documents.append(shown(document, View(handles.mint([hit], question), (hit,)), annotate=annotate))
+        view = View(handles.mint([hit], question), (hit,))
+        documents.append(shown(document, view, annotate=annotate, more=more))
     return documents
 
 
-def shown(document: Document, view: View, *, annotate: bool) -> Document:
+def shown(document: Document, view: View, *, annotate: bool, more: Mapping[str, Any] | None = None) -> Document:
     """A document as a model is shown it.
+
+    Metadata under names that are ours, or that a prompt's template would take for the text, is left out: a stored
+    record may have anything there.
 
     Args:
         document: with its real text.
         view: the handles that stand for the text, or the text made harmless.
         annotate: keep the text, and put the handles into the metadata, for ``document_prompt="{lloco_handle}"``.
+        more: metadata of ours.
     """
+    metadata = {key: value for key, value in document.metadata.items() if not _is_ours(key)} | dict(more or {})
     if annotate:
-        return document.model_copy(update={"metadata": {**document.metadata, HANDLE: view.text}})
+        return document.model_copy(update={"metadata": {**metadata, HANDLE: view.text}})
     if not view.hits:
-        return document.model_copy(update={"page_content": view.text})
+        return document.model_copy(update={"metadata": metadata, "page_content": view.text})
     hits = view.hits
     where = {
         "lloco_doc_id": hits[0].doc_id,
@@ -145,11 +129,9 @@ def shown(document: Document, view: View, *, annotate: bool) -> Document:
         "lloco_span": [hits[0].span.start, hits[-1].span.end],
     }
     return LLoCODocument(
-        page_content=view.text, metadata={**document.metadata, **where}, id=document.id, text=document.page_content
+        page_content=view.text, metadata={**metadata, **where}, id=document.id, text=document.page_content
     )
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str | int | bool)
+def _is_ours(key: object) -> bool:
+    return key == "page_content" or (isinstance(key, str) and key.startswith("lloco_"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -11,7 +11,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field
 
-from lloco_engine import Engine, Hit
+from lloco_engine import And, Engine, Filters, Hit, parse_filter
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.documents import retrieved
 from lloco_integrations.langchain.messages import turns
@@ -31,7 +31,7 @@ class LLoCORetriever(BaseRetriever):
         engine: whose store is searched.
         tenant: whose documents are found, and no other's.
         k: how many segments; also an argument of ``invoke``, as ``min_score`` is.
-        filters: as in `Engine.retrieve`; also an argument of ``invoke``, where they come on top.
+        filters: as in `Engine.retrieve`; also an argument of ``invoke``, where both must hold.
         neighbours: segments to add before and after each.
         min_score, lexical, floor: as in `RetrieveConfig`; None takes the engine's own. Where the best score is below
             the floor, the documents' metadata has a ``lloco_warning``.
@@ -48,7 +48,7 @@ class LLoCORetriever(BaseRetriever):
     engine: Engine = Field(exclude=True, repr=False)
     tenant: str = ""
     k: int = Field(default=4, ge=1)
-    filters: dict[str, Any] | None = None
+    filters: Any = None
     neighbours: int = Field(default=0, ge=0)
     min_score: float | None = None
     lexical: float | None = None
@@ -69,13 +69,13 @@ class LLoCORetriever(BaseRetriever):
     def _options(
         self,
         k: int | None = None,
-        filters: Mapping[str, Any] | None = None,
+        filters: Filters | None = None,
         min_score: float | None = None,
         history: Sequence[BaseMessage] = (),
     ) -> dict[str, Any]:
         return {
             "top_k": self.k if k is None else k,
-            "filters": {**(self.filters or {}), **(filters or {})},
+            "filters": And((parse_filter(self.filters), parse_filter(filters))),
             "neighbours": self.neighbours,
             "min_score": self.min_score if min_score is None else min_score,
             "lexical": self.lexical,

@@ -13,7 +13,8 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
 from pydantic import Field
 
-from lloco_engine import Engine, Hit, LLoCOError, NotInStore, Turn
+from lloco_engine import ConfigError, Engine, Filters, Hit, Turn
+from lloco_integrations.adding import ingest_all
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.documents import from_hit, from_stored, retrieved, to_engine
 from lloco_integrations.langchain.messages import turns
@@ -127,32 +128,27 @@ class LLoCOVectorStore(VectorStore):
     def add_documents(self, documents: list[Document], *, ids: list[str] | None = None, **kwargs: Any) -> list[str]:
         """Compress documents into the store; one whose id is there replaces it.
 
+        A document that cannot be used (a blank page, metadata that has no form in JSON) is named in a warning, and the
+        others are added.
+
         Args:
-            documents: their text must not be blank.
+            documents: what to add.
             ids: one for each; else each document's own id, or a new one.
             kwargs: ignored (`index` passes a batch size).
 
         Returns:
-            the ids.
+            the ids of those that were added.
 
         Raises:
-            ValueError: as many ids as documents, each once, and JSON metadata are needed; nothing was added.
-            LLoCOError: names the documents that could not be added; the others were.
+            ValueError: there are not as many ids as documents; nothing was added.
+            DocumentError: no document of several, or the only one, could be used; names them.
         """
         if ids is not None and len(ids) != len(documents):
             raise ValueError(f"ids must be as many as documents, {len(documents)}, not {len(ids)}")
         given: Sequence[str | None] = ids or [document.id for document in documents]
         names = [str(one) if one else str(uuid.uuid4()) for one in given]
-        if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-            raise ValueError(f"an id must come once in a call, and {twice[0]!r} comes {names.count(twice[0])} times")
         made = [to_engine(document, name, self.tenant) for document, name in zip(documents, names, strict=True)]
-        if blank := next((one.doc_id for one in made if not one.text.strip()), None):
-            raise ValueError(f"a document must hold text, and {blank!r} is blank")
-        report = self.engine.ingest(made, tenant=self.tenant)
-        if report.failed:
-            reasons = "; ".join(f"{one.source}: {one.reason}" for one in report.failed)
-            raise LLoCOError(f"{len(report.failed)} of {len(made)} documents could not be added: {reasons}")
-        return names
+        return ingest_all(self.engine, made, self.tenant)
 
     def add_texts(
         self,
@@ -172,26 +168,13 @@ class LLoCOVectorStore(VectorStore):
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
         """Remove documents with their segments; all of this tenant's when ``ids`` is None. Unknown ids do no harm."""
-        if ids is None:
-            ids = [info.doc_id for info in self.engine.documents(self.tenant)]
-        for doc_id in ids:
-            try:
-                self.engine.delete(doc_id, self.tenant)
-            except NotInStore:
-                continue
+        self.engine.delete_all(self.engine.store.find_documents(None, self.tenant) if ids is None else ids, self.tenant)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Whole documents, in the order of their ids; ids that are not there are passed over."""
-        found = []
-        for doc_id in dict.fromkeys(ids):
-            try:
-                info = self.engine.store.document(doc_id, self.tenant)
-                text = self.engine.store.document_text(doc_id, self.tenant)
-            except NotInStore:
-                continue
-            found.append(from_stored(doc_id, text, title=info.title, source=info.source, metadata=info.metadata))
-        return found
+        found = self.engine.store.load_documents(ids, self.tenant)
+        return [from_stored(document, document.text) for document in found]
 
     # -- search -------------------------------------------------------------------------------------------------
 
@@ -199,7 +182,7 @@ class LLoCOVectorStore(VectorStore):
         self,
         query: str,
         k: int = 4,
-        filter: Mapping[str, Any] | None = None,
+        filter: Filters | None = None,
         *,
         search_type: str = "similarity",
         score_threshold: float | None = None,
@@ -249,31 +232,34 @@ class LLoCOVectorStore(VectorStore):
         return [hits[number] for number in chosen]
 
     def similarity_search(
-        self, query: str, k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
+        self, query: str, k: int = 4, *, filter: Filters | None = None, **kwargs: Any
     ) -> list[Document]:
         """The ``k`` best documents, or parts of documents, best first, with their real text.
 
         Args:
             query: text.
             k: how many.
-            filter: a metadata key, ``source`` or ``title``, to a value, or to a collection of values of which one
-                must hold. ``doc_id`` is the document's id.
-            kwargs: ignored.
+            filter: as in LangChain's other stores: metadata keys (and ``source``, ``title``, ``doc_id``) to values,
+                collections or operators, ``{"year": {"$gte": 2020}}``; see `lloco_engine.filters`.
+            kwargs: none; what is not known is refused, for it may be a filter under another name.
         """
+        _no_more(kwargs)
         return [from_hit(hit) for hit in self.search_hits(query, k, filter)]
 
     def similarity_search_with_score(
-        self, query: str, k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
+        self, query: str, k: int = 4, *, filter: Filters | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """As `similarity_search`, each with its score, at most 1: `lloco_engine.lexical`."""
+        _no_more(kwargs)
         return [(from_hit(hit), hit.score) for hit in self.search_hits(query, k, filter)]
 
     def similarity_search_by_vector(
-        self, embedding: list[float], k: int = 4, *, filter: Mapping[str, Any] | None = None, **kwargs: Any
+        self, embedding: list[float], k: int = 4, *, filter: Filters | None = None, **kwargs: Any
     ) -> list[Document]:
         """As `similarity_search`, for a vector of `embeddings`."""
         import numpy as np
 
+        _no_more(kwargs)
         vector = np.asarray(embedding, dtype=np.float32)
         hits = self.engine.store.search(vector, top_k=k, tenant=self.tenant, filters=filter)
         return [from_hit(hit) for hit in hits]
@@ -285,7 +271,7 @@ class LLoCOVectorStore(VectorStore):
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
         *,
-        filter: Mapping[str, Any] | None = None,
+        filter: Filters | None = None,
         **kwargs: Any,
     ) -> list[Document]:
         """Of the ``fetch_k`` best, ``k`` that are near the query and unlike each other.
@@ -293,6 +279,7 @@ class LLoCOVectorStore(VectorStore):
         The vector of a part is that of its best search window. Method: maximal marginal relevance (Carbonell and
         Goldstein 1998), as LangChain computes it.
         """
+        _no_more(kwargs)
         hits = self.search_hits(query, k, filter, search_type="mmr", fetch_k=fetch_k, lambda_mult=lambda_mult)
         return [from_hit(hit) for hit in hits]
 
@@ -312,3 +299,8 @@ class LLoCOVectorStore(VectorStore):
 
 def _relevance(score: float) -> float:
     return min(1.0, max(0.0, score))  # LangChain wants 0 to 1; opposite is as good as unrelated
+
+
+def _no_more(options: Mapping[str, Any]) -> None:
+    if options:
+        raise ConfigError(f"a search takes query, k and filter, not {sorted(options)[0]!r}; see the method's arguments")

@@ -9,7 +9,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
-from lloco_engine import Engine, Hit, Turn
+from lloco_engine import Engine, Filters, Hit, Turn
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.node import OF_THE_QUESTION, WARNING, LLoCONode
 from lloco_integrations.sentinel import neutralise
@@ -27,7 +27,7 @@ class LLoCORetriever(BaseRetriever):
     Args:
         engine: whose store is searched.
         top_k: how many segments.
-        filters: metadata key, doc_id, source or title, to a value or a collection of them.
+        filters: which documents may be found: LlamaIndex's ``MetadataFilters``, or a mapping; `lloco_engine.filters`.
         neighbours: segments to add before and after each.
         min_score, lexical, floor: as in `RetrieveConfig`; None takes the engine's own. Where the best score is below
             the floor, the nodes' metadata, and so the response's, has a ``lloco_warning``.
@@ -43,7 +43,7 @@ class LLoCORetriever(BaseRetriever):
         engine: Engine,
         *,
         top_k: int = 4,
-        filters: dict[str, Any] | None = None,
+        filters: Filters | None = None,
         neighbours: int = 0,
         min_score: float | None = None,
         lexical: float | None = None,

@@ -63,8 +63,10 @@ class LLoCOTransform(TransformComponent):
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress what is not in the store yet; returns the nodes as they came.
 
+        A node that cannot be stored is named in a warning, and the others are stored.
+
         Raises:
-            DocumentError: a node cannot be stored; the others are.
+            DocumentError: none of several, or the only one, could be stored, and not because they were blank.
             StoreError: as `Engine.ingest`.
         """
         ingest_nodes(self._engine, nodes, self.tenant, self._handles)

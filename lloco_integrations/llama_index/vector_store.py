@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -15,11 +16,10 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
-from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
-from lloco_engine import ConfigError, Engine, Hit
+from lloco_engine import And, Condition, ConfigError, Engine, Filter, Hit, Not, Or, parse_filter
 from lloco_integrations.handles import Handles
-from lloco_integrations.llama_index.documents import NODE, REF, delete_documents, ingest_nodes, node_of
+from lloco_integrations.llama_index.documents import ID, NODE, REF, ingest_nodes, node_of
 
 __all__ = ["LLoCOVectorStore"]
 
@@ -83,7 +83,14 @@ class LLoCOVectorStore(BasePydanticVectorStore):
     # -- writing --------------------------------------------------------------------------------------------------
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Compress nodes into the store; a node with a known id replaces the earlier one."""
+        """Compress nodes into the store; a node with a known id replaces the earlier one.
+
+        A node that cannot be stored is named in a warning, and the others are stored. Returns the ids of all, as an
+        index wants them.
+
+        Raises:
+            DocumentError: none of several, or the only one, could be stored, and not because they were blank.
+        """
         ingest_nodes(self._engine, nodes, self.tenant, self._handles)
         if self._inner is not None:
             return self._inner.add(list(nodes), **kwargs)
@@ -93,7 +100,7 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         """Remove every node that was cut from a document, with its segments; none is no error."""
         if self._inner is not None:
             self._inner.delete(ref_doc_id, **delete_kwargs)
-        self._delete(doc_id for doc_id, metadata in self._all().items() if metadata[REF] == ref_doc_id)
+        self._delete(Condition(REF, "in", (ref_doc_id,), private=True))
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -101,29 +108,34 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         """Remove the nodes of these ids that meet the filters, with their segments."""
         if self._inner is not None:
             self._inner.delete_nodes(node_ids, filters, **delete_kwargs)
-        self._delete(self._matching(node_ids, filters))
+        self._delete(_wanted(node_ids, filters))
 
     def clear(self) -> None:
         """Remove every node of the tenant, with its segments."""
         if self._inner is not None:
             self._inner.clear()
-        self._delete(list(self._all()))
+        self._delete(_IS_NODE)
 
-    def _delete(self, doc_ids: Any) -> None:
-        delete_documents(self._engine, list(doc_ids), self.tenant, self._handles)
+    def _delete(self, wanted: Filter) -> None:
+        with self._handles.compressing:
+            self._engine.delete_all(self._engine.store.find_documents(wanted, self.tenant), self.tenant)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
-        """The nodes of these ids (all of them for None) that meet the filters."""
-        known = self._all()
-        return [self._node(doc_id, known[doc_id]) for doc_id in self._matching(node_ids, filters)]
+        """The nodes of these ids (all of them for None), in their order, that meet the filters."""
+        store = self._engine.store
+        found = set(store.find_documents(_wanted(node_ids, filters), self.tenant))
+        ids = sorted(found) if node_ids is None else [node_id for node_id in node_ids if node_id in found]
+        return [node_of(document) for document in store.load_documents(ids, self.tenant)]
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """The nodes whose segments the engine finds for ``query_str``, best first, with their scores.
 
+        Filters act inside the search; what they mean is in `lloco_engine.filters`.
+
         Raises:
-            ConfigError: the query has no text, or asks for another mode than the default.
+            ConfigError: the query has no text, asks for another mode than the default, or a filter is not understood.
         """
         if self._inner is not None:
             return self._inner.query(query, **kwargs)
@@ -132,21 +144,18 @@ class LLoCOVectorStore(BasePydanticVectorStore):
             raise ConfigError(f"query mode must be 'default' or 'text_search', not {mode.value!r}")
         if not query.query_str:
             raise ConfigError("a query must have its text in query_str: the store searches with its own embedder")
-        filters: dict[str, Any] | None = None
-        if query.node_ids or query.doc_ids or query.filters:
-            allowed = set(self._matching(query.node_ids or None, query.filters))
-            if query.doc_ids:
-                refs = set(query.doc_ids)
-                allowed = {doc_id for doc_id, metadata in self._all().items() if metadata[REF] in refs} & allowed
-            filters = {"doc_id": sorted(allowed)}
-        found = self._search(query.query_str, query.similarity_top_k, filters)
+        wanted = _wanted(query.node_ids or None, query.filters)
+        if query.doc_ids:
+            wanted = And((wanted, Condition(REF, "in", tuple(query.doc_ids), private=True)))
+        found = self._search(query.query_str, query.similarity_top_k, wanted)
+        documents = self._engine.store.load_documents(list(found), self.tenant)  # one may have gone since
         return VectorStoreQueryResult(
-            nodes=[self._node(doc_id, hit.metadata) for doc_id, hit in found.items()],
-            similarities=[hit.score for hit in found.values()],
-            ids=list(found),
+            nodes=[node_of(document) for document in documents],
+            similarities=[found[document.doc_id].score for document in documents],
+            ids=[document.doc_id for document in documents],
         )
 
-    def _search(self, question: str, wanted: int, filters: dict[str, Any] | None) -> dict[str, Hit]:
+    def _search(self, question: str, wanted: int, filters: Filter) -> dict[str, Hit]:
         """The best hit of each of the best nodes. A long node has several segments, so more of those may be needed."""
         top_k = wanted
         while True:
@@ -160,28 +169,10 @@ class LLoCOVectorStore(BasePydanticVectorStore):
             )
             best: dict[str, Hit] = {}
             for hit in hits:
-                if NODE in hit.metadata:
-                    best.setdefault(hit.doc_id, hit)
+                best.setdefault(hit.doc_id, hit)
             if len(best) >= wanted or len(hits) < top_k:
                 return dict(list(best.items())[:wanted])
             top_k *= 2
-
-    def _node(self, doc_id: str, metadata: Any) -> BaseNode:
-        return node_of(self._engine, doc_id, self.tenant, metadata)
-
-    def _all(self) -> dict[str, Any]:
-        """Metadata of every store document of the tenant that is a node, by its id."""
-        return {
-            info.doc_id: dict(info.metadata) | {"title": info.title, "source": info.source}
-            for info in self._engine.documents(self.tenant)
-            if NODE in info.metadata
-        }
-
-    def _matching(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> list[str]:
-        known = self._all()
-        wanted = known if node_ids is None else [doc_id for doc_id in dict.fromkeys(node_ids) if doc_id in known]
-        fits = build_metadata_filter_fn(lambda doc_id: known[doc_id], filters)
-        return [doc_id for doc_id in wanted if fits(doc_id)]
 
     # -- async twins, in a thread -----------------------------------------------------------------------------------
 
@@ -211,3 +202,24 @@ class LLoCOVectorStore(BasePydanticVectorStore):
         """The engine's store is on disk already; an inner store is asked to persist itself."""
         if self._inner is not None:
             self._inner.persist(persist_path, fs)
+
+
+_IS_NODE = Condition(NODE, "exists", private=True)
+
+
+def _wanted(node_ids: Sequence[str] | None, filters: MetadataFilters | None) -> Filter:
+    """Documents of the store that are nodes, with one of these ids if any are given, and meet the filters."""
+    ids = () if node_ids is None else (Condition(ID, "in", tuple(node_ids), private=True),)
+    return And((_IS_NODE, *ids, _knowing_refs(parse_filter(filters))))
+
+
+def _knowing_refs(part: Filter) -> Filter:
+    """A filter whose key ``ref_doc_id`` also means the document that a node was cut from."""
+    match part:
+        case Condition(key="ref_doc_id"):
+            return Or((part, replace(part, key=REF, private=True)))
+        case Not():
+            return Not(_knowing_refs(part.part))
+        case And() | Or():
+            return type(part)(tuple(_knowing_refs(inner) for inner in part.parts))
+    return part
