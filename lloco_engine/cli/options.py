@@ -40,7 +40,8 @@ Decoder = Annotated[
         "--decoder",
         envvar="LLOCO_DECODER",
         metavar="NAME",
-        help="'embedded', a local folder or a hub id. Default: the store's own, 'embedded' for a new one.",
+        help="'embedded', a local folder, a hub id (owner/model, owner/model@revision) or a GGUF file. Default: "
+        "the store's own, 'embedded' for a new one.",
     ),
 ]
 Embedder = Annotated[
