@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         StoreMismatch,
         StoreNotFound,
         UnsupportedModel,
+        WrongProcess,
     )
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
     from lloco_engine.metadata import plain_metadata
@@ -96,6 +97,7 @@ _HOMES = {
         "StoreMismatch",
         "StoreNotFound",
         "UnsupportedModel",
+        "WrongProcess",
     ),
     "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
     "metadata": ("plain_metadata",),
@@ -164,6 +166,7 @@ __all__ = [
     "Turn",
     "UnsupportedModel",
     "Usage",
+    "WrongProcess",
     "__version__",
     "parse_filter",
     "plain_metadata",

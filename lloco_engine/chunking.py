@@ -2,21 +2,25 @@
 
 The document is tokenised once for a ruler (where in the text each token starts); chunks and windows are measured
 with it and cut where people pause: at a blank line, else after a sentence, else after a line, else between words.
+Where a script puts no space between words, a cut may be made between any two characters; never within one
+(`graphemes`).
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import regex
 
 from lloco_engine.config import ChunkConfig
 from lloco_engine.documents import check_text
 from lloco_engine.errors import DocumentError
+from lloco_engine.graphemes import grapheme_end, grapheme_start
 from lloco_engine.tokenizing import encode, encoder_of
 from lloco_engine.types import Chunk, Document, Span
 
@@ -26,13 +30,15 @@ if TYPE_CHECKING:
 __all__ = ["Chunker"]
 
 _PARAGRAPH = re.compile(r"(?:\r?\n[ \t]*){2,}")
-_SENTENCE = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[」』”’）]*\s*")
+_SENTENCE = regex.compile(  # SB=STerm: the sentence ends of all scripts, many of which need no space behind them
+    r"""[.!?…]+["'”’)\]]*\s+|[\p{SB=STerm}--[!?]]+[\p{Pe}\p{Pf}"']*\s*|[ฯ๚๛]+\s+""", regex.V1
+)
 _LINE = re.compile(r"\n+")
-_WORD = re.compile(r"\s+")
-_BREAKS = (_PARAGRAPH, _SENTENCE, _LINE, _WORD)  # best first; a cut is made after the match
+_WORD = re.compile(r"\s+|[，、；：]")
+_SPACE = re.compile(r"\s+")
+_BREAKS: tuple[Any, ...] = (_PARAGRAPH, _SENTENCE, _LINE, _WORD)  # best first; a cut is made after the match
 _BLOCK = 256 * 1024  # characters that are measured at once
 _SPREAD = 0.25  # a chunk may be this share shorter or longer than an even division, to end at a better place
-_JOINERS = {"\u200d", "\ufe0e", "\ufe0f"}  # zero-width joiner and the variation selectors
 
 
 class Chunker:
@@ -118,7 +124,7 @@ class Chunker:
                 )
             most = max(1, min(most - 1, most * limit // len(token_ids)))
             shorter = _chunk_end(text, starts, begin, most)
-            end = shorter if shorter < end else begin + (end - begin) // 2
+            end = shorter if shorter < end else _whole(text, begin, begin + (end - begin) // 2, end - 1)
         return end, token_ids
 
     def _windows(self, text: str, starts: Sequence[int], span: Span) -> list[Span]:
@@ -135,6 +141,8 @@ class Chunker:
             low, high = first + round(number * step), first + round((number + 1) * step) + overlap
             start = _word_before(text, _place(starts, low), max(span.start, _place(starts, low - slack)))
             end = _word_after(text, _place(starts, high), min(span.end, _place(starts, high + slack, len(text))))
+            start = grapheme_start(text, start, span.start)
+            end = min(grapheme_end(text, end, span.start), span.end)
             window = Span(span.start if number == 0 else start, span.end if number == count - 1 else end)
             if window.start < window.end and (not windows or window != windows[-1]):
                 windows.append(window)
@@ -164,28 +172,32 @@ def _best_cut(text: str, begin: int, low: int, target: int, high: int) -> int:
     low, high = max(low, begin + 1), max(high, begin + 1)
     for kind in _BREAKS:
         # One character more than may be used: a break that runs on beyond ``high`` is not cut in two.
-        places = [match.end() for match in kind.finditer(text, low - 1, min(high + 1, len(text)))]
-        if places := [place for place in places if low <= place <= high]:
+        places: list[int] = [match.end() for match in kind.finditer(text, low - 1, min(high + 1, len(text)))]
+        places = [place for place in places if low <= place <= high and not _splits_character(text, place, begin)]
+        if places:
             return min(places, key=lambda place: abs(place - target))
-    cut = min(max(target, low), high)
-    while cut > low and _splits_character(text, cut):
-        cut -= 1
-    return cut
+    return _whole(text, begin, min(max(target, low), high), high)
 
 
-def _splits_character(text: str, cut: int) -> bool:
+def _whole(text: str, begin: int, cut: int, high: int) -> int:
+    """A cut near ``cut`` that parts no character; one that alone is longer than ``high`` is parted at ``cut``."""
+    if (start := grapheme_start(text, cut, begin)) > begin:
+        return start
+    return end if (end := grapheme_end(text, cut, begin)) <= high else cut
+
+
+def _splits_character(text: str, cut: int, begin: int = 0) -> bool:
     """Whether a cut before ``text[cut]`` would part what is drawn as one character."""
-    after, before = text[cut], text[cut - 1]
-    return bool(unicodedata.combining(after)) or after in _JOINERS or before == "\u200d" or before + after == "\r\n"
+    return grapheme_start(text, cut, begin) != cut
 
 
 def _word_before(text: str, place: int, lowest: int) -> int:
     """The start of the word that ``place`` lies in, not before ``lowest``; ``place`` where it has none there."""
-    breaks = [match.end() for match in _WORD.finditer(text, lowest, place)]
+    breaks = [match.end() for match in _SPACE.finditer(text, lowest, place)]
     return breaks[-1] if breaks else place
 
 
 def _word_after(text: str, place: int, highest: int) -> int:
     """The end of the word that ``place`` lies in, not after ``highest``; ``place`` where it has none there."""
-    found = _WORD.search(text, place, highest)
+    found = _SPACE.search(text, place, highest)
     return found.start() if found else place

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING
 
 from lloco_engine.fingerprints import model_fingerprint
 from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device
 from lloco_engine.pretrained import read_embedder
+from lloco_engine.process import ProcessLock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ class Embedder:
     def __init__(self, name: str = DEFAULT_EMBEDDER, device: str | None = None) -> None:
         self.name = name
         self.device = device
-        self._lock = RLock()  # encoding sets truncation on the one tokenizer
+        self._lock = ProcessLock(f"the embedder {name!r}")  # encoding sets truncation on the one tokenizer
 
     @cached_property
     def folder(self) -> str:
@@ -51,7 +52,18 @@ class Embedder:
         for file in [*(folder / name for name in shaping), *sorted(folder.glob("*/config.json"))]:
             if file.is_file():
                 digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+        if prompts := self._prompts(folder):
+            digest.update(json.dumps(prompts, sort_keys=True).encode())
         return digest.hexdigest()[:16]
+
+    @staticmethod
+    def _prompts(folder: Path) -> dict[str, str]:
+        """What is put before a text of each kind, of those that its makers gave it."""
+        try:
+            prompts = json.loads((folder / "config_sentence_transformers.json").read_bytes()).get("prompts") or {}
+            return {str(name): str(prompt) for name, prompt in prompts.items() if prompt}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     @cached_property
     def dim(self) -> int:
@@ -65,19 +77,26 @@ class Embedder:
             return read_embedder(self.folder, str(pick_device(self.device)))
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Vectors of ``texts``: (len(texts), dim) float32, each of length 1.
+        """Vectors of ``texts`` that are searched: (len(texts), dim) float32, each of length 1.
 
         Text beyond the embedder's own window (256 word pieces for the embedded one) does not count.
 
         Raises:
             ModelNotFound: the embedder cannot be resolved or read.
         """
+        return self._encode("encode_document", texts, batch_size)
+
+    def encode_query(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Vectors of questions; as `encode`, for an embedder whose configuration has a prompt for them."""
+        return self._encode("encode_query", texts, batch_size)
+
+    def _encode(self, method: str, texts: Sequence[str], batch_size: int) -> np.ndarray:
         import numpy as np
 
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
         with self._lock:
-            vectors = self._model.encode(
+            vectors = getattr(self._model, method)(
                 list(texts),
                 batch_size=batch_size,
                 normalize_embeddings=True,

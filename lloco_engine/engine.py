@@ -26,6 +26,7 @@ from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.filters import parse_filter
 from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
+from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
 from lloco_engine.recall import AskOptions, Found, Recall, Recalled, Wanted
 from lloco_engine.relevance import NOTHING, doubt, floor_of
@@ -69,7 +70,7 @@ class Engine:
         self._setup = setup
         self._device, self._dtype = device, dtype
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
-        self._lock = threading.RLock()
+        self._lock = ProcessLock(f"the engine of {store.path}")
         self._compressing = threading.Lock()
         self._recall = Recall(store, setup)
 
@@ -138,8 +139,9 @@ class Engine:
     def close(self) -> None:
         """Let go of the store and of the decoder's weights."""
         self.store.close()
-        with self._lock:
-            self._decoder = None
+        if self._lock.here:
+            with self._lock:
+                self._decoder = None
 
     def __enter__(self) -> Self:
         return self
@@ -305,6 +307,7 @@ class Engine:
 
     def retrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
         """The segments that a question needs, best first; `SearchOptions` says what the arguments are."""
+        self._lock.check()
         _check("retrieve", question, options, SearchOptions)
         config = with_options(self.retrieval, options)
         filters, tenant = options.get("filters"), options.get("tenant", "")
@@ -396,6 +399,7 @@ class Engine:
 
     def _wanted(self, question: str, options: AskOptions) -> Wanted:
         """What is to be read for a question."""
+        self._lock.check()
         names = ("hits", "whole_document", "filters", "tenant", "history")
         given: dict[str, Any] = {name: options[name] for name in names if name in options}  # type: ignore[literal-required]
         return Wanted(question, with_options(self.retrieval, options), **given)

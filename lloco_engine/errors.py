@@ -16,7 +16,8 @@
     ├── SegmentUnavailable     one segment is missing or damaged; the others can be used
     ├── NotInStore             an id that the store does not hold
     ├── PromptTooLong          question, prefix and answer do not fit the decoder's window
-    └── AdapterError           an adapter is unknown, or was made for another decoder
+    ├── AdapterError           an adapter is unknown, or was made for another decoder
+    └── WrongProcess           opened before a fork and used after it
 
 A message states the rule, the value received and, where it is known, the fix.
 """
@@ -37,6 +38,7 @@ __all__ = [
     "StoreMismatch",
     "StoreNotFound",
     "UnsupportedModel",
+    "WrongProcess",
 ]
 
 
@@ -101,3 +103,7 @@ class PromptTooLong(LLoCOError, ValueError):
 
 class AdapterError(LLoCOError):
     """An adapter is unknown, or was made for another decoder."""
+
+
+class WrongProcess(LLoCOError):
+    """What was opened before a fork is used in the forked process."""

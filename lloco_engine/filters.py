@@ -133,8 +133,10 @@ def _filter(wanted: Any, depth: int) -> Filter:
         raise ConfigError(f"filters must be at most {MAX_DEPTH} deep inside each other")
     if wanted is None:
         return And()
-    if isinstance(wanted, And | Or):
-        return type(wanted)(tuple(_filter(part, depth + 1) for part in wanted.parts))
+    if isinstance(wanted, And):
+        return _all([part for inner in wanted.parts if (part := _filter(inner, depth + 1)) != And()])
+    if isinstance(wanted, Or):
+        return Or(tuple(_filter(part, depth + 1) for part in wanted.parts))
     if isinstance(wanted, Not):
         return Not(_filter(wanted.part, depth + 1))
     if isinstance(wanted, Condition):

@@ -86,7 +86,8 @@ class Retriever:
         config = RetrieveConfig() if config is None else config
         if not question.strip():
             raise ConfigError(f"a question must not be empty, not {question!r}")
-        vector = self._embedder.encode([question])[0]
+        encode = getattr(self._embedder, "encode_query", self._embedder.encode)  # where questions are told apart
+        vector = encode([question])[0]
         hits = self._store.search(
             vector,
             top_k=config.top_k,

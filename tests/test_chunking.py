@@ -6,10 +6,12 @@ import random
 import time
 
 import pytest
+import regex
 
 from lloco_engine.chunking import Chunker
 from lloco_engine.config import ChunkConfig
 from lloco_engine.errors import DocumentError
+from lloco_engine.graphemes import grapheme_end, grapheme_start
 from lloco_engine.testing import tiny_tokenizer
 from lloco_engine.types import Chunk, Document
 
@@ -86,6 +88,68 @@ def check(text: str, chunks: list[Chunk], tokenizer, config: ChunkConfig) -> Non
 @pytest.mark.parametrize("config", [SMALL, ChunkConfig(16, 8, 0), ChunkConfig(100, 100, 99), ChunkConfig()], ids=str)
 def test_chunks_tile_any_text(name, config, tokenizer):
     check(TEXTS[name], split(TEXTS[name], tokenizer, config), tokenizer, config)
+
+
+GRAPHEMES = {
+    "families": "👩‍👩‍👧‍👦🧑🏽‍🔧👍🏽" * 60,
+    "flags": "🇩🇪🇳🇱🇯🇵" * 80,
+    "jamo": "\u1112\u1161\u11ab\u1100\u1173\u11af" * 80,
+    "hindi": "क्षेत्र में पंप को तेल चाहिए। " * 60,
+    "hindi without spaces": "क्षेत्रपंपतेल" * 80,
+    "thai": "น้ำมันปั๊มใต้โรงงาน" * 80,
+    "vowelled arabic": "المِضَخَّةُتَحتاجُ" * 80,
+    "marks on spaces": "a \u0301b \u0308" * 150,
+    "crlf": "a\r\n" * 300,
+}
+
+
+@pytest.mark.parametrize("name", GRAPHEMES)
+@pytest.mark.parametrize("config", [SMALL, ChunkConfig(48, 24, 4), ChunkConfig(100, 100, 99)], ids=str)
+def test_no_character_is_cut(name, config, tokenizer):
+    text = GRAPHEMES[name]
+    whole = {0, *(found.end() for found in regex.finditer(r"\X", text))}
+    chunks = split(text, tokenizer, config)
+    check(text, chunks, tokenizer, config)
+    assert len(chunks) > 1 and {place for chunk in chunks for place in (chunk.span.start, chunk.span.end)} <= whole
+    assert {place for chunk in chunks for window in chunk.windows for place in (window.start, window.end)} <= whole
+
+
+def test_a_character_that_is_longer_than_a_chunk_is_cut_all_the_same(tokenizer):
+    text = "a" + "\u0301" * 2000
+    check(text, split(text, tokenizer), tokenizer, SMALL)
+
+
+@pytest.mark.parametrize("end", ["。", "！", "।", "॥ ", "؟ ", "۔ ", "։ ", "።", "။", "។", "？」", "ฯ ", "｡", '!" '])
+def test_chunks_end_with_sentences_of_any_script(end, tokenizer):
+    text = "".join(f"{'語क' * length}{end}" for length in (3, 5, 4, 2, 6) * 8)
+    chunks = split(text, tokenizer, ChunkConfig(260, 60, 10))
+    assert len(chunks) > 3 and all(chunk.text.endswith(end) for chunk in chunks)
+
+
+def test_graphemes_agree_with_the_whole_text():
+    chance = random.Random(0)
+    pieces = [
+        "a",
+        " ",
+        "\r\n",
+        "\n",
+        "e\u0301",
+        "👩‍👩‍👧‍👦",
+        "🇩🇪",
+        "🇩",
+        "🧑🏽",
+        "각",
+        "\u1112\u1161\u11ab",
+        "का",
+        "क्षे",
+        "漢",
+    ]
+    for _ in range(500):
+        text = "".join(chance.choices(pieces, k=chance.randrange(1, 12)))
+        whole = {0, *(found.end() for found in regex.finditer(r"\X", text))}
+        for place in range(len(text) + 1):
+            assert grapheme_start(text, place) == max(each for each in whole if each <= place)
+            assert grapheme_end(text, place) == min(each for each in whole if each >= place)
 
 
 @pytest.mark.parametrize("name", TEXTS)

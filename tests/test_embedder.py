@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -99,3 +100,17 @@ def test_threads_can_share_one(embedder):
         thread.join()
     for n, vector in enumerate(alone):
         np.testing.assert_allclose(found[n], vector, atol=1e-6)
+
+
+def test_prompts_of_an_embedder_are_put_before_questions_and_documents(tmp_path):
+    plain = Embedder()
+    folder = tmp_path / "prompted"
+    shutil.copytree(plain.folder, folder)
+    file = folder / "config_sentence_transformers.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(config | {"prompts": {"query": "query: ", "document": "passage: "}}))
+    prompted = Embedder(str(folder))
+    assert np.allclose(prompted.encode_query(["pump"]), plain.encode(["query: pump"]), atol=1e-5)
+    assert np.allclose(prompted.encode(["pump"]), plain.encode(["passage: pump"]), atol=1e-5)
+    assert np.allclose(plain.encode_query(["pump"]), plain.encode(["pump"]), atol=1e-6)
+    assert prompted.fingerprint != plain.fingerprint, "its vectors are others"

@@ -18,7 +18,7 @@ from store_cases import document, make_store, unit
 from lloco_engine import Condition, ConfigError, Not, parse_filter
 from lloco_engine.filters import MAX_CONDITIONS, MAX_DEPTH
 from lloco_engine.store.catalogue import Catalogue
-from lloco_engine.store.terms import encode
+from lloco_engine.store.values import encode
 
 
 class Colour(enum.Enum):

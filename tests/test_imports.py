@@ -17,7 +17,7 @@ PACKAGE = Path(lloco_engine.__file__).parent
 # One tuple per stage, in the order of the spine. A module imports its own stage or earlier ones.
 STAGES = (
     ("errors",),
-    ("config", "types", "unicode", "metadata", "filters", "documents"),
+    ("config", "graphemes", "process", "types", "unicode", "metadata", "filters", "documents"),
     ("reasoning", "tokenizing", "tokens", "weights"),
     ("fingerprints", "processor", "shape", "pretrained", "hub", "models"),
     ("embedder", "chunking", "readers", "lexical"),

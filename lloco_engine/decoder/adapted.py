@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from lloco_engine.decoder.replay import PlacedCache, Replay
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template
 from lloco_engine.errors import AdapterError, UnsupportedModel
+from lloco_engine.process import ProcessLock
 from lloco_engine.types import Prefix
 
 __all__ = ["AdaptedDecoder"]
@@ -47,7 +47,7 @@ class AdaptedDecoder:
         self._modules = PeftModules(model, self.runner.linears())
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
         self._adapters: dict[str, Path] = {}
-        self._lock = threading.RLock()
+        self._lock = ProcessLock(f"the decoder {name!r}")
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
 

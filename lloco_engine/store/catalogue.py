@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lloco_engine.documents import Place
 from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
 from lloco_engine.filters import Filter
-from lloco_engine.store.legacy import legacy_adapters
+from lloco_engine.store.connecting import connect, connect_reader, file_state, is_writable
 from lloco_engine.store.records import DocumentInfo
-from lloco_engine.store.schema import APPLICATION_ID, FUNCTIONS, check_version
+from lloco_engine.store.schema import APPLICATION_ID, check_version
+from lloco_engine.store.terms import term
 from lloco_engine.store.where import Where, where
 from lloco_engine.types import Document, Hit, Page, Span
 from lloco_engine.unicode import not_unicode
@@ -54,7 +55,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path) -> None:
-        """Connect to a catalogue that exists.
+        """Connect to a catalogue that exists; to one that this process may not write, for reading only.
 
         Raises:
             StoreCorrupt: missing or damaged.
@@ -62,8 +63,23 @@ class Catalogue:
         self.path = path
         if not path.is_file():
             raise StoreCorrupt(f"{path} is missing; put it back, or repair the store and ingest its documents again")
+        self._open()
+
+    def _open(self) -> None:
+        self._state: tuple[object, ...] | None = None  # of the file, where the connection sees no change of it
         with self.errors():
-            self.connection = connect(path)
+            if is_writable(self.path):
+                self.connection = connect(self.path)
+                return
+            state = file_state(self.path)
+            self.connection, follows = connect_reader(self.path)
+            self._state = None if follows else state
+
+    def _current(self) -> None:
+        """Connect anew where the file has changed under a connection that does not see it."""
+        if self._state is not None and self._state != file_state(self.path):
+            self.connection.close()
+            self._open()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -82,6 +98,7 @@ class Catalogue:
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """One transaction: committed at the end of the block, undone when the block raises."""
+        self._current()
         with self.errors():
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
@@ -271,13 +288,13 @@ class Catalogue:
             for doc_key, (doc_id, title, source, metadata, private, origin, encoding) in kept.items()
         }
 
-    def window_ids_with(self, word: str, most: int) -> npt.NDArray[np.int64] | None:
-        """Ids of all windows, of whichever tenant, that have a word of letters and digits; None when over ``most``."""
+    def window_ids_with(self, word: str, tenant: str, most: int) -> npt.NDArray[np.int64] | None:
+        """Ids of a tenant's windows that have a word, as `lexical.words` gives it; None when over ``most``."""
         import numpy as np
 
         count, ids = self.connection.execute(  # one row, for hundreds of rows take longer than the look-up
             "SELECT count(*), group_concat(rowid) FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?)",
-            (f'"{word}"', most + 1),
+            (f'"{term(tenant, word)}"', most + 1),
         ).fetchone()
         return np.fromstring(ids or "", np.int64, sep=",") if count <= most else None
 
@@ -340,22 +357,6 @@ def missing_document(doc_id: str, tenant: str) -> str:
     """What to say where a tenant has no such document."""
     of = f" of tenant {tenant!r}" if tenant else ""
     return f"the store holds no document {doc_id!r}{of}"
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode; its owner sees to one thread at a time."""
-    connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-    try:
-        for function in FUNCTIONS:
-            connection.create_function(function.__name__, -1, function, deterministic=True)
-        connection.create_function("legacy_adapters", 0, lambda: legacy_adapters(path.parent))
-        connection.execute("PRAGMA foreign_keys = ON")
-        # Files of replaced segments go after the commit, so the commit must survive a power cut first.
-        connection.execute("PRAGMA synchronous = FULL")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 def _info(row: Sequence[Any]) -> DocumentInfo:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lloco_engine.errors import StoreError
-from lloco_engine.filters import Filter
+from lloco_engine.filters import And, Filter
 from lloco_engine.lexical import MOST, coverage, words
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, write_atomic
@@ -41,7 +41,7 @@ _BUILD_WIDTH = 80
 _SEARCH_WIDTH = 64
 _CACHED_FILTERS = 64
 _CACHED_WORDS = 256  # 20 MB at most
-_MOST_WITH = 10_000  # a word that more windows have is not looked at, so that a search stays quick
+_MOST_WITH = 10_000  # a word that more windows of a tenant have is not looked at, so that a search stays quick
 _CANDIDATES = 256  # windows with the most of a question's words that are looked at beside the nearest in a graph
 
 
@@ -88,7 +88,7 @@ class SearchIndex:
         self._generation = -1
         self._read_from = -1  # generation of the file that was last read
         self._allowed: OrderedDict[str, Rows] = OrderedDict()
-        self._having: OrderedDict[tuple[str, int], Rows | None] = OrderedDict()
+        self._having: OrderedDict[tuple[str, str, int], Rows | None] = OrderedDict()
 
     def search(
         self, catalogue: Catalogue, query: Query, k: int, tenant: str, wanted: Filter
@@ -104,7 +104,7 @@ class SearchIndex:
             if not len(allowed):
                 return [], 0
             k = min(k, len(allowed))
-            shares = self._shares(catalogue, query, allowed)
+            shares = self._shares(catalogue, query, allowed, tenant, narrowed=wanted != And())
             rows = self._candidates(query, k, allowed, shares)
             scores = self._products(query.vector, rows)
             if shares is not None:
@@ -112,15 +112,20 @@ class SearchIndex:
             best = _highest(scores, k)
             return list(zip(self._ids[rows[best]].tolist(), scores[best].tolist(), strict=True)), len(allowed)
 
-    def _shares(self, catalogue: Catalogue, query: Query, allowed: Rows) -> Shares | None:
-        """How much of the query's words each allowed window has; what others' windows hold does not count."""
+    def _shares(
+        self, catalogue: Catalogue, query: Query, allowed: Rows, tenant: str, *, narrowed: bool
+    ) -> Shares | None:
+        """How much of the query's words each allowed window has.
+
+        A word weighs by how many of the allowed windows have it. Whether it is looked at at all depends on all windows
+        of the tenant, whatever the filters. What others' windows hold never counts.
+        """
         if not query.lexical:
             return None
-        everything = len(allowed) == len(self._ids)
-        most = min(_MOST_WITH, len(allowed) // 4) if everything else _MOST_WITH
-        having = (self._rows_having(catalogue, word, most) for word in words(query.text)[:MOST])
+        most = _MOST_WITH if narrowed else min(_MOST_WITH, len(allowed) // 4)
+        having = (self._rows_having(catalogue, tenant, word, most) for word in words(query.text)[:MOST])
         found = [rows for rows in having if rows is not None]
-        if not everything:
+        if len(allowed) < len(self._ids):
             marks = self._marks(allowed)
             found = [rows[marks[rows]] for rows in found]
         return coverage(found, len(allowed), len(self._ids))
@@ -332,14 +337,14 @@ class SearchIndex:
         term = where(tenant, wanted)
         return _cached(self._allowed, term.key, _CACHED_FILTERS, lambda: self._rows(catalogue.allowed_window_ids(term)))
 
-    def _rows_having(self, catalogue: Catalogue, word: str, most: int) -> Rows | None:
-        """The rows, of whichever tenant, that have a word; None when over ``most``."""
+    def _rows_having(self, catalogue: Catalogue, tenant: str, word: str, most: int) -> Rows | None:
+        """The rows of a tenant's windows that have a word; None when over ``most``."""
 
         def look_up() -> Rows | None:
-            ids = catalogue.window_ids_with(word, most)
+            ids = catalogue.window_ids_with(word, tenant, most)
             return None if ids is None else self._rows(ids)
 
-        return _cached(self._having, (word, most), _CACHED_WORDS, look_up)
+        return _cached(self._having, (tenant, word, most), _CACHED_WORDS, look_up)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Metadata of stores made before migration 8, in which frameworks kept what is theirs beside the documents' own."""
+"""Metadata of stores made before migration 9, in which frameworks kept what is theirs beside the documents' own."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lloco_engine.errors import StoreLocked
+from lloco_engine.errors import StoreError, StoreLocked
 
 __all__ = ["CLAIM", "claim", "is_claimed", "write_lock"]
 
@@ -27,8 +27,15 @@ def write_lock(path: Path, timeout: float) -> Iterator[None]:
 
     Raises:
         StoreLocked: another writer still holds it; names its process id.
+        StoreError: this process may not write there.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StoreError(
+            f"a store is changed only by who may write to its folder, and {path} cannot be written ({error.strerror}): "
+            "give this user write permission, mount the folder writable, or copy the store and change the copy"
+        ) from error
     try:
         deadline = time.monotonic() + timeout
         while not _try_lock(handle):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from lloco_engine.errors import StoreMismatch
 from lloco_engine.store.legacy_metadata import private_part, public_part
-from lloco_engine.store.terms import terms_json
+from lloco_engine.store.terms import window_terms
+from lloco_engine.store.values import metadata_rows
 from lloco_engine.store.where import fold
 
 __all__ = ["APPLICATION_ID", "FUNCTIONS", "MIGRATIONS", "check_version", "is_latest", "migrate", "text_hash"]
@@ -156,12 +157,30 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     ALTER TABLE documents ADD COLUMN encoding TEXT NOT NULL DEFAULT '';
     """,
-    # 8: metadata holds any JSON; what frameworks keep with a document is apart from it, where no record can reach
+    # 8: words of every script, by tenant; store/terms.py says what a row holds
+    """
+    DROP TRIGGER words_of_new_window;
+    DROP TRIGGER words_of_gone_window;
+    DROP TABLE words;
+    CREATE VIRTUAL TABLE words USING fts5 (text, columnsize = 0, detail = none, tokenize = 'ascii');
+    INSERT INTO words (rowid, text)
+        SELECT w.window_id, window_terms(d.tenant, substr(c.text, w.start - c.start + 1, w.end - w.start))
+        FROM windows w JOIN chunks c USING (chunk_key) JOIN documents d USING (doc_key);
+    CREATE TRIGGER words_of_new_window AFTER INSERT ON windows BEGIN
+        INSERT INTO words (rowid, text)
+            SELECT new.window_id, window_terms(d.tenant, substr(c.text, new.start - c.start + 1, new.end - new.start))
+            FROM chunks c JOIN documents d USING (doc_key) WHERE c.chunk_key = new.chunk_key;
+    END;
+    CREATE TRIGGER words_of_gone_window AFTER DELETE ON windows BEGIN
+        DELETE FROM words WHERE rowid = old.window_id;
+    END;
+    """,
+    # 9: metadata holds any JSON; what frameworks keep with a document is apart from it, where no record can reach
     """
     ALTER TABLE documents ADD COLUMN private TEXT NOT NULL DEFAULT '{}';  -- JSON object: `Document.private`
     UPDATE documents SET metadata = public_part(metadata, doc_id), private = private_part(metadata, doc_id);
     DROP TABLE metadata;
-    CREATE TABLE metadata (              -- of both, what filters find: a row for each value (terms.py)
+    CREATE TABLE metadata (              -- of both, what filters find: a row for each value (values.py)
         doc_key INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
         key     TEXT NOT NULL,
         value   TEXT NOT NULL,
@@ -171,7 +190,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX metadata_by_value ON metadata (key, value);
     INSERT INTO metadata
         SELECT d.doc_key, json_extract(t.value, '$[0]'), json_extract(t.value, '$[1]'), json_extract(t.value, '$[2]')
-        FROM documents d, json_each(terms_json(d.metadata, d.private)) t;
+        FROM documents d, json_each(metadata_rows(d.metadata, d.private)) t;
     """,
 )
 
@@ -185,7 +204,7 @@ def text_hash(text: str) -> str:
 
 
 # What SQL on a catalogue may call, on every connection.
-FUNCTIONS: tuple[Callable[..., str], ...] = (text_hash, fold, terms_json, public_part, private_part)
+FUNCTIONS: tuple[Callable[..., str], ...] = (text_hash, window_terms, fold, metadata_rows, public_part, private_part)
 
 
 def migrate(connection: sqlite3.Connection, name: str) -> None:

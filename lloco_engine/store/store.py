@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from lloco_engine.errors import (
     StoreNotFound,
 )
 from lloco_engine.filters import Filters, parse_filter
+from lloco_engine.process import ProcessLock
 from lloco_engine.store import lookup, segments
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store.adapters import StoredAdapters
@@ -47,7 +47,8 @@ __all__ = ["Store"]
 class Store:
     """One folder: ``manifest.json``, ``catalogue.sqlite``, ``segments/``, ``index/``, ``adapters/``, a lock, ``tmp/``.
 
-    Made by `create` or `open`; a context manager; safe for use from several threads, not across a fork.
+    Made by `create` or `open`; a context manager; safe for use from several threads, refused after a fork
+    (`WrongProcess`). Who may not write to the folder reads it all the same, and writes nothing.
     Reading goes on while a writer, in this process or another, writes: each call sees one committed state.
     """
 
@@ -59,7 +60,7 @@ class Store:
         self._form = segment_format(manifest)
         self._index = SearchIndex(self._layout, manifest.embedder_dim, config.hnsw_above)
         self._held = HeldSegments()
-        self._lock = threading.RLock()
+        self._lock = ProcessLock(f"the store at {path}")
         self._catalogue = Catalogue(self._layout.catalogue)
         self.adapters = StoredAdapters(self._layout, self._reading)
 
@@ -145,8 +146,9 @@ class Store:
 
     def close(self) -> None:
         """Let go of the files; segments that were loaded stay usable."""
-        with self._lock:
-            self._catalogue.close()
+        if self._lock.here:  # a forked child must not close what its parent has open
+            with self._lock:
+                self._catalogue.close()
 
     def __enter__(self) -> Self:
         return self
@@ -173,6 +175,7 @@ class Store:
         Raises:
             StoreLocked: another writer still holds the store; names its process id.
         """
+        self._lock.check()
         with write_lock(self._layout.lock, timeout):
             self._layout.clear_temporary()
             catalogue = Catalogue(self._layout.catalogue)

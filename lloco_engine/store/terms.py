@@ -1,88 +1,33 @@
-"""How the catalogue keeps metadata so that filters find it by an index: a row for each value, as text that sorts.
+"""What the catalogue's table of words holds: the terms of each search window.
 
-Every value becomes text that begins with its type, so that 1 is not "1" and nothing is compared with another type:
-``s:`` and the text; ``n:`` and a number, whole or not, of any size; ``b:true`` or ``b:false``; ``o:`` for an object.
-Texts of one type sort as their values do: texts by code point, numbers by size.
+A row's text is ``window_terms(tenant of the document, text of the window)`` and nothing else, so it can be made again
+from documents, chunks and windows, and compared with them. FTS5 cuts it at the spaces between terms and changes nothing
+(tokenizer ``ascii``): what a word is, `lloco_engine.lexical.words` says, for windows and questions alike.
+
+A term names its tenant, so that looking a word up reads and counts one tenant's windows, however many others have it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from decimal import Decimal
+import hashlib
 
-from lloco_engine.metadata import dump
-from lloco_engine.types import MetadataValue
+from lloco_engine.lexical import words
 
-__all__ = ["NUMBER", "TEXT", "Term", "encode", "escape", "private_key", "terms", "terms_json"]
+__all__ = ["term", "window_terms"]
 
-TEXT, NUMBER, _BOOLEAN, _OBJECT = "s:", "n:", "b:", "o:"
-Term = tuple[str, str, bool]  # key, value, and whether it was in a list
-_MIDDLE = 5000  # of the exponents of numbers: 900 digits before the point, 324 zeros after it
-_COMPLEMENT = str.maketrans("0123456789", "9876543210")
+_JOINT = "·"  # FTS5's ascii tokenizer takes whatever is not ASCII for a letter, and no word has it
 
 
-def terms(metadata: Mapping[str, MetadataValue], private: Mapping[str, MetadataValue]) -> list[Term]:
-    """What filters can find a document by.
-
-    A list has a row for each of its elements, and no row when it is empty; None has none. What is inside an object has
-    the keys on the way to it, joined by dots. Of ``private`` only the outermost values count, under `private_key`.
-
-    Args:
-        metadata, private: of a document, as JSON values.
-    """
-    rows = [row for key, value in metadata.items() for row in _rows(escape(key), value, listed=False)]
-    for key, value in private.items():
-        if value is not None:
-            rows.append((private_key(key), encode(value) if isinstance(value, str | int | float) else _OBJECT, False))
-    return list(dict.fromkeys(rows))
+def term(tenant: str, word: str) -> str:
+    """A word of a tenant. Bare for the tenant of stores that have one; else behind 12 hex digits of the tenant's."""
+    return _mark(tenant) + word
 
 
-def terms_json(metadata: str, private: str) -> str:
-    """`terms` of two JSON objects, as JSON: a function of SQL on every connection of a catalogue."""
-    return json.dumps(terms(json.loads(metadata), json.loads(private)))
+def window_terms(tenant: str, text: str) -> str:
+    """The terms of a window's text, each once, between spaces. Also a function of SQL on a catalogue's connections."""
+    mark = _mark(tenant)
+    return " ".join(mark + word for word in words(text))
 
 
-def _rows(key: str, value: MetadataValue, *, listed: bool) -> Iterator[Term]:
-    if value is None:
-        return
-    if isinstance(value, str | int | float):
-        yield key, encode(value), listed
-    elif isinstance(value, Mapping):
-        yield key, _OBJECT, listed
-        for inner_key, inner in value.items():
-            yield from _rows(f"{key}.{escape(inner_key)}", inner, listed=listed)
-    else:
-        for inner in value:
-            yield from _rows(key, inner, listed=True)
-
-
-def private_key(key: str) -> str:
-    """The key of a `Document.private` value: no metadata has it, for `escape` gives none that begins so."""
-    return f"\1p{key}"
-
-
-def escape(text: str) -> str:
-    """Text without NUL, at which functions of SQL stop reading; sorts as the text does."""
-    return text.replace("\1", "\1\2").replace("\0", "\1\1")
-
-
-def encode(value: str | int | float) -> str:
-    """One value as rows have it."""
-    if isinstance(value, str):
-        return TEXT + escape(value)
-    if isinstance(value, bool):
-        return _BOOLEAN + dump(value)
-    return NUMBER + _sortable(value)
-
-
-def _sortable(value: int | float) -> str:
-    """A finite number as ASCII that sorts by size: sign, exponent, digits; those of a negative one complemented."""
-    if isinstance(value, float):
-        value = int(value) if value.is_integer() else value
-    number = Decimal(value) if isinstance(value, int) else Decimal(repr(value))
-    if not number:
-        return "1"
-    sign, digits, _ = number.as_tuple()
-    size = f"{number.adjusted() + _MIDDLE:04}{''.join(map(str, digits)).rstrip('0')}"
-    return f"0{size.translate(_COMPLEMENT)}~" if sign else f"2{size}"
+def _mark(tenant: str) -> str:
+    return hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:12] + _JOINT if tenant else ""

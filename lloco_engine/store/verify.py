@@ -11,7 +11,8 @@ from pathlib import Path
 from lloco_engine.errors import SegmentUnavailable, StoreCorrupt, StoreError, StoreNotFound
 from lloco_engine.store import segments
 from lloco_engine.store.adapters import adapter_problems, remove_damaged_adapters
-from lloco_engine.store.catalogue import Catalogue, connect
+from lloco_engine.store.catalogue import Catalogue
+from lloco_engine.store.connecting import connect
 from lloco_engine.store.files import Layout, write_atomic
 from lloco_engine.store.index import SearchIndex, remove_index_files
 from lloco_engine.store.lock import write_lock

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lloco_engine.filters import And, Condition, Filter, Not
-from lloco_engine.store.terms import NUMBER, TEXT, encode, escape, private_key
+from lloco_engine.store.values import NUMBER, TEXT, encode, escape, private_key
 
 __all__ = ["Where", "fold", "where"]
 
@@ -78,7 +78,7 @@ def _condition(condition: Condition, tenant: str) -> _Term:
 
 
 def _of_metadata(condition: Condition) -> _Term:
-    """What holds for rows of the table of metadata, whose values are as `terms.encode` gives them."""
+    """What holds for rows of the table of metadata, whose values are as `values.encode` gives them."""
     match condition.operator:
         case "exists":
             return "1", []

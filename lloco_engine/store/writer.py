@@ -19,7 +19,7 @@ from lloco_engine.store.catalogue import Catalogue, missing_document
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
-from lloco_engine.store.terms import terms
+from lloco_engine.store.values import rows_of
 from lloco_engine.types import AnySegment, Chunk, Document, Span
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def _insert_labels(connection: sqlite3.Connection, doc_key: int, document: Docum
     )
     connection.executemany(
         "INSERT INTO metadata (doc_key, key, value, listed) VALUES (?, ?, ?, ?)",
-        [(doc_key, *row) for row in terms(document.metadata, document.private)],
+        [(doc_key, *row) for row in rows_of(document.metadata, document.private)],
     )
 
 
