@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from lloco_engine import __version__
 from lloco_engine.cli import app, factory
+from lloco_engine.cli.filters import parse_filters
 from lloco_engine.cli.ingest import _progress
-from lloco_engine.cli.options import parse_filters, parse_metadata
+from lloco_engine.cli.options import parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
 from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
@@ -280,7 +281,9 @@ def test_ask_passes_every_option_on(engine):
     }  # fmt: skip
     assert engine.calls == [
         ("stream", "q", {
-            "top_k": 2, "filters": {"year": (2024, "2024"), "team": "pumps"}, "neighbours": 1, "whole_document": None,
+            "top_k": 2,
+            "filters": {"$and": [{"year": {"$in": [2024, "2024"]}}, {"team": {"$in": ["pumps"]}}]},
+            "neighbours": 1, "whole_document": None,
             "prefix": PrefixConfig(focus=3),
             "tenant": "acme", "adapter": "law",
             "generate": GenerateConfig(
@@ -564,10 +567,40 @@ def test_metadata_values_are_read_as_what_they_look_like():
             parse_metadata([pair])
 
 
-def test_a_filter_accepts_any_of_its_values_and_numbers_as_text_too():
-    assert parse_filters(["a=x", "b=1", 'c="1"', "d=x", "d=y", "doc_id=7"]) == {
-        "a": "x", "b": (1, "1"), "c": "1", "d": ("x", "y"), "doc_id": "7",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("term", "wanted"),
+    [
+        ("season=autumn", {"season": {"$in": ["autumn"]}}),
+        ("season = autumn", {"season": {"$in": ["autumn"]}}),
+        ("year=2024", {"year": {"$in": [2024, "2024"]}}),
+        ('year="2024"', {"year": {"$in": ["2024"]}}),
+        ("ok=true", {"ok": {"$in": [True, "true"]}}),
+        ("e=", {"e": {"$in": [""]}}),
+        ("a=b=c", {"a": {"$in": ["b=c"]}}),
+        ("year!=2024", {"year": {"$nin": [2024, "2024"]}}),
+        ("year>=2020", {"year": {"$gte": 2020}}),
+        ("share < -1.5", {"share": {"$lt": -1.5}}),
+        ('n>"5"', {"n": {"$gt": "5"}}),
+        ("date<=2024-01-31", {"date": {"$lte": "2024-01-31"}}),
+        ("doc_id>5", {"doc_id": {"$gt": "5"}}),
+        ("season in spring, autumn", {"season": {"$in": ["spring", "autumn"]}}),
+        ("year in 2020,2021", {"year": {"$in": [2020, "2020", 2021, "2021"]}}),
+        ('who not in "Ann, Lee",Bo', {"who": {"$nin": ["Ann, Lee", "Bo"]}}),
+        ("season exists", {"season": {"$exists": True}}),
+        ("season missing", {"season": {"$exists": False}}),
+        ('"note in hand"=1', {"note in hand": {"$in": [1, "1"]}}),
+    ],
+)
+def test_a_filter_is_written_as_people_write_it(term, wanted):
+    assert parse_filters([term]) == wanted
+    assert parse_filters([term, "a=x"]) == {"$and": [wanted, {"a": {"$in": ["x"]}}]}
+
+
+def test_no_filter_and_what_is_none():
+    assert parse_filters([]) is None
+    for term in ("novalue", "=x", " = x", "year>=", "ok>true", "$where=1", "a=caf\udce9", "season in"):
+        with pytest.raises(typer.BadParameter):
+            parse_filters([term])
 
 
 @pytest.mark.parametrize(

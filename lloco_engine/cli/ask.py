@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lloco_engine.cli import factory
+from lloco_engine.cli.filters import HELP, parse_filters
 from lloco_engine.cli.options import (
     Adapter,
     AsJSON,
@@ -19,7 +20,6 @@ from lloco_engine.cli.options import (
     StoreDir,
     TemplateName,
     Tenant,
-    parse_filters,
 )
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
 from lloco_engine.config import GenerateConfig, PrefixConfig
@@ -34,8 +34,8 @@ Filters = Annotated[
     typer.Option(
         "--filter",
         "-f",
-        metavar="KEY=VALUE",
-        help="Only documents whose metadata (or doc_id, source, title) has this value; repeatable.",
+        metavar="TERM",
+        help=HELP,
     ),
 ]
 Neighbours = Annotated[int, typer.Option("--neighbours", min=0, help="Segments to add before and after each hit.")]
@@ -98,7 +98,8 @@ def ask(
     \b
     Examples:
       lloco ask "Who repaired the crane?"
-      lloco ask "What changed?" --filter year=2024 --filter team=pumps -k 2
+      lloco ask "What changed?" --filter 'year>=2020' --filter team=pumps -k 2
+      lloco ask "What failed?" --filter 'season in spring,autumn' --filter 'fixed missing'
       lloco ask "Sum it up." --whole-document report.pdf --min-new-tokens 48 --no-repeat-ngram 3 --beams 4
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
@@ -209,7 +210,7 @@ def _wanted(
         raise typer.BadParameter("--whole-document reads one document and takes no --filter")
     return {
         "top_k": top_k,
-        "filters": parse_filters(filters or []) or None,
+        "filters": parse_filters(filters or []),
         "neighbours": neighbours,
         "whole_document": whole_document,
         "prefix": PrefixConfig(focus=focus),

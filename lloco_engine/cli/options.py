@@ -15,6 +15,7 @@ from lloco_engine.errors import ConfigError
 from lloco_engine.types import MetadataValue
 
 __all__ = [
+    "TEXT_KEYS",
     "Adapter",
     "AsJSON",
     "CompressorName",
@@ -25,10 +26,10 @@ __all__ = [
     "StoreDir",
     "TemplateName",
     "Tenant",
-    "parse_filters",
     "parse_limits",
     "parse_metadata",
     "parse_settings",
+    "value_of",
 ]
 
 StoreDir = Annotated[
@@ -84,7 +85,7 @@ Adapter = Annotated[
 ]
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
-_TEXT_KEYS = ("doc_id", "source", "title")
+TEXT_KEYS = ("doc_id", "source", "title")
 
 
 def parse_metadata(pairs: Sequence[str]) -> dict[str, MetadataValue]:
@@ -96,28 +97,10 @@ def parse_metadata(pairs: Sequence[str]) -> dict[str, MetadataValue]:
     values: dict[str, MetadataValue] = {}
     for pair in pairs:
         key, text = _halves(pair)
-        if key in (*_TEXT_KEYS, "text", "tenant"):
+        if key in (*TEXT_KEYS, "text", "tenant"):
             raise typer.BadParameter(f"metadata must not use the name {key!r}, which every document has")
-        values[key] = _value(text)
+        values[key] = value_of(text)
     return values
-
-
-def parse_filters(pairs: Sequence[str]) -> dict[str, MetadataValue | tuple[MetadataValue, ...]]:
-    """``key=value`` pairs as filters. The same key again accepts either value.
-
-    An unquoted number or boolean also matches the same text; ``key="2024"`` matches text alone.
-
-    Raises:
-        typer.BadParameter: a pair has no ``=`` or no key.
-    """
-    accepted: dict[str, list[MetadataValue]] = {}
-    for pair in pairs:
-        key, text = _halves(pair)
-        value = text if key in _TEXT_KEYS else _value(text)
-        accepted.setdefault(key, []).append(value)
-        if not isinstance(value, str):
-            accepted[key].append(text)
-    return {key: values[0] if len(values) == 1 else tuple(values) for key, values in accepted.items()}
 
 
 def parse_limits(pairs: Sequence[str]) -> ReadConfig:
@@ -138,7 +121,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, MetadataValue]:
     Raises:
         typer.BadParameter: a pair has no ``=`` or no key.
     """
-    return {key: _value(text) for key, text in map(_halves, pairs)}
+    return {key: value_of(text) for key, text in map(_halves, pairs)}
 
 
 def _halves(pair: str) -> tuple[str, str]:
@@ -148,7 +131,8 @@ def _halves(pair: str) -> tuple[str, str]:
     return key.strip(), text
 
 
-def _value(text: str) -> MetadataValue:
+def value_of(text: str) -> str | int | float | bool:
+    """A value as a shell has it: true, false and numbers as such, the rest, and all in double quotes, as text."""
     if text in ("true", "false"):
         return text == "true"
     if number := _NUMBER.fullmatch(text):
