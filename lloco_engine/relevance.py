@@ -3,7 +3,7 @@
 A score (`Store.search`) is a mix of a cosine similarity and of the share of the question's words, so it means the same
 for one embedder and one share of words in every store, and nothing for another. The floor of the embedded embedder was
 measured with the default share, by questions that a store answers and questions that it cannot answer
-(``lloco eval floor``; docs/scores.md). Other embedders have none, unless `RetrieveConfig.floor` gives one.
+(``lloco scores``; docs/scores.md). Other embedders have none, unless `RetrieveConfig.floor` gives one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lloco_engine.types import Hit
 __all__ = ["NOTHING", "doubt", "floor_of"]
 
 NOTHING = "No document answers this."
-_MEASURED = {"770c70ae18e7b62c": 0.3}  # embedder's fingerprint (all-MiniLM-L6-v2, as embedded) -> results/floor.json
+_MEASURED = {"770c70ae18e7b62c": 0.3}  # embedder's fingerprint (all-MiniLM-L6-v2, as embedded) -> results/scores.json
 
 
 def floor_of(config: RetrieveConfig, embedder_fingerprint: str) -> float:

@@ -28,7 +28,7 @@ from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
 from lloco_engine.readers import read_paths
 from lloco_engine.store import DocumentInfo, Problem, Store
-from lloco_engine.types import Answer, Document, Failure, Hit, IngestReport, Span, Usage
+from lloco_engine.types import Answer, Document, Failure, Hit, IngestReport, Span, Turn, Usage
 
 TEXT = "The crane in hall 3 fell in March.\nIt was repaired by Anna Vogt.\x1b[31m"
 HIT = Hit("s1", "report.md", 2, Span(10, 10 + len(TEXT)), TEXT, 20, 0.734, (Span(45, 74),), title="The report")
@@ -274,6 +274,7 @@ def test_ask_passes_every_option_on(engine):
         "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
         "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
         "--template", "lloco-nqa", "--no-repeat-ngram", "4", "--min-new-tokens", "2",
+        "--min-score", "0.3", "--floor", "0.2", "--refuse", "--spelling", "0", "--pointing", "1",
     )  # fmt: skip
     assert engine.opened == {
         "store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu", "compressor": "c",
@@ -287,10 +288,23 @@ def test_ask_passes_every_option_on(engine):
             "prefix": PrefixConfig(focus=3),
             "tenant": "acme", "adapter": "law",
             "generate": GenerateConfig(
-                max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4
+                max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4,
+                spelling=0, pointing=1,
             ),
+            "min_score": 0.3, "floor": 0.2, "when_nothing": "refuse",
         }),
     ]  # fmt: skip
+
+
+def test_a_conversation_is_read_from_a_file(engine, tmp_path):
+    said = tmp_path / "said.json"
+    said.write_text('[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Anna."}]')
+    run("ask", "q", "--history", str(said))
+    assert engine.calls[0][2]["history"] == (Turn("user", "Who?"), Turn("assistant", "Anna."))
+    for bad in ("{", "[1]", '[{"role": "system", "content": "x"}]', '[{"role": "user", "content": 1}]', "3"):
+        said.write_text(bad)
+        result = CliRunner().invoke(app, ["ask", "q", "--history", str(said)])
+        assert result.exit_code == 2 and "--history" in result.output
 
 
 @pytest.mark.parametrize("command", ["ask", "compare"])

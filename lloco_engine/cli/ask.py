@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +23,8 @@ from lloco_engine.cli.options import (
     Tenant,
 )
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
-from lloco_engine.config import GenerateConfig, PrefixConfig
-from lloco_engine.types import Answer
+from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
+from lloco_engine.types import Answer, Turn
 
 __all__ = ["register"]
 
@@ -57,6 +58,36 @@ NoRepeat = Annotated[
 Beams = Annotated[
     int, typer.Option("--beams", metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
 ]
+Spelling = Annotated[
+    float, typer.Option("--spelling", metavar="NATS", min=0.0, help="Prefer words as the sources spell them; 0: not.")
+]
+Pointing = Annotated[
+    float, typer.Option("--pointing", metavar="NATS", min=0.0, help="Prefer words beside the question's; 0: not.")
+]
+MinScore = Annotated[
+    float, typer.Option("--min-score", metavar="X", min=-1.0, max=1.0, help="Cut hits with a lower score; -1: none.")
+]
+Floor = Annotated[
+    float | None,
+    typer.Option(
+        "--floor",
+        metavar="X",
+        min=-1.0,
+        max=1.0,
+        help="Warn where the best score is lower; -1: never. Default: the one measured for the embedder.",
+    ),
+]
+Refuse = Annotated[
+    bool, typer.Option("--refuse", help="Say that no document answers where none seems to, instead of answering.")
+]
+HistoryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--history",
+        metavar="FILE",
+        help='The conversation before: a JSON list of {"role": "user" or "assistant", "content": TEXT}.',
+    ),
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer here; repeatable.")]
 
 
@@ -82,6 +113,12 @@ def ask(
     stop: Stop = None,
     no_repeat_ngram: NoRepeat = 0,
     beams: Beams = 1,
+    spelling: Spelling = GenerateConfig.spelling,
+    pointing: Pointing = GenerateConfig.pointing,
+    min_score: MinScore = RetrieveConfig.min_score,
+    floor: Floor = None,
+    refuse: Refuse = False,
+    history: HistoryFile = None,
     adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
@@ -101,6 +138,8 @@ def ask(
       lloco ask "What changed?" --filter 'year>=2020' --filter team=pumps -k 2
       lloco ask "What failed?" --filter 'season in spring,autumn' --filter 'fixed missing'
       lloco ask "Sum it up." --whole-document report.pdf --min-new-tokens 48 --no-repeat-ngram 3 --beams 4
+      lloco ask "Who repaired the crane?" --min-score 0.3 --refuse
+      lloco ask "And when?" --history conversation.json
       lloco ask "Who repaired the crane?" --json | jq -r .answer
     """
     wanted = _wanted(top_k, filters, neighbours, whole_document, focus, tenant, adapter)
@@ -113,7 +152,10 @@ def ask(
         seed=seed,
         no_repeat_ngram=no_repeat_ngram,
         beams=beams,
+        spelling=spelling,
+        pointing=pointing,
     )
+    wanted |= _relevance(min_score, floor, refuse) | _history(history)
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
     ) as engine:
@@ -144,6 +186,12 @@ def compare(
     stop: Stop = None,
     no_repeat_ngram: NoRepeat = 0,
     beams: Beams = 1,
+    spelling: Spelling = GenerateConfig.spelling,
+    pointing: Pointing = GenerateConfig.pointing,
+    min_score: MinScore = RetrieveConfig.min_score,
+    floor: Floor = None,
+    refuse: Refuse = False,
+    history: HistoryFile = None,
     adapter: Adapter = "auto",
     tenant: Tenant = "",
     decoder: Decoder = None,
@@ -174,7 +222,10 @@ def compare(
         seed=seed,
         no_repeat_ngram=no_repeat_ngram,
         beams=beams,
+        spelling=spelling,
+        pointing=pointing,
     )
+    wanted |= _relevance(min_score, floor, refuse) | _history(history)
     with factory.open_engine(
         store, decoder=decoder, compressor=compressor, template=template, embedder=embedder, device=device
     ) as engine:
@@ -217,6 +268,26 @@ def _wanted(
         "tenant": tenant,
         "adapter": adapter,
     }
+
+
+def _relevance(min_score: float, floor: float | None, refuse: bool) -> dict[str, Any]:
+    return {"min_score": min_score, "floor": floor, "when_nothing": "refuse" if refuse else "answer"}
+
+
+def _history(path: Path | None) -> dict[str, Any]:
+    """The turns in a file; `typer.BadParameter` where there are none."""
+    if path is None:
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        turns = [(turn["role"], turn["content"]) for turn in said]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise typer.BadParameter(f"--history must name a file with a JSON list of turns, not {path}: {error}") from None
+    if bad := next((turn for turn in turns if turn[0] not in ("user", "assistant") or not isinstance(turn[1], str)), 0):
+        raise typer.BadParameter(
+            f"--history: a turn has a role, 'user' or 'assistant', and a text as content, not {bad}"
+        )
+    return {"history": tuple(Turn(role, text) for role, text in turns)}
 
 
 def _generate(stop: list[str] | None, *, top_p: float, **settings: Any) -> GenerateConfig:

@@ -13,7 +13,15 @@ from math import log
 
 __all__ = ["WORD", "Asked"]
 
-WORD = re.compile(r"\w+(?:['’]\w+)*")
+_JOINTS = r".,:/^·٫٬\-–−\u00a0\u2009\u202f"  # what a number goes on behind, if a digit follows
+# A number is one word, with its sign, separators and fraction: 3,320, 12.75, -0.5, 12:30, 2020-01-15, 1e-5 and 1 000.
+# A part of it is another number, which the text does not have.
+WORD = re.compile(
+    r"(?<![\w.,])[-−+]?\d{1,3}(?: \d{3})+(?![\d])(?:[.,]\d+)?"
+    r"|(?:(?<![\w.,])(?:[-−+]\.?|\.)(?=\d))?\w+(?:['’]\w+|(?<=\d)["
+    + _JOINTS
+    + r"](?=\d)\w+|(?<=\d[eE])[-−+](?=\d)\w+)*"
+)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _SHARPNESS = 3  # a sentence with half of the best one's share of the question counts an eighth as much
 _TELLING = 0.6  # rarity from which on a word says something: of 24 sentences at most three have it

@@ -28,7 +28,8 @@ from lloco_engine.tokenizing import encode
 
 __all__ = ["Pieces", "Speller"]
 
-_BEGUN = re.compile(r"\w+(?:['’]\w*)*\Z")
+_TAIL = 80  # characters at the end of an answer in which the word that it is in the middle of begins
+_GROUPS = re.compile(r"(?<![\w.,])[-−+]?\d{1,3}(?: \d{3})* \d{0,3}\Z")  # 1 000, as far as it is written
 _CANDIDATES = 64  # likeliest tokens that are looked at: no other comes near
 _POINTED, _LEAST = 32, 0.05  # words that are pointed to at most, and how much each of them must be asked for
 
@@ -103,8 +104,7 @@ class Speller:
         """Logits (B, vocabulary) of what follows each answer's tokens, as the sources have it; changed in place."""
         for row, answer in enumerate(answers if self._words or self._asked else ()):
             text = "".join(self._pieces[token] for token in answer).lower()
-            found = _BEGUN.search(text)
-            begun = found[0] if found else ""
+            begun = self._begun(text[-_TAIL:])
             goes_on, ends = bool(begun) and self._goes_on(begun), begun[-1:].isdigit() and self._is_word(begun)
             likeliest = _likeliest(logits[row]) if goes_on or ends else []
             if goes_on:
@@ -114,6 +114,20 @@ class Speller:
             if self._asked:
                 self._point(logits[row], answer, text[: len(text) - len(begun)], begun)
         return logits
+
+    def _begun(self, text: str) -> str:
+        """The word that a text ends in the middle of.
+
+        A separator at the end belongs to it where the sources have a number, or another word, that goes on so.
+        """
+        groups = _GROUPS.search(text)
+        if groups and self._starts(groups[0]):
+            return groups[0]
+        last = next(reversed(list(WORD.finditer(text))), None)
+        if last and last.end() == len(text):
+            return last[0]
+        longer = text[last.start() :] if last and last.end() == len(text) - 1 else text[-1:]
+        return longer if longer.strip() and self._starts(longer) else ""
 
     def _point(self, logits: torch.Tensor, answer: Sequence[int], before: str, begun: str) -> None:
         """Make what goes on to words that are asked for likelier, by as much more as they are than what was said."""
@@ -185,20 +199,24 @@ class Speller:
     def _fits(self, begun: str, token: int) -> bool:
         """Whether a token adds to the word, and makes it a word of the sources or the beginning of one."""
         word, new, ended = self._word(begun, token)
-        at = bisect_left(self._words, word)
-        if new or at == len(self._words):
-            return False
-        return self._words[at] == word if ended else self._words[at].startswith(word)
+        if new:  # but for a separator, behind which a number goes on that ends nowhere before
+            return not self._is_word(begun) and self._starts(begun + self._pieces[token].lower())
+        return self._is_word(word) if ended else self._starts(word)
 
     def _overdoes(self, begun: str, token: int) -> bool:
-        """Whether a token adds a digit to the number, and makes it one that the sources have not."""
+        """Whether a token adds digits to the number, and makes it one that the sources have not."""
         word, new, _ = self._word(begun, token)
-        return not new and word[len(begun)].isdigit() and not self._fits(begun, token)
+        return not new and any(map(str.isdigit, word[len(begun) :])) and not self._fits(begun, token)
 
     def _is_word(self, begun: str) -> bool:
         """Whether the sources have this word as it is."""
         at = bisect_left(self._words, begun)
         return at < len(self._words) and self._words[at] == begun
+
+    def _starts(self, text: str) -> bool:
+        """Whether a word of the sources is this or begins so."""
+        at = bisect_left(self._words, text)
+        return at < len(self._words) and self._words[at].startswith(text)
 
     def _goes_on(self, begun: str) -> bool:
         """Whether a word of the sources begins so and is longer."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Question", "documents_folder", "questions"]
+__all__ = ["Question", "documents_folder", "hard_questions", "questions"]
 
 _HERE = Path(__file__).parent
 
@@ -39,3 +40,14 @@ def questions() -> list[Question]:
     """All questions, in the order of the file: each document's own stand together."""
     records = json.loads((_HERE / "questions.json").read_text(encoding="utf-8"))
     return [Question(**{**record, "answers": tuple(record["answers"])}) for record in records]
+
+
+def hard_questions() -> dict[str, Any]:
+    """What search must not take for one of `questions`.
+
+    Returns:
+        ``"foreign"``, questions about the world; ``"near"``, about what the documents are about, which they do not
+        answer; ``"follow_ups"``, each with the turn ``before`` it and that one's ``answer``, else as a `Question`.
+    """
+    read: dict[str, Any] = json.loads((_HERE / "hard_questions.json").read_text(encoding="utf-8"))
+    return read

@@ -13,6 +13,7 @@ from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.eval.cli_data import data
 from lloco_engine.eval.cli_memories import memories
 from lloco_engine.eval.cli_report import report
+from lloco_engine.eval.cli_scores import scores
 from lloco_engine.eval.tasks import NAMES as TASKS
 
 __all__ = ["register"]
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
     app.command()(data)
     app.command()(report)
     app.command()(memories)
+    app.command()(scores)
 
 
 def evaluate(
