@@ -16,7 +16,7 @@ from lloco_engine.types import Hit
 __all__ = ["NOTHING", "doubt", "floor_of"]
 
 NOTHING = "No document answers this."
-_MEASURED = {"770c70ae18e7b62c": 0.3}  # embedder's fingerprint (all-MiniLM-L6-v2, as embedded) -> results/scores.json
+_MEASURED = {"770c70ae18e7b62c": 0.27}  # embedder's fingerprint (all-MiniLM-L6-v2, as embedded) -> results/scores.json
 
 
 def floor_of(config: RetrieveConfig, embedder_fingerprint: str) -> float:

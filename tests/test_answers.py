@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from lloco_engine import (
     Turn,
 )
 from lloco_engine.decoder.local import LocalDecoder
+from lloco_engine.demo import documents_folder, hard_questions
+from lloco_engine.eval.scores import MOST_REFUSED
 from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.retrieve import searched_for
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
@@ -239,3 +242,21 @@ def test_neighbours_of_a_follow_up_stand_beside_what_was_found(engine):
     found = [hit for hit in hits if hit.score]
     assert len(found) == 2 and len(hits) > 2
     assert all(any(abs(hit.ordinal - one.ordinal) <= 1 for one in found if one.doc_id == hit.doc_id) for hit in hits)
+
+
+# -- the floor that was measured -------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_the_one_that_was_measured():
+    measured = json.loads(Path(__file__).parents[1].joinpath("results/scores.json").read_text(encoding="utf-8"))
+    assert floor_of(RetrieveConfig(), measured["embedder_fingerprint"]) == measured["floor"]
+    assert measured["lexical"] == RetrieveConfig.lexical and measured["most_refused"] == MOST_REFUSED
+    for row in measured["rows"]:
+        assert not row["answered"] or row["below_floor"] <= MOST_REFUSED * row["count"]
+
+
+def test_the_hard_questions_are_of_the_demo():
+    texts = [path.read_text(encoding="utf-8") for path in documents_folder().iterdir()]
+    hard = hard_questions()
+    assert all(any(case["evidence"] in text for text in texts) for case in hard["follow_ups"])
+    assert len(hard["near"]) == len(hard["foreign"]) == 24 and len(hard["follow_ups"]) == 28
