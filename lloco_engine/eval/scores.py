@@ -18,8 +18,8 @@ from typing import Any
 from lloco_engine.chunking import Chunker
 from lloco_engine.config import RetrieveConfig
 from lloco_engine.demo import documents_folder, hard_questions, questions
-from lloco_engine.ingest import read_sources
 from lloco_engine.opening import Setup
+from lloco_engine.readers import read_paths
 from lloco_engine.retrieve import with_history
 from lloco_engine.store import Store
 from lloco_engine.types import Document, Hit, Segment, Turn
@@ -113,7 +113,7 @@ def measure(data: Path | None = None, embedder: str = "embedded", decoder: str =
     setup = Setup(None, decoder=decoder, embedder=embedder, compress=None, chunk=None, store=None, device=None)
     hard = hard_questions()
     asked = [question.question for question in questions()]
-    documents = _documents(read_sources([documents_folder()]))
+    documents = _documents(read_paths([documents_folder()]))
     with TemporaryDirectory() as folder, closing(_Searched(Path(folder, "demo"), setup, documents)) as demo:
         sets = [
             demo.scores("the demo's own, to the demo", True, asked),
