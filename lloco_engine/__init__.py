@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
     from lloco_engine.metadata import plain_metadata
+    from lloco_engine.reasoning import without_thoughts
     from lloco_engine.types import (
         Answer,
         Chunk,
@@ -101,6 +102,7 @@ _HOMES = {
     ),
     "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
     "metadata": ("plain_metadata",),
+    "reasoning": ("without_thoughts",),
     "types": (
         "Answer",
         "Chunk",
@@ -171,6 +173,7 @@ __all__ = [
     "parse_filter",
     "plain_metadata",
     "register",
+    "without_thoughts",
 ]
 
 

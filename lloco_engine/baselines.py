@@ -90,7 +90,7 @@ def _read(
     generation, pieces = decoder.stream(Prompt(question, context=kept or None, draft=draft), config)
     for _ in pieces:
         pass
-    warnings = []
+    warnings = list(generation.warnings)
     if len(kept) < total:
         warnings.append(
             f"the text has {total} tokens and the decoder's window of {decoder.shape.window} leaves room for "
@@ -101,5 +101,6 @@ def _read(
         usage=usage_of(decoder, generation),
         finish=generation.finish or "stop",
         warnings=tuple(warnings),
+        reasoning=generation.reasoning,
         token_ids=tuple(generation.token_ids),
     )

@@ -196,7 +196,8 @@ class GenerateConfig(Config):
     decoders go round in circles when they summarise (0: it may). No answer ends by itself before ``min_new_tokens``;
     a stop string still ends it. With ``beams`` above 1 so many answers are followed side by side, and the likeliest by
     token is given, whole and at the end (`lloco_engine.decoder.beams`), for as many times the work; nothing is then
-    guessed ahead, spelled or pointed to.
+    guessed ahead, spelled or pointed to. A decoder that thinks aloud may take ``reasoning_tokens`` for it besides
+    ``max_new_tokens``, as far as its window has room; then its thoughts are ended, and it answers (0: no thoughts).
     """
 
     max_new_tokens: int = 128
@@ -210,12 +211,14 @@ class GenerateConfig(Config):
     no_repeat_ngram: int = 0
     min_new_tokens: int = 0
     beams: int = 1
+    reasoning_tokens: int = 1024
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
         most = f"min_new_tokens must be from 0 to max_new_tokens ({self.max_new_tokens})"
         _require(0 <= self.min_new_tokens <= self.max_new_tokens, most, self.min_new_tokens)
+        _require(self.reasoning_tokens >= 0, "reasoning_tokens must not be negative", self.reasoning_tokens)
         _require(self.temperature >= 0, "temperature must not be negative", self.temperature)
         _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
         _require(all(self.stop), "a stop string must not be empty", self.stop)

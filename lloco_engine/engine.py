@@ -509,7 +509,8 @@ def _answer(generation: Generation, memory: Recalled, **more: Any) -> Answer:
         text=generation.text,
         hits=memory.hits,
         finish=generation.finish or "stop",
-        warnings=memory.warnings,
+        warnings=(*memory.warnings, *generation.warnings),
+        reasoning=generation.reasoning,
         token_ids=tuple(generation.token_ids),
         **more,
     )

@@ -50,10 +50,9 @@ def find_markers(texts: Iterable[str]) -> Markers | None:
     for end in _SLASHED.findall(held):
         return Markers(end.replace("/", "", 1), end)
     for end in _ENDED.findall(held):
-        for word in ("begin", "start"):
-            begin = _END.sub(word.upper() if end.isupper() else word, end, count=1)
-            if begin in held:
-                return Markers(begin, end)
+        words = (word.upper() if end.isupper() else word for word in ("begin", "start"))
+        begins = [_END.sub(word, end, count=1) for word in words]
+        return Markers(next((begin for begin in begins if begin in held), begins[0]), end)
     return None
 
 

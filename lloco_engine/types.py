@@ -268,6 +268,7 @@ class Usage:
 class Answer:
     """What a question came back with.
 
+    ``reasoning`` is what a decoder that thinks aloud thought before, which is no part of ``text``;
     ``finish`` is ``"stop"`` or ``"length"``; ``adapter`` is the name of the adapter that answered, or ``"none"``.
     """
 
@@ -278,6 +279,7 @@ class Answer:
     warnings: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     adapter: str = "none"
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)

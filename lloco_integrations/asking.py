@@ -385,7 +385,7 @@ def _warnings(resolved: Resolved) -> tuple[str, ...]:
 
 
 def _clean(answer: Answer) -> Answer:
-    return replace(answer, text=neutralise(answer.text))
+    return replace(answer, text=neutralise(answer.text), reasoning=neutralise(answer.reasoning))
 
 
 def _flexible(literal: str) -> str:

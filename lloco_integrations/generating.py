@@ -12,6 +12,7 @@ __all__ = ["SETTINGS", "generate_config"]
 # as the frameworks' own models have it where they have it
 SETTINGS = {
     "max_tokens": "max_new_tokens",
+    "reasoning_tokens": "reasoning_tokens",
     "min_tokens": "min_new_tokens",
     "no_repeat_ngram": "no_repeat_ngram",
     "beams": "beams",

@@ -48,6 +48,10 @@ Focus = Annotated[
     typer.Option("--focus", metavar="K", min=0, help="Segments that each query of attention reads; 0: all of them."),
 ]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Reasoning = Annotated[
+    int,
+    typer.Option("--reasoning-tokens", metavar="N", min=0, help="A decoder's thoughts, besides; 0: it does not think."),
+]
 MinNew = Annotated[int, typer.Option("--min-new-tokens", min=0, help="Shortest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of probability to sample from.")]
@@ -106,6 +110,7 @@ def ask(
     whole_document: Whole = None,
     focus: Focus = PrefixConfig.focus,
     max_new_tokens: MaxNew = 128,
+    reasoning_tokens: Reasoning = GenerateConfig.reasoning_tokens,
     min_new_tokens: MinNew = 0,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -147,6 +152,7 @@ def ask(
         stop,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
+        reasoning_tokens=reasoning_tokens,
         min_new_tokens=min_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -179,6 +185,7 @@ def compare(
     whole_document: Whole = None,
     focus: Focus = PrefixConfig.focus,
     max_new_tokens: MaxNew = 128,
+    reasoning_tokens: Reasoning = GenerateConfig.reasoning_tokens,
     min_new_tokens: MinNew = 0,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -217,6 +224,7 @@ def compare(
         stop,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
+        reasoning_tokens=reasoning_tokens,
         min_new_tokens=min_new_tokens,
         temperature=temperature,
         seed=seed,

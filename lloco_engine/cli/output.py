@@ -101,6 +101,7 @@ def answer_json(question: str, answer: Answer) -> dict[str, Any]:
     return {
         "question": question,
         "answer": answer.text,
+        "reasoning": answer.reasoning,
         "finish": answer.finish,
         "adapter": answer.adapter,
         "sources": [hit_json(hit) for hit in answer.hits],

@@ -9,9 +9,12 @@ from typing import Any, Literal
 import torch
 
 from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder.thoughts import Thoughts
 from lloco_engine.types import Prefix, Turn
 
 __all__ = ["Draft", "Generation", "Prompt", "TextStream", "choose", "forbid"]
+
+_MARKER = 64  # tokens that the longest marker of thoughts can be written in
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,22 @@ class Generation:
     prompt_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""  # what the decoder thought aloud, apart from its answer
+    inside: bool = False  # it ended inside its thoughts
+    cut: bool = False  # its thoughts were ended for it
     finish: Literal["", "stop", "length"] = ""
     ttft_s: float = 0.0
     decode_s: float = 0.0
     steps: int = 0  # passes through the decoder after the first token; fewer than tokens when guesses were kept
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is to be said about its thoughts."""
+        if self.inside:
+            return ("the answer ended inside the decoder's thoughts: raise reasoning_tokens, or set it to 0",)
+        if self.cut:
+            return ("the decoder's thoughts were ended for it: raise reasoning_tokens for longer ones",)
+        return ()
 
 
 def choose(
@@ -99,28 +114,104 @@ def _repeating(answer: Sequence[int], size: int) -> list[int]:
 
 
 class TextStream:
-    """Token ids in, printable text out; holds back half a character and anything that may become a stop string."""
+    """Token ids in, printable text out; holds back half a character and anything that may become a stop string.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    Thoughts are no text: they are kept apart, and ended where they take more tokens than they may.
+
+    Args:
+        tokenizer: the decoder's.
+        stop: texts that end the answer.
+        thoughts: the decoder's markers of thoughts, or None.
+        budget: tokens that thoughts may take.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), thoughts: Thoughts | None = None, budget: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._longest = max(map(len, self._stop), default=0)
+        self._thoughts, self._budget = thoughts, budget
+        self._awaited = (*self._stop, thoughts.markers.begin) if thoughts is not None else self._stop
+        self._longest = max(map(len, self._awaited), default=0)
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
+        self.inside = thoughts is not None and thoughts.opened
+        self.thought_tokens = 0
+        self.forced = 0  # tokens that were not the decoder's choice
+        self._thought: list[int] = []
+        self._ended: list[str] = []
+        self._own: list[int] = []  # tokens of text since the last thought, and what stood before them
+        self._before = ""
         self._sent = 0
 
     def push(self, token: int) -> str:
         """Add one token; returns the text that can be shown now."""
         self.ids.append(token)
-        text = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        if self._thoughts is not None and self.inside:
+            self._think(token, self._thoughts)
+            return ""
+        if self._thoughts is not None and token == self._thoughts.begin_id:
+            return self._begin(self.text, 1)
+        self._own.append(token)
+        text = self._before + self._tokenizer.decode(self._own, skip_special_tokens=True)
+        if self._ended:
+            text = text.lstrip()
         if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:
             self.text, self.stopped = text[: min(found)], True
             return self._release(len(self.text))
+        if self._thoughts is not None and (at := text.find(self._thoughts.markers.begin)) >= 0:
+            return self._begin(text[:at], len(self._thoughts.begin))
         self.text = text
         if text.endswith("\ufffd"):  # a character whose last bytes are still to come
             return ""
         return self._release(len(text) - self._held(text))
+
+    def must_follow(self) -> int | None:
+        """The token that must come next, as thoughts have taken all that they may; None where the decoder chooses."""
+        if self._thoughts is None or not self.inside or self.thought_tokens - self.forced < self._budget:
+            return None
+        self.forced += 1
+        return self._thoughts.close[min(self.forced, len(self._thoughts.close)) - 1]
+
+    def free(self) -> int | None:
+        """Tokens that thoughts may still take; None outside of them."""
+        return max(0, self._budget - self.thought_tokens) if self.inside else None
+
+    def is_full(self, most: int) -> bool:
+        """Whether the answer has its ``most`` tokens, those of thoughts not counted."""
+        thoughts, own = self._thoughts, len(self.ids) - self.thought_tokens
+        if thoughts is not None and thoughts.markers.begin.startswith(self.text.strip()):
+            most += len(thoughts.begin)  # what may be the marker that thoughts begin with
+        lost = thoughts is not None and self.forced > len(thoughts.close)
+        return lost or (not self.inside and own >= most)
+
+    @property
+    def reasoning(self) -> str:
+        """The thoughts so far."""
+        going_on = self._tokenizer.decode(self._thought, skip_special_tokens=True) if self.inside else ""
+        return "\n\n".join(text for one in (*self._ended, going_on) if (text := one.strip()))
+
+    def _begin(self, text: str, marker: int) -> str:
+        """Thoughts begin after this text, by a marker of so many tokens."""
+        self.text, self.inside, self._thought = text, True, []
+        self.thought_tokens += marker
+        return self._release(len(text))
+
+    def _think(self, token: int, thoughts: Thoughts) -> None:
+        self.thought_tokens += 1
+        rest, ended = "", token == thoughts.end_id
+        if not ended:
+            self._thought.append(token)
+            if thoughts.end_id is None:
+                _, found, rest = self._decoded(-_MARKER).partition(thoughts.markers.end)
+                ended = bool(found)
+        if ended:
+            self._ended.append(self._decoded(0).partition(thoughts.markers.end)[0])
+            self.inside, self._before, self._own = False, self.text + rest, []
+
+    def _decoded(self, begin: int) -> str:
+        return str(self._tokenizer.decode(self._thought[begin:], skip_special_tokens=True))
 
     def finish(self) -> str:
         """The text held back, once no token follows."""
@@ -128,7 +219,7 @@ class TextStream:
 
     def _held(self, text: str) -> int:
         for size in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stop):
+            if any(awaited.startswith(text[-size:]) for awaited in self._awaited):
                 return size
         return 0
 

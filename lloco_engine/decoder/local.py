@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from lloco_engine.decoder.beams import search
 from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
 from lloco_engine.decoder.spelling import Pieces, Speller
 from lloco_engine.decoder.template import Template
+from lloco_engine.decoder.thoughts import Thoughts
 from lloco_engine.errors import PromptTooLong
 from lloco_engine.tokenizing import encode
 
@@ -34,6 +36,7 @@ class LocalDecoder(AdaptedDecoder):
     def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | Template | None = None) -> None:
         super().__init__(model, tokenizer, name, template)
         self._pieces = Pieces(tokenizer)
+        self._thoughts = Thoughts.of(tokenizer, self.template)
 
     @classmethod
     def load(
@@ -103,7 +106,7 @@ class LocalDecoder(AdaptedDecoder):
         """
         config = config or GenerateConfig()
         ids = self.prompt_ids(prompt)
-        self.check_window(self.position(prompt), len(ids), config.max_new_tokens)
+        self.check_window(self.position(prompt), len(ids), self._least(config))
         generation = Generation(prompt_tokens=len(ids))
         return generation, self._run(prompt, ids, config, adapter, generation)
 
@@ -117,14 +120,16 @@ class LocalDecoder(AdaptedDecoder):
                 yield generation.text
             return
         began = time.perf_counter()
-        text = TextStream(self.tokenizer, config.stop)
+        budget = self._budget(self.position(prompt) + len(ids), config)
+        text = TextStream(self.tokenizer, config.stop, self._thoughts, budget)
         sampler, speller = self._generator(config), self._speller(prompt, config)
         memory = self.memory([prompt.prefix])
-        cache = self.start_cache(1, len(ids) + config.max_new_tokens + Draft.SIZE, adapter, prefix=prompt.prefix)
+        most = len(ids) + self._least(config) + budget + Draft.SIZE
+        cache = self.start_cache(1, most, adapter, prefix=prompt.prefix)
         position = self.position(prompt) - cache.length
         hidden = self.step([ids], position, cache, memory, adapter, wanted=1)
         logits = speller.spell(self.runner.logits(hidden[:, -1]), [[]])
-        accepted = choose(logits, config, sampler, [[]], self.eos).tolist()
+        accepted = _or_forced(choose(logits, config, sampler, [[]], self.eos).tolist(), text)
         generation.ttft_s = time.perf_counter() - began
         step = self.stepper(cache, memory, adapter, position)
         # steps that are replayed cost less than guesses save
@@ -140,6 +145,8 @@ class LocalDecoder(AdaptedDecoder):
                 if generation.finish:
                     return
             last, guesses = generation.token_ids[-1], draft.guess(generation.token_ids) if drafting else []
+            if (free := text.free()) is not None and free <= len(guesses):  # what must follow is no guess
+                guesses = []
             if guesses:
                 logits = self.runner.logits(self.step([[last, *guesses]], position, cache, memory, adapter)[0])
             else:
@@ -149,7 +156,7 @@ class LocalDecoder(AdaptedDecoder):
             chosen = choose(logits, config, sampler, answers, self.eos).tolist()
             kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
             cache.length -= len(guesses) - kept
-            accepted = chosen[: kept + 1]
+            accepted = chosen[: kept + 1] if guesses else _or_forced(chosen, text)
             generation.steps += 1
 
     def _follow_beams(
@@ -161,7 +168,9 @@ class LocalDecoder(AdaptedDecoder):
         read = self.start_cache(1, len(ids), adapter, prefix=prompt.prefix)
         position = self.position(prompt) - read.length
         first = self.runner.logits(self.step([ids], position, read, memory, adapter, wanted=1)[:, -1])
-        cache = self.spread(read, config.beams, config.max_new_tokens)
+        budget = self._budget(self.position(prompt) + len(ids), config)
+        longer = replace(config, max_new_tokens=config.max_new_tokens + budget)
+        cache = self.spread(read, config.beams, longer.max_new_tokens)
 
         def step(tokens: Sequence[int], origins: Sequence[int]) -> torch.Tensor:
             generation.steps += 1
@@ -169,8 +178,8 @@ class LocalDecoder(AdaptedDecoder):
             hidden = self.step([[token] for token in tokens], position, cache, memory, adapter, wanted=1)
             return self.runner.logits(hidden[:, -1])
 
-        text = TextStream(self.tokenizer, config.stop)
-        for token in search(first, step, config, self.eos):
+        text = TextStream(self.tokenizer, config.stop, self._thoughts, budget)
+        for token in search(first, step, longer, self.eos):
             self._take(token, generation, text, config)
             if generation.finish:
                 break
@@ -185,10 +194,12 @@ class LocalDecoder(AdaptedDecoder):
             new = text.push(token)
             if text.stopped:
                 generation.finish = "stop"
-            elif len(generation.token_ids) >= config.max_new_tokens:
+            elif text.is_full(config.max_new_tokens):
                 generation.finish = "length"
                 new += text.finish()
         generation.text += new
+        if generation.finish and self._thoughts is not None:
+            generation.reasoning, generation.inside, generation.cut = text.reasoning, text.inside, text.forced > 0
         return new
 
     @torch.inference_mode()
@@ -204,25 +215,27 @@ class LocalDecoder(AdaptedDecoder):
         groups = _by_summaries(prompts)
         if len(groups) != 1:
             for prompt in prompts:
-                self.check_window(self.position(prompt), len(self.prompt_ids(prompt)), config.max_new_tokens)
+                self.check_window(self.position(prompt), len(self.prompt_ids(prompt)), self._least(config))
             return _regrouped(groups, [self.generate([prompts[n] for n in g], config, adapter) for g in groups])
         asked = [self.prompt_ids(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, asked, strict=True):
-            self.check_window(self.position(prompt), len(ids), config.max_new_tokens)
+            self.check_window(self.position(prompt), len(ids), self._least(config))
         began = time.perf_counter()
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
         if config.beams > 1:
             for prompt, ids, generation in zip(prompts, asked, generations, strict=True):
                 self._follow_beams(prompt, ids, config, adapter, generation)
             return generations
-        texts = [TextStream(self.tokenizer, config.stop) for _ in prompts]
+        budgets = [self._budget(self.position(p) + len(ids), config) for p, ids in zip(prompts, asked, strict=True)]
+        texts = [TextStream(self.tokenizer, config.stop, self._thoughts, budget) for budget in budgets]
         sampler = self._generator(config)
         spellers = [self._speller(prompt, config) for prompt in prompts]
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
         filler = min(self.eos, default=0)  # never read
         memory = self.memory([prompt.prefix for prompt in prompts])
-        cache = self.start_cache(len(prompts), longest + config.max_new_tokens, adapter, pad, prompts[0].prefix)
+        most = longest + self._least(config) + max(budgets)
+        cache = self.start_cache(len(prompts), most, adapter, pad, prompts[0].prefix)
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
         offset = self.tensor([self.position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
         padded = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
@@ -233,7 +246,8 @@ class LocalDecoder(AdaptedDecoder):
             for row, speller, generation in zip(logits, spellers, generations, strict=True):
                 speller.spell(row[None], [generation.token_ids])
             answers = [generation.token_ids for generation in generations]
-            tokens = choose(logits, config, sampler, answers, self.eos).tolist()
+            chosen = choose(logits, config, sampler, answers, self.eos).tolist()
+            tokens = [_or_forced([token], text)[0] for token, text in zip(chosen, texts, strict=True)]
             now = time.perf_counter() - began
             for token, generation, text in zip(tokens, generations, texts, strict=True):
                 if not generation.finish:
@@ -243,6 +257,17 @@ class LocalDecoder(AdaptedDecoder):
             if all(generation.finish for generation in generations):
                 return generations
             logits = step(tokens)
+
+    def _least(self, config: GenerateConfig) -> int:
+        """Tokens that an answer must have room for: its own, and the markers of thoughts."""
+        thoughts = self._thoughts
+        return config.max_new_tokens + (0 if thoughts is None else len(thoughts.begin) + len(thoughts.close))
+
+    def _budget(self, used: int, config: GenerateConfig) -> int:
+        """Tokens that thoughts may take after ``used`` positions: what is asked for, as far as the window has room."""
+        if self._thoughts is None:
+            return 0
+        return max(0, min(config.reasoning_tokens, self.shape.window - used - self._least(config)))
 
     def _speller(self, prompt: Prompt, config: GenerateConfig) -> Speller:
         return Speller(self._pieces, prompt.spelling, config.spelling, prompt.question, config.pointing)
@@ -290,6 +315,12 @@ class LocalDecoder(AdaptedDecoder):
             loss = torch.nn.functional.cross_entropy(logits, self.tensor(answer), reduction="sum")
             losses.append((float(loss), len(answer)))
         return losses
+
+
+def _or_forced(chosen: list[int], text: TextStream) -> list[int]:
+    """The chosen tokens, or the one that must follow."""
+    forced = text.must_follow()
+    return chosen if forced is None else [forced]
 
 
 def _by_summaries(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -35,6 +35,9 @@ class ChatLLoCO(LLoCOModel, BaseChatModel):
     before it. Handles are read in system messages, in the last human message (with those right before it), and in what
     tools returned after it. In earlier turns they are inert.
 
+    What a decoder that thinks aloud thought is in ``additional_kwargs["reasoning_content"]``, and a reasoning block of
+    ``content_blocks``; it is no part of the text, is not streamed, and is left out of earlier turns.
+
     ``usage_metadata`` counts what was read as text tokens and slots together; ``cache_read`` is the part of it that
     had been computed before: slots and template. ``response_metadata["lloco"]`` holds the sources, as character spans.
     """
@@ -129,13 +132,19 @@ class ChatLLoCO(LLoCOModel, BaseChatModel):
         yield self._last(reply.answer)
 
     def _result(self, text: str, answer: Answer) -> ChatResult:
-        message = AIMessage(content=text, usage_metadata=_usage(answer), response_metadata=self._about(answer))
+        message = AIMessage(
+            content=text,
+            additional_kwargs=_thoughts(answer),
+            usage_metadata=_usage(answer),
+            response_metadata=self._about(answer),
+        )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _last(self, answer: Answer) -> ChatGenerationChunk:
         """The chunk after the last piece of text: the only one that says what the answer cost."""
         message = AIMessageChunk(
             content="",
+            additional_kwargs=_thoughts(answer),
             usage_metadata=_usage(answer),
             response_metadata=self._about(answer),
             chunk_position="last",
@@ -145,6 +154,11 @@ class ChatLLoCO(LLoCOModel, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """What a prompt of these messages costs: text tokens, and the slots of the segments that its handles name."""
         return self.get_num_tokens("\n\n".join(map(text_of, messages)))
+
+
+def _thoughts(answer: Answer) -> dict[str, Any]:
+    """Where LangChain looks for what a model thought: `AIMessage.content_blocks` has it as a reasoning block."""
+    return {"reasoning_content": answer.reasoning} if answer.reasoning else {}
 
 
 def _usage(answer: Answer) -> UsageMetadata:

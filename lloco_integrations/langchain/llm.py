@@ -144,7 +144,8 @@ class LLoCOLLM(LLoCOModel, BaseLLM):
         yield GenerationChunk(text="", generation_info=self._info(reply.answer))
 
     def _info(self, answer: Answer) -> dict[str, Any]:
-        return {**self._about(answer), "token_usage": _usage(answer)}
+        thoughts = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+        return {**self._about(answer), "token_usage": _usage(answer), **thoughts}
 
     def _results(self, made: Sequence[tuple[str, Answer]]) -> LLMResult:
         generations = [[Generation(text=text, generation_info=self._info(answer))] for text, answer in made]

@@ -15,7 +15,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
-from lloco_engine import Turn
+from lloco_engine import Turn, without_thoughts
 from lloco_integrations.asking import Message
 from lloco_integrations.langchain.documents import HANDLE
 from lloco_integrations.sentinel import SENTINEL, neutralise
@@ -50,6 +50,8 @@ def plain(messages: Sequence[BaseMessage]) -> list[Message]:
     said: list[Message] = []
     for message in messages:
         role, text = _role(message), text_of(message)
+        if role == "assistant":
+            text = without_thoughts(text)
         if not text.strip():
             continue
         if role == "user" and said and said[-1].role == "user":

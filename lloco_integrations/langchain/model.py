@@ -62,6 +62,7 @@ class LLoCOModel(BaseModel):
         adapter: name of a LoRA adapter that the engine has loaded.
         temperature: 0 is greedy.
         max_tokens: of the answer.
+        reasoning_tokens: that a decoder that thinks aloud may take for it besides; 0: it does not think.
         min_tokens: before which no answer ends by itself.
         no_repeat_ngram: tokens of which no run comes twice in an answer, which keeps a small decoder's summaries from
             going round in circles; 0: it may.
@@ -92,6 +93,7 @@ class LLoCOModel(BaseModel):
     adapter: str | None = None
     temperature: float = 0.0
     max_tokens: int = 128
+    reasoning_tokens: int = GenerateConfig.reasoning_tokens
     min_tokens: int = 0
     no_repeat_ngram: int = 0
     beams: int = 1

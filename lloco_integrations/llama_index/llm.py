@@ -16,13 +16,14 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
     MessageRole,
+    ThinkingBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 
-from lloco_engine import Answer, ConfigError, Engine, GenerateConfig, PrefixConfig
+from lloco_engine import Answer, ConfigError, Engine, GenerateConfig, PrefixConfig, without_thoughts
 from lloco_integrations.asking import Ask, Asker, Message, usage_dict
 from lloco_integrations.chunks import check_on_missing
 from lloco_integrations.generating import SETTINGS, generate_config
@@ -49,6 +50,8 @@ class LLoCOLLM(LLM):
         adapter: a group or the name of a loaded LoRA adapter; None takes that of what is read, ``"none"`` the base
             weights.
         max_tokens: longest answer.
+        reasoning_tokens: that a decoder that thinks aloud may take for it besides; 0: it does not think. Its thoughts
+            are a `ThinkingBlock` of a chat's message, ``additional_kwargs["reasoning_content"]`` of a completion.
         min_tokens, no_repeat_ngram: tokens before which no answer ends by itself, and of which no run comes twice in
             one (summaries of a small decoder need both); 0: as it likes.
         beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
@@ -75,6 +78,7 @@ class LLoCOLLM(LLM):
     tenant: str = Field(default="", description="Whose documents are read.")
     adapter: str | None = Field(default=None, description="Which LoRA adapter answers.")
     max_tokens: int = Field(default=128, description="Longest answer.")
+    reasoning_tokens: int = Field(default=1024, description="For thoughts, besides; 0: no thinking aloud.")
     min_tokens: int = Field(default=0, description="Shortest answer.")
     no_repeat_ngram: int = Field(default=0, description="No run of so many tokens comes twice; 0: it may.")
     beams: int = Field(default=1, description="Answers followed side by side; the likeliest is given.")
@@ -96,6 +100,7 @@ class LLoCOLLM(LLM):
         tenant: str = "",
         adapter: str | None = None,
         max_tokens: int = 128,
+        reasoning_tokens: int = GenerateConfig.reasoning_tokens,
         min_tokens: int = 0,
         no_repeat_ngram: int = 0,
         beams: int = 1,
@@ -121,6 +126,7 @@ class LLoCOLLM(LLM):
             "tenant": tenant,
             "adapter": adapter,
             "max_tokens": max_tokens,
+            "reasoning_tokens": reasoning_tokens,
             "min_tokens": min_tokens,
             "no_repeat_ngram": no_repeat_ngram,
             "beams": beams,
@@ -292,7 +298,8 @@ def _message(message: ChatMessage) -> Message:
     others = sorted({block.block_type for block in message.blocks} - {"text", "tool_call", "thinking"})
     if others:
         raise ConfigError(f"a message must be text, and this one holds {others[0]!r}")
-    return Message(_ROLES.get(message.role, "user"), message.content or "")
+    role, text = _ROLES.get(message.role, "user"), message.content or ""
+    return Message(role, without_thoughts(text) if role == "assistant" else text)
 
 
 def _said(text: str) -> ChatMessage:
@@ -310,10 +317,14 @@ def _raw(answer: Answer) -> dict[str, Any]:
 
 
 def _chat_response(answer: Answer, delta: str | None = None) -> ChatResponse:
-    more = {"warnings": list(answer.warnings)}
-    return ChatResponse(message=_said(answer.text), delta=delta, raw=_raw(answer), additional_kwargs=more)
+    more, said = {"warnings": list(answer.warnings)}, _said(answer.text)
+    if answer.reasoning:
+        said.blocks.insert(0, ThinkingBlock(content=answer.reasoning))
+    return ChatResponse(message=said, delta=delta, raw=_raw(answer), additional_kwargs=more)
 
 
 def _completion_response(answer: Answer, delta: str | None = None) -> CompletionResponse:
-    more = {"warnings": list(answer.warnings)}
+    more: dict[str, Any] = {"warnings": list(answer.warnings)}
+    if answer.reasoning:
+        more["reasoning_content"] = answer.reasoning
     return CompletionResponse(text=answer.text, delta=delta, raw=_raw(answer), additional_kwargs=more)
