@@ -261,6 +261,23 @@ class Engine:
         with self.store.writer() as writer:
             return writer.delete_documents(doc_ids, tenant)
 
+    def backup(
+        self, dest: str | Path, *, link: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Copy the store to a folder that is not there yet, whole and checked, beside whoever writes.
+
+        Args:
+            dest: the new folder; `Store.restore` makes a store of it.
+            link: make hard links instead of copies, where the file system can.
+            progress: called with files done and files in all.
+
+        Raises:
+            StoreError: ``dest`` is there already, or cannot be written.
+            StoreCorrupt: the store is damaged.
+            StoreFull: no room.
+        """
+        self.store.backup(dest, link=link, progress=progress)
+
     def documents(self, tenant: str | None = None) -> list[DocumentInfo]:
         """Documents of a tenant, or of all tenants, by tenant and id."""
         return self.store.documents(tenant)

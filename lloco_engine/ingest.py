@@ -177,7 +177,8 @@ class Ingest:
         missing: list[str] = []
         state = self._store.document_state(document.doc_id, document.tenant)
         same_text = state is not None and state[0] == document.content_hash
-        if same_text:
+        damaged = same_text and not self._store.is_sound(document.doc_id, document.tenant)
+        if same_text and not damaged:
             missing = self._store.missing_segments(document.doc_id, document.tenant, verify=True)
             if not missing:
                 return self._relabel(document, item, state)
@@ -200,7 +201,7 @@ class Ingest:
             outcome = writer.put_document(
                 document, chunks, ids, vectors, seconds=self._tally.compress_s - before, segment_stats=stats
             )
-        return "repaired" if missing else outcome
+        return "repaired" if missing or damaged else outcome
 
     @contextmanager
     def _write(self, document: Document, item: Document, state: tuple[str, int] | None) -> Iterator[Writer]:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import shutil
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -266,6 +267,28 @@ def test_a_damaged_segment_is_made_again_in_place(engine, damage):
     assert engine.verify() == []
     assert torch.equal(engine.store.load_segment(hit.segment_id, verify=True).keys, keys)
     assert engine.store.document("pumps.md").version == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE documents SET title = 'another'",
+        "UPDATE metadata SET value = 's:another'",
+        "UPDATE chunks SET start = start + 1 WHERE ordinal = 1",
+        "UPDATE windows SET vector = zeroblob(length(vector))",
+        "UPDATE segments SET slots = slots + 1",
+    ],
+)
+def test_what_is_damaged_in_the_catalogue_is_put_right_by_the_next_ingest(engine, statement):
+    documents = [Document("one", story("one"), metadata={"year": 2020}), *BOTH]
+    engine.ingest(documents)
+    connection = sqlite3.connect(engine.store.path / "catalogue.sqlite", isolation_level=None)
+    connection.execute(statement)
+    connection.close()
+    assert engine.verify()
+    report = engine.ingest(documents)
+    assert "one" in report.repaired and report.segments == 0
+    assert engine.verify() == []
 
 
 def test_repair_and_then_ingest_of_the_stores_own_text(engine):

@@ -1,7 +1,8 @@
-"""``lloco verify`` and ``lloco info``: is the store sound, and what is it made with."""
+"""``lloco verify``, ``backup``, ``restore`` and ``info``: is the store sound, and what is it made with."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from lloco_engine import __version__
 from lloco_engine.cli import factory
 from lloco_engine.cli.options import AsJSON, Decoder, Device, StoreDir
-from lloco_engine.cli.output import human_bytes, print_json, safe
+from lloco_engine.cli.output import counted, human_bytes, print_json, safe
 from lloco_engine.errors import ModelNotFound, StoreNotFound
 from lloco_engine.types import Document
 
@@ -27,6 +28,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "faiss-cpu", "sentence-transforme
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(verify)
+    app.command()(backup)
+    app.command()(restore)
     app.command()(info)
 
 
@@ -41,8 +44,8 @@ def verify(
 ) -> None:
     """Check every file of the store.
 
-    Reads the manifest, the catalogue, every segment (checksum) and the
-    index. The exit code is 1 when something is wrong. Segment files that no
+    Reads every byte of the manifest, the catalogue, the segments, the
+    index and the adapters, also beside a writer. The exit code is 1 when something is wrong. Segment files that no
     document refers to (left by a killed ingest) are listed but do no harm.
 
     \b
@@ -69,6 +72,63 @@ def verify(
         typer.echo(f"{len(harmful)} problem(s)" if harmful else "the store is sound")
     if harmful:
         raise typer.Exit(1)
+
+
+Link = Annotated[bool, typer.Option("--link", help="Hard links instead of copies, where the file system can.")]
+
+
+def backup(
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that is not there yet.")],
+    store: StoreDir = Path("lloco-store"),
+    link: Link = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Copy the store to DEST, whole and checked.
+
+    Others may ask and ingest meanwhile: the copy is one state of the
+    store. DEST appears when it is whole.
+
+    \b
+    Examples:
+      lloco backup /backups/monday
+      lloco backup --link work-before-the-change --store work
+    """
+    from lloco_engine.store.backup import copy_store
+
+    with counted("copying", show=not as_json and sys.stderr.isatty()) as progress:
+        copy_store(store, dest, link=link, progress=progress)
+    _say_copied(store, dest, as_json)
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="What `lloco backup` made.")],
+    store: StoreDir = Path("lloco-store"),
+    link: Link = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Make a store of a backup.
+
+    The store's folder must be missing or empty: move a damaged store
+    away first. The backup stays as it is.
+
+    \b
+    Examples:
+      lloco restore /backups/monday --store work
+    """
+    from lloco_engine.store.backup import copy_store
+
+    with counted("copying", show=not as_json and sys.stderr.isatty()) as progress:
+        copy_store(source, store, link=link, progress=progress)
+    _say_copied(source, store, as_json)
+
+
+def _say_copied(source: Path, dest: Path, as_json: bool) -> None:
+    with factory.open_store(dest) as opened:
+        documents = len(opened.documents())
+    if as_json:
+        print_json({"from": str(source), "to": str(dest), "documents": documents})
+    else:
+        typer.echo(safe(f"{documents} document(s) copied from {source} to {dest}"))
 
 
 def _compress_again(store: Path, decoder: str | None, device: str | None) -> list[str]:

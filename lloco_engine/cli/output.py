@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -50,6 +51,20 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     if not console.is_terminal:
         console = Console(width=100_000)  # a file has no edge to wrap at
     console.print(table)
+
+
+@contextmanager
+def counted(what: str, *, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr, moved by what is given: called with things done and things in all. None when not shown."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _cell(value: object) -> Any:

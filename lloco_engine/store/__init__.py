@@ -5,8 +5,9 @@ from __future__ import annotations
 from lloco_engine.store.adapters import AdapterRow, StoredAdapters
 from lloco_engine.store.manifest import FORMAT_VERSION, Manifest
 from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
+from lloco_engine.store.repair import repair_store
 from lloco_engine.store.store import Store
-from lloco_engine.store.verify import repair_store, verify_store
+from lloco_engine.store.verify import verify_store
 from lloco_engine.store.writer import Writer
 
 __all__ = [

@@ -27,7 +27,7 @@ from lloco_engine.store.legacy import OWNER, adapter_folders
 from lloco_engine.store.lock import write_lock
 from lloco_engine.store.records import Problem
 
-__all__ = ["AdapterRow", "StoredAdapters", "adapter_problems", "remove_damaged_adapters"]
+__all__ = ["AdapterRow", "StoredAdapters", "adapter_files", "adapter_problems", "remove_damaged_adapters"]
 
 _log = logging.getLogger(__name__)
 
@@ -195,6 +195,12 @@ def adapter_problems(layout: Layout, catalogue: Catalogue) -> list[Problem]:
         for row, damage in found
         if row.folder in still
     ]
+
+
+def adapter_files(layout: Layout, catalogue: Catalogue) -> list[Path]:
+    """Every file of every adapter."""
+    with catalogue.transaction():
+        return [row.folder / name for row in _rows(catalogue, layout) for name in row.files]
 
 
 def remove_damaged_adapters(layout: Layout, catalogue: Catalogue) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lloco_engine.documents import Place
 from lloco_engine.errors import NotInStore, StoreCorrupt, StoreError, StoreFull, StoreLocked
@@ -17,6 +18,7 @@ from lloco_engine.filters import Filter
 from lloco_engine.store.connecting import connect, connect_reader, file_state, is_writable
 from lloco_engine.store.records import DocumentInfo
 from lloco_engine.store.schema import APPLICATION_ID, check_version
+from lloco_engine.store.seals import Sealing, unsound
 from lloco_engine.store.terms import term
 from lloco_engine.store.where import Where, where
 from lloco_engine.types import Document, Hit, Page, Span
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Catalogue", "connect", "missing_document"]
+__all__ = ["Catalogue", "explained", "missing_document"]
 
+_LEAST_FREE = 64 * 2**10
 _TOO_MUCH = re.compile("too (many|large|big|long|deep|complex)|overflow")  # SQLite's words for its limits
 _QUICK_CHECK_BYTES = 16 * 2**20  # below this a full structural check costs a few milliseconds
 _HIT = """
@@ -63,6 +66,7 @@ class Catalogue:
         self.path = path
         if not path.is_file():
             raise StoreCorrupt(f"{path} is missing; put it back, or repair the store and ingest its documents again")
+        self._sealing: Sealing | None = None
         self._open()
 
     def _open(self) -> None:
@@ -81,6 +85,31 @@ class Catalogue:
             self.connection.close()
             self._open()
 
+    @classmethod
+    def empty(cls, path: Path) -> Self:
+        """A database with nothing in it, not even tables, which is gone when it is closed; ``path`` is its name."""
+        made = cls.__new__(cls)
+        made.path, made._sealing, made._state = path, None, None
+        with made.errors():
+            made.connection = connect(path, "")
+        return made
+
+    def copy(self) -> Self:
+        """A copy of what is committed now, which is gone when it is closed. Text that is no UTF-8 has surrogates.
+
+        Raises:
+            StoreFull: no room in the system's temporary folder.
+        """
+        made = self.empty(self.path)
+        try:
+            with made.errors():
+                self.connection.backup(made.connection)
+            made.connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+        except BaseException:
+            made.close()
+            raise
+        return made
+
     def close(self) -> None:
         """Let go of the file."""
         self.connection.close()
@@ -88,21 +117,26 @@ class Catalogue:
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Say what SQLite's errors mean for a store."""
-        try:
+        with explained(self.path):
             yield
-        except sqlite3.Error as error:
-            raise _explain(error, self.path) from error
-        except UnicodeEncodeError as error:  # of a name that is looked up: no store holds such
-            raise not_unicode(error) from error
 
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """One transaction: committed at the end of the block, undone when the block raises."""
+        """One transaction: committed at the end of the block, undone when the block raises.
+
+        What a writing one changes is sealed.
+        """
         self._current()
         with self.errors():
+            if write and self._sealing is None:
+                self._sealing = Sealing(self.connection, lambda: connect(self.path))
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            if write and self._sealing is not None:
+                self._sealing.begin()
             try:
                 yield self.connection
+                if write and self._sealing is not None:
+                    self._sealing.settle()
                 self.connection.execute("COMMIT")
             except BaseException:
                 if self.connection.in_transaction:
@@ -121,18 +155,22 @@ class Catalogue:
             if marker != APPLICATION_ID:
                 raise StoreCorrupt(f"{self.path} is not a store's catalogue (application_id {marker:#x}); repair it")
             check_version(self.connection, str(self.path))
-            if self.path.stat().st_size <= _QUICK_CHECK_BYTES:
+            if self._size() <= _QUICK_CHECK_BYTES:
                 self.integrity("quick_check")
             else:
                 self.connection.execute("SELECT max(doc_key), count(*) FROM documents").fetchone()
                 self.connection.execute("SELECT max(window_id) FROM windows").fetchone()
+
+    def _size(self) -> int:
+        pages, size = (self.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        return int(pages) * int(size)
 
     def integrity(self, pragma: str = "integrity_check") -> None:
         """Let SQLite check the structure of the file; `StoreCorrupt` names the file and its first complaint."""
         with self.errors():
             first = str(self.connection.execute(f"PRAGMA {pragma}(1)").fetchone()[0])
         if first != "ok":
-            raise StoreCorrupt(f"{self.path} is damaged ({first}); repair the store and ingest its documents again")
+            raise StoreCorrupt(_damaged(self.path, first))
 
     def generation(self) -> int:
         """How many commits have changed a document."""
@@ -144,6 +182,13 @@ class Catalogue:
             "SELECT doc_key, content_hash, version FROM documents WHERE tenant = ? AND doc_id = ?", (tenant, doc_id)
         ).fetchone()
         return None if row is None else (int(row[0]), str(row[1]), int(row[2]))
+
+    def is_sound(self, doc_key: int) -> bool:
+        """Whether all that is said of a document and its segments is what was written there."""
+        if unsound(self.connection, "documents", doc_key):
+            return False
+        used = self.connection.execute("SELECT DISTINCT segment_id FROM chunks WHERE doc_key = ?", (doc_key,))
+        return not any(unsound(self.connection, "segments", segment_id) for (segment_id,) in used.fetchall())
 
     def doc_key(self, doc_id: str, tenant: str) -> int:
         """Key of a document; `NotInStore` when there is none."""
@@ -359,6 +404,19 @@ def missing_document(doc_id: str, tenant: str) -> str:
     return f"the store holds no document {doc_id!r}{of}"
 
 
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say what SQLite's errors mean for the catalogue at ``path``."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _explain(error, path) from error
+    except UnicodeEncodeError as error:  # of a name that is looked up: no store holds such
+        raise not_unicode(error) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:  # a name or text that nobody wrote
+        raise StoreCorrupt(_damaged(path, error)) from error
+
+
 def _info(row: Sequence[Any]) -> DocumentInfo:
     names = (f.name for f in fields(DocumentInfo))  # in the order of _INFO
     info = dict(zip(names, row, strict=True))
@@ -387,7 +445,8 @@ def _hit(row: Sequence[Any], score: float, windows: tuple[Span, ...]) -> Hit:
 
 def _explain(error: sqlite3.Error, path: Path) -> StoreError:
     name = getattr(error, "sqlite_errorname", "") or ""
-    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")):
+    refused = name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN")) and _is_full(path)
+    if refused or name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")):
         return StoreFull(f"no room to write {path} ({error}); the store is as it was: free space")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StoreLocked(f"another program holds {path} ({error}); try again when it is done")
@@ -397,4 +456,16 @@ def _explain(error: sqlite3.Error, path: Path) -> StoreError:
         return StoreError(f"the store of {path} was closed ({error})")
     if name in ("SQLITE_TOOBIG", "SQLITE_NOMEM", "SQLITE_INTERRUPT") or _TOO_MUCH.search(str(error)):
         return StoreError(f"SQLite cannot do so much in one statement on {path} ({error}); the store is as it was")
-    return StoreCorrupt(f"{path} is damaged ({error}); repair the store and ingest its documents again")
+    return StoreCorrupt(_damaged(path, error))
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the disk has no room for the least file that SQLite makes beside a catalogue."""
+    try:
+        return shutil.disk_usage(path.parent).free < _LEAST_FREE
+    except OSError:
+        return False
+
+
+def _damaged(path: Path, why: object) -> str:
+    return f"{path} is damaged ({why}); repair the store (`lloco verify --repair`) and ingest its documents again"

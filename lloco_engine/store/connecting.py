@@ -33,11 +33,17 @@ def is_writable(path: Path) -> bool:
     return os.access(path.parent, os.W_OK) and all(os.access(file, os.W_OK) for file in files if file.exists())
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode; its owner sees to one thread at a time."""
-    connection = _opened(str(path), path.parent)
+def connect(path: Path, database: str | None = None) -> sqlite3.Connection:
+    """A connection in autocommit mode; its owner sees to one thread at a time.
+
+    Args:
+        path: of the catalogue.
+        database: another one to connect to in its place; "" is a new one, which goes when the connection is closed.
+    """
+    connection = _opened(str(path) if database is None else database, path.parent)
     try:
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA temp_store = MEMORY")  # what a full disk needs for making room
         # Files of replaced segments go after the commit, so the commit must survive a power cut first.
         connection.execute("PRAGMA synchronous = FULL")
     except BaseException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -11,12 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from lloco_engine.errors import NotInStore, StoreError, StoreFull
-from lloco_engine.store.lock import CLAIM, is_claimed
+from lloco_engine.store.lock import CLAIM, FULL, is_claimed, is_locked
 
-__all__ = ["Layout", "check_segment_id", "write_atomic"]
+__all__ = ["Layout", "check_segment_id", "flush_folder", "write_atomic"]
 
 _SEGMENT_ID = re.compile(r"[0-9a-f]{32}")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_segment_id(segment_id: str) -> str:
@@ -42,6 +40,7 @@ class Layout:
         self.index = self.root / "index"
         self.adapters = self.root / "adapters"
         self.temporary = self.root / "tmp"
+        self.reserve = self.root / "reserve"
         self.lock = self.root / "write.lock"
 
     def segment(self, segment_id: str) -> Path:
@@ -66,6 +65,11 @@ class Layout:
         """``path`` as messages and `Problem` show it."""
         return path.relative_to(self.root).as_posix()
 
+    def is_at_work(self) -> bool:
+        """Whether somebody writes, or makes segments."""
+        claims = self.temporary.glob(f"*{CLAIM}") if self.temporary.is_dir() else ()
+        return is_locked(self.lock) or any(map(is_claimed, claims))
+
     def clear_temporary(self) -> None:
         """Remove what a killed writer left half written. Only the holder of the write lock may."""
         with suppress(FileNotFoundError):
@@ -87,11 +91,11 @@ def write_atomic(path: Path, data: bytes | memoryview, temporary: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(draft, data)
         os.replace(draft, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StoreFull(
                 f"no room to write {len(data)} bytes to {path} ({error.strerror}); the store is as it was: free space"
             ) from error
@@ -110,7 +114,8 @@ def _write(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """See that the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

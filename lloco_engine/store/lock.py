@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lloco_engine.errors import StoreError, StoreLocked
+from lloco_engine.errors import StoreError, StoreFull, StoreLocked
 
-__all__ = ["CLAIM", "claim", "is_claimed", "write_lock"]
+__all__ = ["CLAIM", "FULL", "claim", "is_claimed", "is_locked", "write_lock"]
 
 CLAIM = ".claim"  # the suffix of files that `claim` makes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
 _POLL_S = 0.02
 
 
@@ -30,8 +32,10 @@ def write_lock(path: Path, timeout: float) -> Iterator[None]:
         StoreError: this process may not write there.
     """
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
+        if error.errno in FULL:
+            raise StoreFull(f"no room to make {path} ({error.strerror}): free space") from error
         raise StoreError(
             f"a store is changed only by who may write to its folder, and {path} cannot be written ({error.strerror}): "
             "give this user write permission, mount the folder writable, or copy the store and change the copy"
@@ -46,8 +50,9 @@ def write_lock(path: Path, timeout: float) -> Iterator[None]:
                     "wait until it is done, or raise the timeout"
                 )
             time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+        with suppress(OSError):  # a full disk: the lock is held all the same
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
         yield
     finally:
         os.close(handle)
@@ -95,6 +100,21 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file ``path`` now."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _try_lock(handle: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from lloco_engine.errors import StoreMismatch
 from lloco_engine.store.legacy_metadata import private_part, public_part
+from lloco_engine.store.seals import has_seals, seal_all, unsound_keys
 from lloco_engine.store.terms import window_terms
 from lloco_engine.store.values import metadata_rows
 from lloco_engine.store.where import fold
@@ -192,6 +193,22 @@ MIGRATIONS: tuple[str, ...] = (
         SELECT d.doc_key, json_extract(t.value, '$[0]'), json_extract(t.value, '$[1]'), json_extract(t.value, '$[2]')
         FROM documents d, json_each(metadata_rows(d.metadata, d.private)) t;
     """,
+    # 10: everything that the catalogue says is under a hash, which `migrate` takes
+    """
+    CREATE TABLE seals (
+        root  TEXT NOT NULL,             -- documents or segments
+        key   NOT NULL,                  -- of the row there
+        label TEXT NOT NULL,             -- what messages call it, should it be lost
+        seal  TEXT NOT NULL,             -- table=hash of its rows, one after another
+        PRIMARY KEY (root, key)
+    ) WITHOUT ROWID;
+    CREATE TABLE sealed (                -- one row
+        total    TEXT NOT NULL,          -- exclusive or of the hashes of all rows of seals, 64 hex digits
+        rest     TEXT NOT NULL,          -- table=hash of every other table
+        manifest TEXT                    -- the text of manifest.json; NULL until it is known
+    );
+    INSERT INTO sealed VALUES ('', '', NULL);
+    """,
 )
 
 
@@ -220,13 +237,15 @@ def migrate(connection: sqlite3.Connection, name: str) -> None:
     version = check_version(connection, name)
     if is_latest(connection, name):
         return
+    damaged = unsound_keys(connection) if has_seals(connection) else set()
     # executescript would commit a transaction of its caller's, so the script brings its own.
     steps = "".join(MIGRATIONS[version:])
     try:
         connection.executescript(
-            f"BEGIN IMMEDIATE;{steps}PRAGMA application_id = {APPLICATION_ID};"
-            f"PRAGMA user_version = {len(MIGRATIONS)};COMMIT;"
+            f"BEGIN IMMEDIATE;{steps}PRAGMA application_id = {APPLICATION_ID};PRAGMA user_version = {len(MIGRATIONS)};"
         )
+        seal_all(connection, damaged)
+        connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,6 +17,7 @@ from lloco_engine.errors import (
     SegmentUnavailable,
     StoreCorrupt,
     StoreError,
+    StoreFull,
     StoreLocked,
     StoreMismatch,
     StoreNotFound,
@@ -25,15 +27,20 @@ from lloco_engine.process import ProcessLock
 from lloco_engine.store import lookup, segments
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store.adapters import StoredAdapters
+from lloco_engine.store.backup import copy_store
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.held import HeldSegments
 from lloco_engine.store.index import Query, SearchIndex
 from lloco_engine.store.lock import CLAIM, claim, write_lock
+from lloco_engine.store.making import create_catalogue, segment_format
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
+from lloco_engine.store.repair import repair_store
+from lloco_engine.store.room import keep_reserve, spend_reserve
 from lloco_engine.store.schema import is_latest
-from lloco_engine.store.verify import create_catalogue, repair_store, segment_format, verify_store
+from lloco_engine.store.seals import kept_manifest
+from lloco_engine.store.verify import verify_store
 from lloco_engine.store.writer import Writer, stats_of
 from lloco_engine.types import AnySegment, Document, Hit, Span
 
@@ -87,13 +94,14 @@ class Store:
             raise StoreError(f"cannot make a folder at {path}: {error.strerror}") from error
         # What is left of a creation that was cut off is ours; the manifest comes last and makes it a store.
         ours = {"tmp", layout.lock.name, *(layout.catalogue.name + suffix for suffix in ("", "-wal", "-shm"))}
+        ours.add(layout.reserve.name)
         if strangers := sorted({entry.name for entry in layout.root.iterdir()} - ours):
             kind = "a store" if layout.manifest.name in strangers else f"{strangers[0]!r} and is not a store"
             raise StoreError(f"a store is made in a missing or empty folder; {path} already holds {kind}")
         with write_lock(layout.lock, timeout=10.0):
             if layout.manifest.exists():
                 raise StoreError(f"a store is made in a missing or empty folder; {path} already holds a store")
-            create_catalogue(layout)
+            create_catalogue(layout, manifest.dumps())
             write_atomic(layout.manifest, manifest.dumps().encode("utf-8"), layout.temporary)
         return cls.open(path, config=config)
 
@@ -126,7 +134,17 @@ class Store:
         manifest = Manifest.load(layout.manifest)
         if expect is not None:
             manifest.check(expect, layout.root)
-        store = cls(layout.root, manifest, config or StoreConfig(dtype=manifest.dtype))
+        config = config or StoreConfig(dtype=manifest.dtype)
+        try:
+            return cls._opened(layout, manifest, config)
+        except StoreFull:  # even reading takes a little room beside the catalogue
+            if not spend_reserve(layout):
+                raise
+            return cls._opened(layout, manifest, config)
+
+    @classmethod
+    def _opened(cls, layout: Layout, manifest: Manifest, config: StoreConfig) -> Self:
+        store = cls(layout.root, manifest, config)
         try:
             store._ready()
         except BaseException:
@@ -143,6 +161,23 @@ class Store:
     def repair(path: str | Path, *, manifest: Manifest | None = None, timeout: float = 10.0) -> list[str]:
         """Put a damaged store that nobody has open in order; see `verify.repair_store`."""
         return repair_store(path, manifest=manifest, timeout=timeout)
+
+    def backup(
+        self, dest: str | Path, *, link: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Copy the store, whole and checked, beside whoever writes; see `backup.copy_store`."""
+        copy_store(self.path, dest, link=link, progress=progress)
+
+    @staticmethod
+    def restore(
+        source: str | Path,
+        path: str | Path,
+        *,
+        link: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Make a store in ``path``, which must be missing or empty, of a backup; see `backup.copy_store`."""
+        copy_store(source, path, link=link, progress=progress)
 
     def close(self) -> None:
         """Let go of the files; segments that were loaded stay usable."""
@@ -163,6 +198,15 @@ class Store:
                 if not is_latest(self._catalogue.connection, str(self._layout.catalogue)):
                     with write_lock(self._layout.lock, timeout=10.0):
                         create_catalogue(self._layout)
+                kept = kept_manifest(self._catalogue.connection)
+            try:
+                if kept is not None:
+                    self.manifest.check(Manifest.from_json(json.loads(kept)), self._layout.root)
+            except (StoreMismatch, ValueError, TypeError) as error:
+                raise StoreCorrupt(
+                    f"{self._layout.manifest} is not the one that the store was made with, of which the catalogue "
+                    f"keeps a copy ({error}); `lloco verify --repair` puts it back"
+                ) from error
 
     @contextmanager
     def writer(self, timeout: float = 10.0, *, publish: bool = True) -> Iterator[Writer]:
@@ -181,6 +225,7 @@ class Store:
             catalogue = Catalogue(self._layout.catalogue)
             try:
                 yield Writer(self._layout, self.manifest, self._form, catalogue)
+                keep_reserve(self._layout)
             finally:
                 catalogue.close()
         if publish:
@@ -229,6 +274,11 @@ class Store:
         with self._reading() as catalogue:
             state = catalogue.document_state(doc_id, tenant)
         return None if state is None else state[1:]
+
+    def is_sound(self, doc_id: str, tenant: str = "") -> bool:
+        """Whether all that the catalogue says of a document is what was written there; `NotInStore` without one."""
+        with self._reading() as catalogue:
+            return catalogue.is_sound(catalogue.doc_key(doc_id, tenant))
 
     def generation(self) -> int:
         """How many commits have changed a document: equal numbers of one store mean equal content."""

@@ -6,19 +6,20 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lloco_engine.documents import check_document
-from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
+from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError, StoreFull
 from lloco_engine.store import manifest as manifests
 from lloco_engine.store import segments
 from lloco_engine.store.catalogue import Catalogue, missing_document
 from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
+from lloco_engine.store.room import make_room
 from lloco_engine.store.values import rows_of
 from lloco_engine.types import AnySegment, Chunk, Document, Span
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Writer", "stats_of"]
 
+_Made = TypeVar("_Made")
 _log = logging.getLogger(__name__)
 
 
@@ -155,10 +157,17 @@ class Writer:
 
     def delete_documents(self, doc_ids: Iterable[str], tenant: str = "") -> list[str]:
         """Remove documents as `delete_document` does, in one transaction; returns the ids of those that were there."""
+        wanted = tuple(dict.fromkeys(doc_ids))
+        removed, unused = self._with_room(lambda: self._delete(wanted, tenant))
+        self._remove_files(unused)
+        return removed
+
+    def _delete(self, doc_ids: Iterable[str], tenant: str) -> tuple[list[str], list[str]]:
+        """Ids of the documents that were there, and of the segments that nobody has any more."""
         removed: list[str] = []
         used: set[str] = set()
         with self._catalogue.transaction(write=True) as connection:
-            for doc_id in dict.fromkeys(doc_ids):
+            for doc_id in doc_ids:
                 state = self._catalogue.document_state(doc_id, tenant)
                 if state is not None:
                     used |= _forget(connection, state[0])
@@ -166,8 +175,16 @@ class Writer:
             unused = _drop_unused(connection, used)
             if removed:
                 connection.execute("UPDATE generation SET number = number + 1")
-        self._remove_files(unused)
-        return removed
+        return removed, unused
+
+    def _with_room(self, change: Callable[[], _Made]) -> _Made:
+        """Make a change that makes room, on a full disk too: then with what was kept for this, and the index's room."""
+        try:
+            return change()
+        except StoreFull:
+            if not make_room(self._layout):
+                raise
+        return change()
 
     def collect_garbage(self) -> int:
         """Remove every file that no document refers to; returns how many.
@@ -261,8 +278,8 @@ class _Put:
         assert doc_key is not None
         _insert_labels(connection, doc_key, document)
         connection.executemany(
-            "INSERT INTO segments (segment_id, slots, source_tokens, bytes, checksum, previous)"
-            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (segment_id) DO NOTHING",
+            "INSERT OR REPLACE INTO segments (segment_id, slots, source_tokens, bytes, checksum, previous)"
+            " VALUES (?, ?, ?, ?, ?, ?)",  # what was damaged in a row that is there already is written anew
             [(s.segment_id, s.slots, s.source_tokens, s.bytes, s.checksum, s.previous) for s in self.stats],
         )
         for ordinal, (chunk, segment_id, vectors) in enumerate(
@@ -309,10 +326,7 @@ def _insert_labels(connection: sqlite3.Connection, doc_key: int, document: Docum
         "INSERT INTO pages (doc_key, number, label, start, end) VALUES (?, ?, ?, ?, ?)",
         [(doc_key, page.number, page.label, page.span.start, page.span.end) for page in document.pages],
     )
-    connection.executemany(
-        "INSERT INTO metadata (doc_key, key, value, listed) VALUES (?, ?, ?, ?)",
-        [(doc_key, *row) for row in rows_of(document.metadata, document.private)],
-    )
+    insert_metadata(connection, doc_key, document.metadata, document.private)
 
 
 def stats_of(segment_id: str, layout: Layout, form: segments.AnyFormat, catalogue: Catalogue) -> SegmentStats | None:
@@ -330,6 +344,16 @@ def stats_of(segment_id: str, layout: Layout, form: segments.AnyFormat, catalogu
     if known is not None and known[1] != checksum:
         return None
     return SegmentStats(segment_id, segment.slots, segment.source_tokens, size, checksum)
+
+
+def insert_metadata(
+    connection: sqlite3.Connection, doc_key: int, metadata: Mapping[str, Any], private: Mapping[str, Any]
+) -> None:
+    """The rows by which filters find a document, derived from its metadata."""
+    connection.executemany(
+        "INSERT INTO metadata (doc_key, key, value, listed) VALUES (?, ?, ?, ?)",
+        [(doc_key, *row) for row in rows_of(metadata, private)],
+    )
 
 
 def windows_hash(rows: Iterable[tuple[int, int, bytes]]) -> str:
