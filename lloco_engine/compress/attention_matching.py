@@ -33,7 +33,7 @@ _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class AttentionMatching(Compressor):
     """Keeps the most important positions of every head, then fits a bias and a value to each.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from langchain_core.documents import Document
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
 from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
 from lloco_engine import ConfigError, Failure, Hit, plain_metadata
@@ -51,6 +52,13 @@ class LLoCODocument(RetrievedDocument):
         if info.mode == "json":
             fields.pop("text", None)
         return fields
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """LangChain's own form, of its ``dumps`` and of traces: without the text."""
+        form = super().to_json()
+        if form["type"] == "constructor":
+            form["kwargs"].pop("text", None)
+        return form
 
 
 class SegmentIds(list[str]):
