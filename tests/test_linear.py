@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from decoder_cases import SHAPES, TEXT, spiced, tokens
 
+from lloco_engine.compress import attention_matching
+from lloco_engine.compress.attention_matching import AttentionMatching
 from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder import linear
 from lloco_engine.decoder.linear import FusedLinear, _packed
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.testing import tiny_decoder, tiny_tokenizer
@@ -140,3 +145,29 @@ def test_gradients_do_not_go_through_the_packed_copy():
     hidden = decoder.runner.forward(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8), decoder.new_cache(1, 8))
     (gradient,) = torch.autograd.grad(decoder.runner.logits(hidden).logsumexp(-1).sum(), embedded)
     assert gradient.abs().max() > 0 and layer.qkv._packed is not None
+
+
+def test_chunks_of_any_length_are_multiplied_in_few_shapes_in_bfloat16(monkeypatch):
+    """oneDNN keeps a program for each shape, so memory would grow with the number of different lengths."""
+    rows: set[int] = set()
+
+    def noted(x, weight, bias=None):
+        if torch.is_autocast_enabled("cpu"):
+            rows.add(x.shape[:-1].numel())
+        return torch.nn.functional.linear(x, weight, bias)
+
+    decoder = LocalDecoder(spiced(tiny_decoder()), tiny_tokenizer(), "tiny")
+    monkeypatch.setattr(attention_matching, "quicker_in_bf16", lambda *_: True)
+    monkeypatch.setattr(linear, "F", SimpleNamespace(linear=noted, pad=torch.nn.functional.pad))
+    for length in range(20, 100, 5):
+        AttentionMatching().compress(decoder, [5 + n % 90 for n in range(length)], [4])
+    assert rows - {0} and rows <= {0, 64, 128, 192}
+
+
+def test_rows_that_fill_up_change_nothing_that_is_kept():
+    made = FusedLinear(Owner(), ("one", "two"))
+    x = torch.randn(2, 37, 48, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.linear(x, made.weight, made.bias)
+        assert made.plain(x).shape == expected.shape
+        torch.testing.assert_close(made.plain(x), expected, rtol=2e-2, atol=2e-2)

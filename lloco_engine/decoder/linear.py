@@ -11,6 +11,7 @@ from lloco_engine.errors import UnsupportedModel
 
 __all__ = ["FusedLinear", "check_linear"]
 
+_ROWS = 64
 _FINEST = 2.0**-25  # half of float16's finest step: how far bfloat16's smallest weights may be off
 
 
@@ -74,12 +75,24 @@ class FusedLinear:
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., sum of the parts' outputs), differentiable."""
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return self._in_few_shapes(x)
         return F.linear(x, self.weight, self.bias)
+
+    def _in_few_shapes(self, x: torch.Tensor) -> torch.Tensor:
+        """`plain` with its rows filled up to a multiple of 64.
+
+        For bfloat16 oneDNN compiles a program for every number of rows, and keeps it: without this, memory grows with
+        the number of different lengths of chunks that a process has compressed, some megabytes each.
+        """
+        rows = x.shape[:-1].numel()
+        filled = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % _ROWS))
+        return F.linear(filled, self.weight, self.bias)[:rows].view(*x.shape[:-1], len(self.weight))
 
     def quick(self, x: torch.Tensor) -> torch.Tensor:
         """The same for few rows and without gradients, from the packed copy where there is one."""
         if self._packed is None:
-            return F.linear(x, self.weight, self.bias)
+            return self.plain(x)
         return self._packed_product(x.float(), self._packed)  # type: ignore[no-any-return]
 
     def modules(self, x: torch.Tensor) -> torch.Tensor:
