@@ -36,7 +36,8 @@ class Progress:
     """Where an ingest stands; given to a callback when a document begins and after each of its segments.
 
     ``document`` is its id; segments that an earlier run had finished count as done. ``source_tokens_done`` are the
-    tokens compressed by this run, ``tokens_per_s`` its rate so far; ``documents_done`` counts finished documents.
+    tokens compressed by this run, ``tokens_per_s`` its rate so far; ``documents_done`` counts finished documents, and
+    ``bytes_done`` what has been read and finished of the files' bytes (`lloco_engine.readers.size_of_files` tells all).
     """
 
     document: str
@@ -45,6 +46,7 @@ class Progress:
     source_tokens_done: int = 0
     tokens_per_s: float = 0.0
     documents_done: int = 0
+    bytes_done: int = 0
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Ingest:
         self._one_at_a_time = one_at_a_time
         self._progress = progress
         self._tally = _Tally()
+        self._reader: Reader | None = None
         self._identities = Identities(store.places)
 
     def run(self, sources: Iterable[Source], reader: Reader, tenant: str = "", *, prune: bool = False) -> IngestReport:
@@ -135,7 +138,7 @@ class Ingest:
             LLoCOError: whatever is wrong with more than one document.
         """
         began = time.perf_counter()
-        tally = self._tally
+        tally, self._reader = self._tally, reader
         for source in sources:
             for item in reader.read(source):
                 self._take(item)
@@ -286,7 +289,10 @@ class Ingest:
             return
         tally = self._tally
         rate = tally.source_tokens / tally.compress_s if tally.compress_s > 0 else 0.0
-        self._progress(Progress(document.doc_id, done, total, tally.source_tokens, rate, tally.documents))
+        size = 0
+        if self._reader is not None:
+            size = self._reader.bytes_done + self._reader.bytes_at_hand * done // max(total, 1)
+        self._progress(Progress(document.doc_id, done, total, tally.source_tokens, rate, tally.documents, size))
 
 
 def _is_same_place(known: DocumentInfo, document: Document) -> bool:

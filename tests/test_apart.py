@@ -73,6 +73,26 @@ def test_a_reader_that_dies_is_started_again():
     assert parse(".html", b"b").text == "b"
 
 
+def test_a_file_that_ends_its_reader_is_tried_once(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def start(command, **more):
+        crash = (
+            "import os\nfrom lloco_engine.readers import worker\n"
+            "worker.parse = lambda suffix, data, config: os.abort()\nworker.main()\n"
+        )
+        started.append(command)
+        return popen([sys.executable, "-P", "-c", crash], **more)
+
+    monkeypatch.setattr(apart.subprocess, "Popen", start)
+    for number in range(2):
+        reader = apart._Reader()
+        with pytest.raises(DocumentError, match=r"ended its reader \(exit code -6\)"):
+            reader.parse(".html", b"a", ReadConfig())
+        assert len(started) == number + 1
+
+
 def test_threads_take_turns():
     texts = [None] * 8
 
@@ -112,6 +132,14 @@ def test_a_forked_child_has_a_reader_of_its_own(tmp_path):
 def test_a_book_is_read_in_the_order_of_its_spine():
     parsed = parse(".epub", epub(b"<html><body><h1>Two</h1><p hidden>no</p>Second.</body></html>"))
     assert (parsed.title, parsed.text) == ("The book", "First.\n\nTwo\n\nSecond.")
+
+
+def test_a_chapter_that_the_spine_names_often_is_read_once():
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(epub(b"<p>Two."))) as book, zipfile.ZipFile(out, "w") as made:
+        for name in book.namelist():
+            made.writestr(name, book.read(name).replace(b"</spine>", b'<itemref idref="a"/>' * 500 + b"</spine>"))
+    assert parse(".epub", out.getvalue()).text == "First.\n\nTwo."
 
 
 def test_an_archive_that_holds_too_much_is_refused_before_it_is_unpacked():

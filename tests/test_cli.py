@@ -434,13 +434,14 @@ def test_the_bar_follows_the_engine(corpus, capsys, monkeypatch):
 
     from lloco_engine.engine import Progress
 
-    shown = []
+    shown, totals = [], []
     monkeypatch.setattr(Bar, "update", lambda self, task, **fields: shown.append(fields))
+    monkeypatch.setattr(Bar, "add_task", lambda self, what, total, **fields: totals.append(total))
     with _progress([corpus], show=True) as report:
         assert report is not None
-        for number, doc_id, done in ((0, "a.txt", 1), (0, "a.txt", 2), (1, "x/b.md", 1), (1, "x/b.md", 2)):
-            report(Progress(doc_id, done, 2, 0, 1500.0, number))
-    assert [fields["completed"] for fields in shown] == [5, 10, 14, 18]  # characters, of 10 and 8
+        report(Progress("a.txt", 1, 2, 0, 1500.0, 0, 5))
+    assert totals == [18]  # bytes of a.txt and b.md
+    assert shown[0]["completed"] == 5
     assert shown[0]["rate"] == "1,500 tokens/s"
     assert capsys.readouterr().out == ""
     with _progress([corpus], show=False) as report:

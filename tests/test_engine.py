@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import json
 import shutil
 import sqlite3
 import threading
@@ -32,6 +33,8 @@ from lloco_engine.errors import (
     StoreNotFound,
 )
 from lloco_engine.prefix import assemble
+from lloco_engine.readers import jsonl, read, size_of_files
+from lloco_engine.readers.walk import open_file
 from lloco_engine.store import Store, files
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_engine.types import Prefix, Turn
@@ -184,10 +187,34 @@ def test_a_run_that_was_cut_off_goes_on_at_the_segment(empty, monkeypatch, error
     assert empty.verify() == []
 
 
+def test_progress_counts_the_bytes_of_files_which_are_read_once(empty, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text(story("lamp"))
+    (folder / "b.txt").write_bytes(b"\x00\x01 no text")
+    (folder / "c.jsonl").write_text("".join(json.dumps({"doc_id": n, "text": story(n)}) + "\n" for n in "xy"))
+    (folder / "d.txt").write_text(story("tram"))
+    total = size_of_files([folder])
+    assert total == sum(file.stat().st_size for file in folder.glob("?.*"))
+    opened = []
+    for module in (read, jsonl):
+        monkeypatch.setattr(module, "open_file", lambda path: opened.append(path.name) or open_file(path))
+    seen: list[Progress] = []
+    empty.ingest([folder], progress=seen.append)
+    assert opened == ["a.txt", "b.txt", "c.jsonl", "d.txt"]
+    done = [progress.bytes_done for progress in seen]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, total)
+    before_d = next(progress.bytes_done for progress in seen if progress.document == "d.txt")
+    assert before_d == total - (folder / "d.txt").stat().st_size
+    x, y = (next(progress.bytes_done for progress in seen if progress.document == n) for n in "xy")
+    assert y - x == len(story("x"))
+
+
 def test_a_bad_document_is_named_and_the_rest_go_on(empty, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(story("lamp"))
-    (tmp_path / "in" / "b.txt").write_bytes(b"\xff\xfe\x00binary")
+    (tmp_path / "in" / "b.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00")
     bad = [Document("", "text"), Document("blank", " \n"), Document("broken", "a\ud800"), PUMPS, PUMPS]
     bad.append(Document("meta", "text", metadata={"list": [b"1"]}))
     report = empty.ingest([*bad, tmp_path / "in", str(tmp_path / "missing.txt"), CRANES])

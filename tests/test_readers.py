@@ -81,6 +81,18 @@ def test_markdown_is_titled_by_its_first_heading():
     )
 
 
+@pytest.mark.parametrize("title", [f"0x{'f' * 9_000}", "9" * 9_000, "[" * 9_000, "2024-99-99"])
+def test_a_title_that_cannot_be_told_does_not_cost_the_text(title):
+    found, text = read_markdown(f"---\ntitle: {title}\n---\n# The pump\n\ntext".encode())
+    assert found in ("The pump", title)
+    assert text.endswith("# The pump\n\ntext")
+
+
+def test_comments_among_code_spans():
+    line = "a `<!-- kept -->` b<!-- gone --> ``c ` <!-- kept --> `` ` ``` <!-- gone -->`` d <!-- gone"
+    assert read_markdown(line.encode())[1] == "a `<!-- kept -->` b ``c ` <!-- kept --> `` ` ``` `` d "
+
+
 def test_html_gives_what_a_browser_shows():
     page = b"""<!doctype html><html><head><title> Pumps &amp; cranes</title><style>p{}</style>
     <script>if (a < b) document.write("<p>no</p>")</script></head><body><!-- no --><h1>Head</h1>

@@ -28,7 +28,7 @@ from lloco_engine.cli.options import (
     parse_settings,
 )
 from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
-from lloco_engine.types import Failure, IngestReport
+from lloco_engine.types import IngestReport
 
 if TYPE_CHECKING:
     from lloco_engine.engine import Progress
@@ -189,7 +189,8 @@ def _progress(paths: Sequence[Path], *, show: bool) -> Iterator[Callable[[Progre
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    ends = _measure(paths)
+    from lloco_engine.readers import size_of_files
+
     columns = (
         TextColumn("{task.fields[name]}", markup=False),
         BarColumn(),
@@ -199,27 +200,14 @@ def _progress(paths: Sequence[Path], *, show: bool) -> Iterator[Callable[[Progre
         TextColumn("left"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=ends[-1] or None, name="reading", rate="")
+        task = bar.add_task("", total=size_of_files(paths) or None, name="reading", rate="")
 
         def report(progress: Any) -> None:
-            begin, end = (ends[min(progress.documents_done + more, len(ends) - 1)] for more in (0, 1))
-            share = progress.done_segments / max(progress.total_segments_of_document, 1)
             bar.update(
                 task,
-                completed=begin + (end - begin) * share,
+                completed=progress.bytes_done,
                 name=safe(progress.document)[-40:],
                 rate=f"{progress.tokens_per_s:,.0f} tokens/s",
             )
 
         yield report
-
-
-def _measure(paths: Sequence[Path]) -> list[int]:
-    """Characters up to each thing that an ingest reads, document or failure, and at last in all: reading is quick
-    beside compressing."""
-    from lloco_engine.readers import read_paths
-
-    ends = [0]
-    for item in read_paths(paths):
-        ends.append(ends[-1] + (0 if isinstance(item, Failure) else len(item.text)))
-    return ends

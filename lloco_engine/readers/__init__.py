@@ -5,6 +5,6 @@ process of its own (`worker`); `jsonl` reads records; `walk` finds the files; `i
 """
 
 from lloco_engine.readers.identity import Identities
-from lloco_engine.readers.read import SUFFIXES, Area, Reader, read_paths
+from lloco_engine.readers.read import SUFFIXES, Area, Reader, read_paths, size_of_files
 
-__all__ = ["SUFFIXES", "Area", "Identities", "Reader", "read_paths"]
+__all__ = ["SUFFIXES", "Area", "Identities", "Reader", "read_paths", "size_of_files"]

@@ -17,7 +17,7 @@ import threading
 
 from lloco_engine.config import ReadConfig
 from lloco_engine.errors import DocumentError
-from lloco_engine.readers.parsed import Parsed
+from lloco_engine.readers.parsed import TAKEN, Parsed
 from lloco_engine.types import Page, Span
 
 __all__ = ["parse_apart"]
@@ -44,10 +44,10 @@ class _Reader:
             used = self._process is not None
             try:
                 return self._parse(suffix, data, config)
-            except _Ended:
+            except _NotTaken:
                 if not used:
                     raise
-                return self._parse(suffix, data, config)  # it may have ended while it waited
+                return self._parse(suffix, data, config)  # it had ended while it waited
 
     def _parse(self, suffix: str, data: bytes, config: ReadConfig) -> Parsed:
         process = self._started()
@@ -60,10 +60,13 @@ class _Reader:
         timer = threading.Timer(config.max_seconds, end)
         timer.daemon = True
         code: int | None = None
+        taken = False
         answer: Parsed | DocumentError | None = None
         timer.start()
         try:
-            answer = _ask(process, suffix, data, config)
+            _hand_over(process, suffix, data, config)
+            taken = True
+            answer = _answer(process, config)
         except (OSError, ValueError):  # the pipe broke, or the answer did
             answer = None
         finally:
@@ -78,7 +81,7 @@ class _Reader:
             raise DocumentError(
                 f"a file must be read within {config.max_seconds:g} seconds, and this one was not; raise max_seconds"
             )
-        raise _Ended(
+        raise (DocumentError if taken else _NotTaken)(
             f"a file must be read within {config.max_memory:,} bytes of memory, and this one ended its reader "
             f"(exit code {code}); raise max_memory, or repair the file"
         )
@@ -129,11 +132,11 @@ class _Reader:
         os.close(nowhere)
 
 
-def _ask(process: subprocess.Popen[bytes], suffix: str, data: bytes, config: ReadConfig) -> Parsed | DocumentError:
-    """One request and its answer, which may be an error.
+def _hand_over(process: subprocess.Popen[bytes], suffix: str, data: bytes, config: ReadConfig) -> None:
+    """Give the process a file, and wait until it says that it has it.
 
     Raises:
-        OSError, ValueError: the process ended before its answer did.
+        OSError, ValueError: the process had ended before.
     """
     assert process.stdin is not None
     assert process.stdout is not None
@@ -141,6 +144,17 @@ def _ask(process: subprocess.Popen[bytes], suffix: str, data: bytes, config: Rea
     process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
     process.stdin.write(data)
     process.stdin.flush()
+    if process.stdout.readline() != TAKEN:
+        raise ValueError("not taken")
+
+
+def _answer(process: subprocess.Popen[bytes], config: ReadConfig) -> Parsed | DocumentError:
+    """What the process answers of the file that it has, which may be an error.
+
+    Raises:
+        OSError, ValueError: the process ended before its answer did.
+    """
+    assert process.stdout is not None
     line = process.stdout.readline()
     if not line.endswith(b"\n"):
         raise ValueError("no answer")
@@ -156,8 +170,8 @@ def _ask(process: subprocess.Popen[bytes], suffix: str, data: bytes, config: Rea
     return Parsed(head["title"], body.decode("utf-8", "surrogatepass"), head["encoding"], pages)
 
 
-class _Ended(DocumentError):
-    """The process ended by itself."""
+class _NotTaken(DocumentError):
+    """The process ended before it had the file, which another may read; one that ends its reader is not tried twice."""
 
 
 class _OutOfMemory(DocumentError):

@@ -209,11 +209,13 @@ def parse_epub(data: bytes, config: ReadConfig) -> Parsed:
         items = {item.get("id"): item.get("href", "") for item in package.iter(f"{_OPF}item")}
         chapters: list[str] = []
         size = 0
+        met = set[str]()
         for reference in package.iter(f"{_OPF}itemref"):
             href = unquote(items.get(reference.get("idref"), "").split("#")[0])
             name = posixpath.normpath(posixpath.join(home, href))
-            if name not in names:
+            if name not in names or name in met:  # a spine names each chapter once
                 continue
+            met.add(name)
             page = archive.read(name)
             source, _ = decode(page, declared=declared_charset(page))
             if text := text_of_html(source, config.max_nesting)[1]:

@@ -18,6 +18,7 @@ _FRONT = 64 * 1024  # characters in which front matter must end
 _HEAD = 64 * 1024  # characters in which the first heading must stand
 _LONGEST_HEADING = 1_000  # characters
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_TICKS = re.compile("`+")
 _COMMENT_LABEL = re.compile(r" {0,3}\[(?://|comment|_)\]:\s{0,8}(?:#|<>)[ \t]")  # [//]: # (a comment)
 
 
@@ -52,10 +53,10 @@ def _title_of(front: str, *, toml: bool) -> str:
 
     try:
         values = tomllib.loads(front) if toml else yaml.safe_load(front)
-    except (ValueError, yaml.YAMLError, RecursionError):
+        title = values.get("title") if isinstance(values, dict) else None
+        return " ".join(str(title).split()) if isinstance(title, str | int | float) else ""
+    except (ValueError, yaml.YAMLError, RecursionError):  # a number of 5,000 digits has no text, either
         return ""
-    title = values.get("title") if isinstance(values, dict) else None
-    return " ".join(str(title).split()) if isinstance(title, str | int | float) else ""
 
 
 def _heading(blocks: list[Any]) -> str:
@@ -95,7 +96,8 @@ def _without_comments(body: str) -> str:
 def _cut(line: str, inside: bool) -> tuple[str, bool]:
     """A line without what of it is in a comment, and whether the comment goes on; code spans are kept."""
     kept: list[str] = []
-    at = 0
+    at, comment = 0, -1
+    alone = set[int]()  # lengths of runs of backticks that nothing closes any more
     while at < len(line):
         if inside:
             end = line.find("-->", at)
@@ -103,13 +105,16 @@ def _cut(line: str, inside: bool) -> tuple[str, bool]:
                 return "".join(kept) + ("\n" if line.endswith("\n") else ""), True
             at, inside = end + 3, False
             continue
-        tick, comment = line.find("`", at), line.find("<!--", at)
-        if comment < 0:
+        if comment < at and (comment := line.find("<!--", at)) < 0:
             kept.append(line[at:])
             break
-        if 0 <= tick < comment:
-            run = len(line) - tick - len(line[tick:].lstrip("`"))
-            close = line.find("`" * run, tick + run)
+        tick = line.find("`", at, comment)
+        if tick >= 0:
+            ticks = _TICKS.match(line, tick)
+            run = ticks.end() - tick if ticks else 1
+            close = -1 if run in alone else line.find("`" * run, tick + run)
+            if close < 0:
+                alone.add(run)
             stop = close + run if close >= 0 else tick + run
             kept.append(line[at:stop])
             at = stop

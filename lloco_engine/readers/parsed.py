@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from lloco_engine.errors import DocumentError
 from lloco_engine.types import Page
 
-__all__ = ["Parsed", "check_length", "visible"]
+__all__ = ["TAKEN", "Parsed", "check_length", "visible"]
+
+TAKEN = b"taken\n"  # what a process that reads files says when it has one
 
 # A flag of a region is a black flag and letters in tag characters; alone they are text that no one sees.
 _TAGS = re.compile("(\U0001f3f4[\U000e0020-\U000e007e]{1,8}\U000e007f)|[\U000e0000-\U000e007f]")

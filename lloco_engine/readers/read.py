@@ -20,7 +20,7 @@ from lloco_engine.readers.parsed import check_length
 from lloco_engine.readers.walk import Found, find_files, open_file
 from lloco_engine.types import Document, Failure, MetadataValue
 
-__all__ = ["SUFFIXES", "Area", "Reader", "read_paths"]
+__all__ = ["SUFFIXES", "Area", "Reader", "read_paths", "size_of_files"]
 
 _RECORDS = (".jsonl",)  # files of documents with ids of their own
 SUFFIXES = (*FORMATS, *_RECORDS)
@@ -68,6 +68,8 @@ class Reader:
         self._met: set[str | tuple[int, int]] = set()
         self.skipped: Counter[str] = Counter()  # what folders hold but was left out, by reason
         self.areas: list[Area] = []  # what was read to its end
+        self.bytes_done = 0  # of the files before the document at hand; a file of records counts by their texts
+        self.bytes_at_hand = 0  # of the document at hand
         if clash := [key for key in self._metadata if key in _RESERVED]:
             raise ConfigError(
                 f"metadata must not use the names {', '.join(_RESERVED)}, and {clash[0]!r} is one of them"
@@ -105,6 +107,7 @@ class Reader:
                 area.files += 1
             if found.origin in self._met or found.linked in self._met:
                 self.skipped["other name of a file that was read"] += 1
+                self.bytes_done += found.size
                 continue
             self._met |= {found.origin} | ({found.linked} if found.linked else set())
             yield from self._file(found)
@@ -114,6 +117,7 @@ class Reader:
     def _file(self, found: Found) -> Iterator[Document | Failure]:
         records = found.path.suffix.lower() in _RECORDS
         area = Area(found.origin, printable(found.path), records=True)
+        end = self.bytes_done + found.size
         for where, read in _documents(found, self._config):
             item = read
             if isinstance(read, Document):
@@ -121,7 +125,11 @@ class Reader:
                 item = self._checked(replace(read, origin=origin), where)
             area.files += 1
             area.whole &= isinstance(item, Document)
+            size = len(read.text) if records and isinstance(read, Document) else 0 if records else found.size
+            self.bytes_at_hand = min(size, end - self.bytes_done)
             yield item
+            self.bytes_done += self.bytes_at_hand
+        self.bytes_done, self.bytes_at_hand = end, 0
         if records:
             self.areas.append(area)
 
@@ -141,6 +149,12 @@ class Reader:
         except DocumentError as error:
             return Failure(where, str(error), document.doc_id)
         return document
+
+
+def size_of_files(paths: Iterable[str | Path]) -> int:
+    """Bytes of the files that paths stand for, by what the folders say of them; no file is opened."""
+    found = (item for path in paths for item in find_files(Path(path), SUFFIXES, Counter()))
+    return sum(item.size for item in found if isinstance(item, Found))
 
 
 def read_paths(

@@ -22,13 +22,15 @@ class Found:
     """A file to read.
 
     ``doc_id`` is what its place below the folder makes of it; ``origin`` its resolved path, as `origin_of` writes it;
-    ``linked`` tells a file with several names (hard links) by its device and number, and is None for any other.
+    ``linked`` tells a file with several names (hard links) by its device and number, and is None for any other;
+    ``size`` is in bytes.
     """
 
     path: Path
     doc_id: str
     origin: str
     linked: tuple[int, int] | None = None
+    size: int = 0
 
 
 def find_files(root: Path, suffixes: Collection[str], skipped: Counter[str]) -> Iterator[Found | Failure]:
@@ -44,7 +46,8 @@ def find_files(root: Path, suffixes: Collection[str], skipped: Counter[str]) -> 
         if stat.S_ISDIR(state.st_mode):
             yield from _below(root, real, suffixes, skipped)
         elif stat.S_ISREG(state.st_mode):
-            yield Found(root, real.name if root.name in ("", "..") else root.name, origin_of(real), _linked(state))
+            name = real.name if root.name in ("", "..") else root.name
+            yield Found(root, name, origin_of(real), _linked(state), state.st_size)
         else:
             yield Failure(printable(root), "a source must be a regular file or a folder, and this is neither")
     except (OSError, ValueError) as error:
@@ -71,7 +74,7 @@ def _below(root: Path, real: Path, suffixes: Collection[str], skipped: Counter[s
                 skipped["special file"] += 1
             else:
                 place = path.relative_to(root)
-                yield Found(path, place.as_posix(), origin_of(real / place), _linked(state))
+                yield Found(path, place.as_posix(), origin_of(real / place), _linked(state), state.st_size)
         except (OSError, ValueError) as error:
             yield Failure(printable(path), _why(path, error))
     yield from _behind(links, root, real, suffixes, skipped)
@@ -97,7 +100,8 @@ def _behind(
         elif not stat.S_ISREG(state.st_mode):
             skipped["special file"] += 1
         else:
-            yield Found(path, path.relative_to(root).as_posix(), origin_of(target), _linked(state))
+            place = path.relative_to(root).as_posix()
+            yield Found(path, place, origin_of(target), _linked(state), state.st_size)
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -1,7 +1,7 @@
 """The process that reads files which take a parser: ``python -m lloco_engine.readers.worker``, started by `apart`.
 
-Requests come on stdin, answers go to stdout: a line of JSON, then as many bytes as it says. It ends with its stdin, or
-by an alarm of its own where a file takes too long and no parent is left to end it.
+Requests come on stdin, answers go to stdout: `TAKEN`, a line of JSON, then as many bytes as it says. It ends with its
+stdin, or by an alarm of its own where a file takes too long and no parent is left to end it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import IO, Any
 from lloco_engine.config import ReadConfig
 from lloco_engine.errors import DocumentError
 from lloco_engine.readers.formats import parse
+from lloco_engine.readers.parsed import TAKEN
 
 __all__ = ["serve"]
 
@@ -31,6 +32,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         data = requests.read(request["size"])
         if len(data) < request["size"]:
             return
+        answers.write(TAKEN)
+        answers.flush()
         config = ReadConfig.from_json(request["config"])
         head, body = _answer(request["suffix"], data, config)
         del data
