@@ -112,10 +112,10 @@ def _cut(line: str, inside: bool) -> tuple[str, bool]:
         if tick >= 0:
             ticks = _TICKS.match(line, tick)
             run = ticks.end() - tick if ticks else 1
-            close = -1 if run in alone else line.find("`" * run, tick + run)
-            if close < 0:
+            close = None if run in alone else re.compile(f"(?<!`)`{{{run}}}(?!`)").search(line, tick + run)
+            if close is None:
                 alone.add(run)
-            stop = close + run if close >= 0 else tick + run
+            stop = close.end() if close else tick + run
             kept.append(line[at:stop])
             at = stop
             continue
