@@ -106,9 +106,9 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         return None
     if torch.backends.quantized.engine not in ("fbgemm", "x86"):
         return None
-    half = weight.half()
-    if not bool(half.isfinite().all()) or bool(torch.any((half.float() - weight).abs() > _FINEST)):
-        return None
+    # row by row, for a copy of a large vocabulary's weights would be the most memory that loading takes
+    if not all(bool(((part.half().float() - part).abs() <= _FINEST).all()) for part in torch.split(weight, _ROWS)):
+        return None  # also where a weight overflows
     try:
         return torch.ops.quantized.linear_prepack_fp16(weight.detach(), None if bias is None else bias.detach())
     except (RuntimeError, AttributeError):  # a build or a processor without it
