@@ -68,7 +68,7 @@ class ReadConfig(Config):
     max_pages: int = 5_000
     max_nesting: int = 10_000
     max_seconds: float = 30.0
-    max_memory: int = 800_000_000
+    max_memory: int = 700_000_000
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_text", "max_unpacked", "max_pages", "max_nesting", "max_seconds"):

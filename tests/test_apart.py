@@ -93,6 +93,21 @@ def test_a_file_that_ends_its_reader_is_tried_once(monkeypatch):
         assert len(started) == number + 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has")
+def test_a_reader_that_a_file_left_large_is_replaced():
+    parse(".html", b"a")
+    process = apart._reader._process
+    parse(".html", "<p>é <b>x</b></p>".encode() * 600_000)
+    assert process.wait(60) == 0
+    assert parse(".html", b"a").text == "a"
+    assert apart._reader._process is not process
+
+
+def test_a_style_without_end_is_refused():
+    with pytest.raises(DocumentError, match=r"at most 65,536 characters, and one has 200,000"):
+        parse(".html", b"<p style='" + b"a;" * 100_000 + b"'>x")
+
+
 def test_threads_take_turns():
     texts = [None] * 8
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lloco_engine.errors import DocumentError
+
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborHTMLParser, LexborNode
 
@@ -19,6 +21,7 @@ __all__ = ["Look", "Styles"]
 
 _FAR = -999.0  # pixels; text left of or above that is off every screen
 _MOST_RULES = 5_000
+_LONGEST_STYLE = 65_536  # characters of one attribute, each of which takes hundreds of bytes to parse
 _STATES = re.compile(r"::|:(?!not\(|is\(|where\(|root|first-|last-|only-|nth-|empty)")
 _TRACKED = {
     "display", "visibility", "opacity", "font-size", "font", "color", "background", "background-color",
@@ -94,6 +97,11 @@ class Styles:
         return _look(declared, before)
 
     def _parse(self, style: str) -> Declared:
+        if len(style) > _LONGEST_STYLE:
+            raise DocumentError(
+                f"a style attribute must have at most {_LONGEST_STYLE:,} characters, and one has {len(style):,}; "
+                "take it out: what it hides cannot be told"
+            )
         if style not in self._inline:
             self._inline[style] = _declarations(style)
         return self._inline[style]

@@ -1,7 +1,8 @@
 """The process that reads files which take a parser: ``python -m lloco_engine.readers.worker``, started by `apart`.
 
 Requests come on stdin, answers go to stdout: `TAKEN`, a line of JSON, then as many bytes as it says. It ends with its
-stdin, or by an alarm of its own where a file takes too long and no parent is left to end it.
+stdin, by itself after a file that left much memory behind, or by an alarm of its own where a file takes too long and no
+parent is left to end it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lloco_engine.readers.parsed import TAKEN
 __all__ = ["serve"]
 
 _GRACE = 5  # seconds after the parent's own limit
+_MOST_LEFT = 200 * 2**20  # bytes that files may leave behind in a process; one with more ends
 _SPARE = 8 * 2**20  # bytes let go of when memory runs out, so that there is room to say so
 
 
@@ -40,6 +42,9 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         answers.write(json.dumps(head | {"size": len(body)}).encode("ascii") + b"\n")
         answers.write(body)
         answers.flush()
+        del body
+        if _resident() > _MOST_LEFT:
+            return  # so that no file has less room because of those before it
 
 
 def _answer(suffix: str, data: bytes, config: ReadConfig) -> tuple[dict[str, Any], bytes]:
@@ -60,6 +65,15 @@ def _answer(suffix: str, data: bytes, config: ReadConfig) -> tuple[dict[str, Any
     finally:
         if hasattr(signal, "alarm"):
             signal.alarm(0)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has now; 0 where that is not told."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ null, has the store verified and asked.
 from __future__ import annotations
 
 import json
-import resource
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -41,22 +41,47 @@ def reader() -> int | None:
     return None if process is None else process.pid
 
 
+class Watch(threading.Thread):
+    """Looks at the process that reads files again and again, since what ends takes its peak with it.
+
+    What the system says of children that ended would not do: it counts what this process had when it started them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.02):
+            self.look()
+
+    def look(self) -> None:
+        if (process := reader()) is not None:
+            self.most = max(self.most, peak(process))
+
+    def stop(self) -> int:
+        """The most that was seen, in bytes."""
+        self._done.set()
+        self.join()
+        self.look()
+        return self.most
+
+
 def eat(engine: Engine, path: Path) -> dict[str, object]:
     """Ingest one file."""
-    before = reader()
-    for process in ("self", before):
+    for process in ("self", reader()):
         if process is not None:
             forget_peak(process)
+    watch = Watch()
+    watch.start()
     began = time.monotonic()
     report = engine.ingest([path])
     seconds = time.monotonic() - began
-    after = reader()
-    reading = peak(after) if after is not None else 0
-    if after is None or before not in (None, after):  # one has ended: at most what any that ended had
-        reading = max(reading, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    memory = peak("self") + watch.stop()
     done = (*report.added, *report.replaced, *report.unchanged, *report.repaired, *report.moved)
     failed = [[failure.source, failure.reason] for failure in report.failed]
-    return {"documents": len(done), "failed": failed, "seconds": seconds, "memory": peak("self") + reading}
+    return {"documents": len(done), "failed": failed, "seconds": seconds, "memory": memory}
 
 
 def main() -> None:
