@@ -115,3 +115,50 @@ def test_markers_are_known_by_their_names(pair):
     assert without_thoughts(f"{pair[0]}a{pair[1]}\n\nb") == "b"
     assert without_thoughts(f"a{pair[1]}\n\nb <i>c</i>") == "b <i>c</i>"
     assert without_thoughts("x < y, [1] and </i>") == "x < y, [1] and </i>"
+
+
+@pytest.fixture
+def thinking(tmp_path):
+    decoder = decoder_of(PAIRS[0], OPENS, True, "It is the pump.</think>Hall 3.")
+    chunk = ChunkConfig(64, 32, 8)
+    with Engine.open(tmp_path / "s", decoder=decoder, embedder=HashingEmbedder(), chunk=chunk) as engine:
+        engine.ingest(Document("d", "The pump stands in hall three."))
+        yield engine
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_langchain_gets_thoughts_apart(thinking, streamed):
+    from lloco_integrations.langchain import ChatLLoCO
+
+    chat = ChatLLoCO(engine=thinking, max_tokens=12, spelling=0, pointing=0)
+    if streamed:
+        first, *rest = chat.stream("Where?")
+        message = sum(rest, first)
+    else:
+        message = chat.invoke("Where?")
+    assert message.text == "Hall 3."
+    assert message.additional_kwargs["reasoning_content"] == "It is the pump."
+    assert [block["type"] for block in message.content_blocks].count("reasoning") == 1
+
+
+def test_llama_index_gets_thoughts_apart(thinking):
+    from llama_index.core.base.llms.types import ChatMessage, ThinkingBlock
+
+    from lloco_integrations.llama_index import LLoCOLLM
+
+    llm = LLoCOLLM(thinking, max_tokens=12, spelling=0, pointing=0)
+    message = llm.chat([ChatMessage("Where?")]).message
+    assert message.content == "Hall 3."
+    assert [block.content for block in message.blocks if isinstance(block, ThinkingBlock)] == ["It is the pump."]
+
+
+def test_thoughts_of_a_frameworks_earlier_turns_are_not_read_again():
+    from langchain_core.messages import AIMessage, HumanMessage
+    from llama_index.core.llms import ChatMessage
+
+    from lloco_integrations.langchain.messages import plain
+    from lloco_integrations.llama_index.llm import _message
+
+    said = "<think>secret</think>Hall 3."
+    assert plain([AIMessage(said), HumanMessage("And?")])[0].text == "Hall 3."
+    assert _message(ChatMessage(role="assistant", content=said)).text == "Hall 3."
