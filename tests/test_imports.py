@@ -37,6 +37,27 @@ STAGES = (
 RANK = {part: rank for rank, stage in enumerate(STAGES) for part in stage}
 APART = (("decoder", "store"), ("compress", "store"))  # the first must not know the second
 HEAVY = ("torch", "transformers", "faiss", "numpy", "sentence_transformers", "peft", "tiktoken", "matplotlib")
+COMPILES = ("llvmlite", "numba")
+READ_SEGMENTS = f"""
+import sys, torch
+from lloco_engine.compress.uncompressed import Uncompressed
+from lloco_engine.decoder import cpu_kernel
+from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.config import GenerateConfig
+from lloco_engine.prefix import place
+from lloco_engine.testing import tiny_decoder, tiny_tokenizer
+cpu_kernel.runs = lambda: True
+def say(when):
+    print(when, [name for name in {COMPILES!r} if name in sys.modules])
+decoder = LocalDecoder(tiny_decoder(), tiny_tokenizer(), "tiny")
+say("made")
+few = GenerateConfig(max_new_tokens=2)
+decoder.generate([Prompt("Who?", context="Ada.")], few)
+prefix = place(Uncompressed().compress(decoder, [40, 41, 42], [1]), template_tokens=decoder.template_tokens)
+say("asked")
+decoder.generate([Prompt("Who?", prefix=prefix)], few)
+say("read")
+"""
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
@@ -99,6 +120,12 @@ def test_public_names_resolve_and_are_documented():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = lloco_engine.Nothing
+
+
+def test_the_compiled_kernel_is_imported_when_a_decoder_first_reads_segments_on_the_cpu():
+    out = subprocess.run([sys.executable, "-c", READ_SEGMENTS], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split("\n")[:3] == ["made []", "asked []", "read ['llvmlite', 'numba']"]
 
 
 @pytest.mark.parametrize("module", ["lloco_engine", "lloco_engine.cli"])

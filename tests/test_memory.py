@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoder_cases import ragged, tiny
 
-from lloco_engine.decoder import kernel, memory
+from lloco_engine.decoder import cpu_kernel, memory
 from lloco_engine.decoder.attention import attend
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.slots import TIE
@@ -26,12 +26,12 @@ SEGMENTS = [
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-needs_kernel = pytest.mark.skipif(not kernel.runs(), reason="the processor does not convert half precision")
+needs_kernel = pytest.mark.skipif(not cpu_kernel.runs(), reason="the processor does not convert half precision")
 
 
 def without_kernel(monkeypatch) -> None:
     """As on a machine that the kernel does not serve."""
-    monkeypatch.setattr(memory.ragged, "serves", lambda *_: False)
+    monkeypatch.setattr(memory.cpu_kernel, "reader", lambda *_: None)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def no_kernel(monkeypatch):
 def layout(request, monkeypatch):
     if request.param == "padded":
         without_kernel(monkeypatch)
-    elif not kernel.runs():
+    elif not cpu_kernel.runs():
         pytest.skip("the processor does not convert half precision")
     with torch.no_grad():  # else the kernel does not serve
         yield request.param
@@ -280,10 +280,10 @@ def test_the_kernel_reads_heads_of_any_size_alone_and_together(dim, count, focus
     keys, values = (random(1, HEADS, count, dim, seed=seed) for seed in (2, 3))
     mask = torch.zeros(1, 1, count, count)
     mask.masked_fill_(torch.ones(count, count).triu(1).bool(), torch.finfo(mask.dtype).min)
-    monkeypatch.setattr(memory.ragged, "_ALONE", 0)
+    monkeypatch.setattr("lloco_engine.decoder.cpu_kernel.ragged._ALONE", 0)
     found = []
     for threads in (1, 2, 5):  # whatever torch was told
-        monkeypatch.setattr(memory.ragged.team, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr("lloco_engine.decoder.cpu_kernel.team.threads", lambda threads=threads: threads)
         made = make(prefixes)
         for layer in range(LAYERS):
             found.append(read(made, layer, q, keys, values, mask))
@@ -316,3 +316,47 @@ def test_a_bias_is_the_logarithm_of_how_often_a_slot_counts():
     often = Segment(key.repeat(3, 1), value.repeat(3, 1), torch.zeros(3), lengths * 3, 3)
     q, keys, values = random(1, 1, 2, DIM), random(1, 1, 2, DIM, seed=4), random(1, 1, 2, DIM, seed=5)
     torch.testing.assert_close(*(read(make([one]), 0, q, keys, values, None, 0.5) for one in (three, prefix(often))))
+
+
+BAD_CALLS = {
+    "queries of two rows": (lambda q, k, v, m: (q[:2], k[:2], v[:2], m), "rows, not of 2"),
+    "queries of another head size": (lambda q, k, v, m: (q[..., :4], k, v, m), "queries must be"),
+    "keys of one head": (lambda q, k, v, m: (q, k[:, :1], v, m), "live keys and values"),
+    "values that lie otherwise": (lambda q, k, v, m: (q, k, v.mT.contiguous().mT, m), "lie alike"),
+    "keys that lie otherwise": (lambda q, k, v, m: (q, *(x.mT.contiguous().mT for x in (k, v)), m), "one after"),
+    "queries with gaps": (lambda q, k, v, m: (q.repeat_interleave(2, -1)[..., ::2], k, v, m), "side by side"),
+    "fewer values": (lambda q, k, v, m: (q, k, v[:, :, 1:], m), "as many tokens"),
+    "half precision": (lambda q, k, v, m: (q.half(), k.half(), v.half(), m.half()), "float32"),
+    "a mask of fewer tokens": (lambda q, k, v, m: (q, k, v, m[..., 1:]), "a mask must be"),
+    "a mask of true and false": (lambda q, k, v, m: (q, k, v, m == 0), "a mask must be"),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", BAD_CALLS)
+@torch.no_grad()
+def test_what_the_kernel_would_misread_is_refused(bad):
+    change, said = BAD_CALLS[bad]
+    prefixes = [prefix(*SEGMENTS), prefix(SEGMENTS[1]), prefix(SEGMENTS[2])]
+    given = live(3, 4, 2)
+    read(make(prefixes), 0, *given)
+    with pytest.raises(ValueError, match=said):
+        read(make(prefixes), 0, *change(*given))
+
+
+BAD_SEGMENTS = {
+    "values of fewer slots": ({"values": SEGMENTS[0].values[1:]}, "keys, values and bias"),
+    "a bias of another shape": ({"bias": SEGMENTS[0].bias[:, None]}, "keys, values and bias"),
+    "lengths of one layer": ({"lengths": SEGMENTS[0].lengths[:1]}, "lengths must be"),
+    "lengths below 0": ({"lengths": SEGMENTS[0].lengths - 2}, "lengths must be"),
+    "lengths that add up to more": ({"lengths": SEGMENTS[0].lengths + 1}, "add up"),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", BAD_SEGMENTS)
+@torch.no_grad()
+def test_segments_that_do_not_hold_what_they_say_are_refused(bad):
+    changes, said = BAD_SEGMENTS[bad]
+    with pytest.raises(ValueError, match=said):
+        make([prefix(SEGMENTS[1], replace(SEGMENTS[0], **changes))]).layer(0)

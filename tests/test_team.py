@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from lloco_engine.decoder import call, kernel, team
+from lloco_engine.decoder import cpu_kernel
+from lloco_engine.decoder.cpu_kernel import call, kernel, team
 
-needs_kernel = pytest.mark.skipif(not kernel.runs(), reason="the processor does not convert half precision")
+needs_kernel = pytest.mark.skipif(not cpu_kernel.runs(), reason="the processor does not convert half precision")
 ALONE = """
 import ctypes, sys
 real = ctypes.CDLL
@@ -22,7 +23,7 @@ def without(name, *rest, **more):
     return real(name, *rest, **more)
 ctypes.CDLL = without
 import pytest
-from lloco_engine.decoder import team
+from lloco_engine.decoder.cpu_kernel import team
 assert team._openmp() is None and team.threads() == 1
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1], "-k", "any_size"]))
 """

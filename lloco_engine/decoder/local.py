@@ -11,7 +11,6 @@ import torch
 
 from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import kernel, ragged
 from lloco_engine.decoder.adapted import AdaptedDecoder
 from lloco_engine.decoder.beams import search
 from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
@@ -56,8 +55,6 @@ class LocalDecoder(AdaptedDecoder):
         model, tokenizer = models.load_causal_lm(name, device=device, dtype=dtype), models.load_tokenizer(name)
         decoder = cls(model, tokenizer, name, template)
         decoder.fingerprint = fingerprints.model_fingerprint(models.decoder_folder(name))
-        if ragged.serves(decoder.runner.device, decoder.runner.dtype):
-            kernel.prepare()  # now, and not while a first question waits
         return decoder
 
     def check_window(self, start: int, tokens: int, new: int) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
-from lloco_engine.decoder import padded, ragged
-from lloco_engine.decoder.slots import LayerSlots
+from lloco_engine.decoder import cpu_kernel, padded
+from lloco_engine.decoder.slots import LayerSlots, SegmentSlots
 from lloco_engine.types import Prefix
 
 __all__ = ["Memory"]
@@ -40,8 +41,7 @@ class Memory:
         ]
         self._focus = [0 if prefix is None else prefix.focus for prefix in prefixes]
         self._prior = [() if prefix is None else prefix.prior for prefix in prefixes]
-        self._served = ragged.serves(device, dtype)  # asked once, and not in every layer of every step
-        self._segments: dict[bool, ragged.Segments | padded.Segments] = {}  # by whether the kernel reads them
+        self._segments: dict[bool, SegmentSlots] = {}  # by whether the kernel reads them
         self._layers: dict[tuple[int, bool], LayerSlots] = {}
 
     @classmethod
@@ -54,14 +54,19 @@ class Memory:
         shared = all(prefix is prefixes[0] for prefix in prefixes)
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)
 
+    @cached_property
+    def _kernel(self) -> cpu_kernel.Reader | None:
+        return cpu_kernel.reader(self._device, self._dtype)
+
     def layer(self, index: int) -> LayerSlots:
         """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch."""
-        compiled = self._served and not torch.is_grad_enabled()
+        kernel = None if torch.is_grad_enabled() else self._kernel
+        compiled = kernel is not None
         if (index, compiled) not in self._layers:
             if compiled not in self._segments:
                 told = self._rows, self._focus, self._prior
                 self._segments[compiled] = (
-                    ragged.Segments(*told) if compiled else padded.Segments(*told, self._device, self._dtype)
+                    padded.Segments(*told, self._device, self._dtype) if kernel is None else kernel(*told)
                 )
             self._layers[index, compiled] = self._segments[compiled].layer(index)
         return self._layers[index, compiled]

@@ -1,4 +1,4 @@
-"""The contract of a layer's slots, however they are read: `padded` by torch, `ragged` by a kernel of our own.
+"""The contract of a layer's slots, however they are read: `padded` by torch, `cpu_kernel` by a kernel of our own.
 
 Segments are compressed apart and placed at the same positions, so every one of them offers each query something: the
 more there are, the more of its attention goes to those that have nothing to do with it. So a query (one token of one
@@ -10,10 +10,11 @@ the last of them: segments that begin with the same words do, and which comes fi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 
-__all__ = ["TIE", "LayerSlots"]
+__all__ = ["TIE", "LayerSlots", "SegmentSlots"]
 
 TIE = 1e-3  # largest logits that are no further apart count as equal: they may differ by rounding alone
 
@@ -35,3 +36,11 @@ class LayerSlots(ABC):
         Returns:
             (B, T, H*G*D).
         """
+
+
+class SegmentSlots(Protocol):
+    """The segments of a memory, made ready to be read layer by layer."""
+
+    def layer(self, index: int, /) -> LayerSlots:
+        """The slots of one layer."""
+        ...

@@ -13,19 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lloco_engine.decoder import call as calls
-from lloco_engine.decoder import kernel, team
+from lloco_engine.decoder.cpu_kernel import call as calls
+from lloco_engine.decoder.cpu_kernel import kernel, team
 from lloco_engine.decoder.slots import LayerSlots
 from lloco_engine.types import Segment
 
-__all__ = ["Ragged", "Segments", "serves"]
+__all__ = ["Ragged", "Segments"]
 
 _ALONE = 4096  # queries times tokens and slots below which a second thread costs more than it saves
-
-
-def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel serves a decoder on this machine."""
-    return device.type == "cpu" and dtype == torch.float32 and kernel.runs()
 
 
 class _Room(NamedTuple):
@@ -54,6 +49,9 @@ class Segments:
         self, rows: Sequence[Sequence[Segment]], focus: Sequence[int], prior: Sequence[Sequence[float]]
     ) -> None:
         segments = [segment for row in rows for segment in row]
+        for segment in segments:
+            _check_segment(segment, segments[0])
+        self._rows, self._form = len(rows), (segments[0].lengths.shape[1], segments[0].keys.shape[1])
         half = all(t.dtype == torch.float16 for one in segments for t in (one.keys, one.values))
         dtype = torch.float16 if half else torch.float32
         given = [(one.keys.to(dtype), one.values.to(dtype), one.bias.float()) for one in segments]
@@ -106,23 +104,31 @@ class Segments:
         scale: float,
     ) -> torch.Tensor:
         """`LayerSlots.attend` of the layer whose `calls.Attend.begins` and ``slots`` are there."""
-        live, shapes = keys.shape[2], (q.shape, q.stride(), keys.stride(), scale)
+        live, shapes = keys.shape[2], (q.shape, q.stride(), _form(keys), _form(values), q.dtype, scale)
+        if values.shape[2] != live:
+            raise ValueError(f"live values must be of as many tokens as keys, {live}, not of {values.shape[2]}")
         room = self._rooms.get(shapes)
         if room is None or live > room.live:
-            room = self._rooms[shapes] = self._prepare(q, keys, scale)
+            room = self._rooms[shapes] = self._prepare(q, keys, values, scale)
         call, out = room.call, torch.empty(room.result)
         call.q, call.out, call.begins, call.slots = q.data_ptr(), out.data_ptr(), begins, slots
         call.live_keys, call.live_values, call.live = keys.data_ptr(), values.data_ptr(), live
         call.mask = 0
         if mask is not None:
+            if mask.shape[0] not in (1, call.rows) or mask.shape[1:] != (1, call.tokens, live) or mask.dtype != q.dtype:
+                raise ValueError(
+                    f"a mask must be (1 or {call.rows}, 1, {call.tokens}, {live}) in float32, not "
+                    f"{tuple(mask.shape)} in {mask.dtype}"
+                )
             mask = mask.contiguous()
             call.mask, call.mask_row = mask.data_ptr(), 0 if len(mask) == 1 else call.tokens * live
         much = call.group * call.tokens * (call.rows * call.heads * live + self._most) >= _ALONE
         self._run(call, self._threads if much else 1)
         return out
 
-    def _prepare(self, q: torch.Tensor, keys: torch.Tensor, scale: float) -> _Room:
+    def _prepare(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> _Room:
         """A call that says all but the layer, how many live tokens there are, and where they, mask and result are."""
+        _check_tokens(q, keys, values, self._rows, self._form)
         call, (heads, live) = calls.Attend(**self._facts), keys.shape[1:3]
         call.rows, query_heads, call.tokens, call.dim = q.shape
         call.heads, call.group, call.scale = heads, query_heads // heads, scale
@@ -141,6 +147,57 @@ class Segments:
         else:
             live = sys.maxsize
         return _Room(call, (call.rows, call.tokens, query_heads * call.dim), live, held)
+
+
+def _check_segment(segment: Segment, first: Segment) -> None:
+    """Raise unless the kernel, which is given addresses, finds at them what it will look for."""
+    slots, dim, lengths = len(segment.keys), first.keys.shape[1], segment.lengths
+    shapes = segment.keys.shape, segment.values.shape, segment.bias.shape
+    if shapes != ((slots, dim), (slots, dim), (slots,)):
+        raise ValueError(
+            f"a segment's keys, values and bias must be (N, {dim}), (N, {dim}) and (N,), not "
+            f"{', '.join(str(tuple(shape)) for shape in shapes)}"
+        )
+    if lengths.shape != first.lengths.shape or lengths.dtype != torch.int64 or bool((lengths < 0).any()):
+        raise ValueError(
+            f"a segment's lengths must be {tuple(first.lengths.shape)} int64 of at least 0, not "
+            f"{tuple(lengths.shape)} {lengths.dtype}"
+        )
+    if int(lengths.sum()) != slots:
+        raise ValueError(f"a segment's lengths must add up to its {slots} slots, not to {int(lengths.sum())}")
+    for tensor in (segment.keys, segment.values, segment.bias, lengths):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"a segment that the kernel reads must be on the CPU, not on {tensor.device}")
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    """All that must stay as it is for a call to be made again with other live tokens: not how many there are."""
+    rows, heads, _, dim = tensor.shape
+    return rows, heads, dim, tensor.stride(), tensor.dtype
+
+
+def _check_tokens(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: int, form: tuple[int, int]) -> None:
+    """Raise unless queries and live tokens lie as the kernel takes them: see `calls.Attend`."""
+    heads, dim = form
+    if q.shape[0] != rows and rows != 1:
+        raise ValueError(f"queries must be of the memory's {rows} rows, not of {q.shape[0]}")
+    if q.shape[1] % heads or q.shape[3] != dim or q.shape[1] < heads:
+        raise ValueError(f"queries must be (B, a multiple of {heads}, T, {dim}), not {tuple(q.shape)}")
+    if _form(keys) != _form(values) or keys.shape[:2] != (q.shape[0], heads) or keys.shape[3] != dim:
+        raise ValueError(
+            f"live keys and values must both be ({q.shape[0]}, {heads}, S, {dim}) and lie alike, not "
+            f"{tuple(keys.shape)} by strides {keys.stride()} and {tuple(values.shape)} by {values.stride()}"
+        )
+    if q.stride(3) != 1 or keys.stride()[2:] != (dim, 1):
+        raise ValueError(
+            f"a token's numbers must lie side by side, and a head's live tokens one after another: strides are "
+            f"{q.stride()} of queries and {keys.stride()} of keys; call contiguous()"
+        )
+    for tensor in (q, keys, values):
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"queries and live tokens must be float32 on the CPU, not {tensor.dtype} on {tensor.device}"
+            )
 
 
 class Ragged(LayerSlots):

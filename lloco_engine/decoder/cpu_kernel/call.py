@@ -11,7 +11,7 @@ import ctypes
 import numpy as np
 import torch
 
-from lloco_engine.decoder.vectors import COLUMNS, FEW, LANES, PARTS, ROWS
+from lloco_engine.decoder.cpu_kernel.vectors import COLUMNS, FEW, LANES, PARTS, ROWS
 
 __all__ = ["WIDTH", "Attend", "Desk", "furnish", "kept", "parts"]
 

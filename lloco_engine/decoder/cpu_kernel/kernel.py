@@ -13,7 +13,6 @@ others'. Where queries choose among segments, a place's slots are looked at, the
 from __future__ import annotations
 
 import logging
-import platform
 import threading
 from functools import cache
 from typing import Any
@@ -22,11 +21,11 @@ import numba
 import numpy as np
 from numba import njit
 
-from lloco_engine import processor
-from lloco_engine.decoder import call as calls
-from lloco_engine.decoder import slots, team, vectors
-from lloco_engine.decoder.call import WIDTH, Attend, Desk
-from lloco_engine.decoder.vectors import (
+from lloco_engine.decoder import slots
+from lloco_engine.decoder.cpu_kernel import call as calls
+from lloco_engine.decoder.cpu_kernel import team, vectors
+from lloco_engine.decoder.cpu_kernel.call import WIDTH, Attend, Desk
+from lloco_engine.decoder.cpu_kernel.vectors import (
     COLUMNS,
     FEW,
     LANES,
@@ -57,7 +56,7 @@ from lloco_engine.decoder.vectors import (
     weigh_few,
 )
 
-__all__ = ["prepare", "runs"]
+__all__ = ["prepare"]
 
 _log = logging.getLogger(__name__)
 _PATIENCE_S = 2.0
@@ -75,12 +74,6 @@ _FIRST = np.arange(WIDTH)
 _ATTEND, _DESK = np.dtype(Attend), np.dtype(Desk)
 _DESK_BYTES = _DESK.itemsize
 _array: Any = numba.carray  # type: ignore[attr-defined]
-
-
-@cache
-def runs() -> bool:
-    """Whether the processor converts half precision by itself, which the kernel relies on."""
-    return platform.machine().lower() in ("arm64", "aarch64") or processor.has("f16c")
 
 
 # -- one block --------------------------------------------------------------------------------------------------
