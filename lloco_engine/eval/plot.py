@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from lloco_engine.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_suffix", "draw"]
+__all__ = ["check_suffix", "draw", "source_of"]
 
 _OURS, _THEIRS, _QUIET = "#0072B2", "#D55E00", "#767676"  # blue and vermilion (Okabe and Ito) differ to every eye
 _SUFFIXES = (".png", ".svg")
@@ -25,6 +27,11 @@ def check_suffix(path: Path) -> None:
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"a plot's file must end in {' or '.join(_SUFFIXES)}, not {path.suffix!r}")
+
+
+def source_of(result: Mapping[str, Any]) -> str:
+    """What a picture names in its file as the result that it was drawn of: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(result, ensure_ascii=False).encode()).hexdigest()
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -65,7 +72,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     right.set_ylim(low / 1.6, high * 2.5)
 
     figure.suptitle(f"The whole source in the prompt: {_machine(details)}", x=0.01, ha="left", fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Source": source_of(result)})
 
 
 def _points(rows: Mapping[str, Any]) -> list[tuple[int, Any]]:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lloco_engine.eval.plot import source_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -200,4 +202,4 @@ def _save(figure: Any, result: Mapping[str, Any], path: Path) -> None:
         f"decoder {Path(config['decoder']['name']).name}"
     )
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Source": source_of(result)})

@@ -1,68 +1,194 @@
-"""Results side by side: tables in Markdown, with the plots that their kind allows."""
+"""A page of results: every table, the command that made it, and the plots that its kind allows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lloco_engine.errors import ConfigError, DocumentError
-from lloco_engine.eval import plot, plots
+from lloco_engine.eval import plot, plots, tables
+from lloco_engine.eval.commands import command
 from lloco_engine.eval.machine import check_writable
 
-__all__ = ["write_report"]
+__all__ = ["PLAN", "Report", "check_report", "read_report", "write_report"]
 
-_SCORES = {
-    "f1": "F1",
-    "em": "exact match",
-    "rouge_1": "ROUGE-1",
-    "rouge_2": "ROUGE-2",
-    "rouge_l": "ROUGE-L",
-    "rouge_geometric": "geometric mean",
-    "accuracy": "accuracy, likelihood",
-    "accuracy_generated": "accuracy, generated",
-    "success": "success",
-}
-_HEADLINES = ("rouge_l", "f1", "accuracy", "success")  # scores whose differences are shown
+PLAN = "page.toml"
+"""In a folder of results: in which order they are shown, under which titles, and with which words."""
+
+Draw = Callable[[Path], None]
 
 
-def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Write ``report.md`` and its plots.
+@dataclass(frozen=True)
+class _Section:
+    """Results that are shown together.
 
     Args:
-        paths: JSON files of evaluations and benches.
-        out: folder.
+        title: its heading.
+        results: names of files, without their suffix; evaluations come in one table.
+        text: what is to be known of them, without any figure.
+        scores: that have a column, None for all that were taken.
+        plots: kinds to draw, None for all that can be drawn.
+        command: that made them, where the results do not keep it.
+    """
 
-    Returns:
-        the files written, ``report.md`` first.
+    title: str
+    results: tuple[str, ...]
+    text: str = ""
+    scores: tuple[str, ...] | None = None
+    plots: tuple[str, ...] | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page and its pictures.
+
+    Args:
+        page: the file of the page.
+        text: its Markdown.
+        pictures: of each file that the page shows, beside it, what it is a picture of and the function that draws it.
+    """
+
+    page: Path
+    text: str
+    pictures: Mapping[Path, tuple[Mapping[str, Any], Draw]]
+
+
+def read_report(paths: Sequence[Path], page: Path) -> Report:
+    """Make a page of results.
+
+    Args:
+        paths: JSON files of ``lloco eval``, ``bench``, ``memories`` and ``scores``. With a `PLAN` beside them they come
+            as it says, and what it does not name comes after.
+        page: the Markdown file to be.
 
     Raises:
         DocumentError: a file cannot be read, or is not such a result.
-        ConfigError: two files have one name, or the folder cannot be written to.
+        ConfigError: two files have one name, or the plan names a result that is not there.
     """
-    read = [(path.stem, _read(path)) for path in paths]
-    names = [name for name, _ in read]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"results must have different names, which plots are called by; {twice[0]!r} comes twice")
-    check_writable(out / "report.md")
-    parts, written = ["# Results"], [out / "report.md"]
-    for name, result in read:
-        parts.append(f"## {name}")
-        if "results" in result:
-            parts += _evaluation(result)
-            drawings = plots.drawings(result)
-        else:
-            parts += _bench(result)
-            drawings = {"time": partial(plot.draw, result)}
-        for kind, draw in drawings.items():
-            path = out / f"{name}-{kind}.png"
+    if page.suffix != ".md":
+        raise ConfigError(f"the page must be a file whose name ends in .md, not {page}; its plots go beside it")
+    results: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if path.stem in results:
+            raise ConfigError(
+                f"results must have different names, which plots are called by; {path.stem!r} comes twice"
+            )
+        results[path.stem] = _read(path)
+    if not results:
+        raise ConfigError("a page needs at least one result; name the JSON files that lloco eval and bench wrote")
+    title, text, sections = _plan(paths[0].with_name(PLAN), results)
+    parts, pictures = [f"# {title}", *([text] if text else [])], {}
+    for section in sections:
+        parts += _shown(section, results)
+        for name in section.results:
+            for kind, draw in _drawings(results[name]).items():
+                if section.plots is None or kind in section.plots:
+                    picture = page.with_suffix("") / f"{name}-{kind}.png"
+                    pictures[picture] = (results[name], draw)
+                    parts.append(f"![{name}, {kind}]({picture.relative_to(page.parent)})")
+    return Report(page, "\n\n".join(parts) + "\n", pictures)
+
+
+def write_report(report: Report) -> list[Path]:
+    """Write the page and its pictures; the files written, the page first.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    for path in (report.page, *report.pictures):
+        check_writable(path)
+    for path, (result, draw) in report.pictures.items():
+        if not _is_of(path, result):
             draw(path)
-            written.append(path)
-            parts.append(f"![{name}, {kind}]({path.name})")
-    written[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return written
+    report.page.write_text(report.text, encoding="utf-8")
+    return [report.page, *report.pictures]
+
+
+def check_report(report: Report) -> None:
+    """Check that the page is what the results say, and that its pictures are of them.
+
+    Raises:
+        ConfigError: it differs, and how to mend it.
+    """
+    there = report.page.read_text(encoding="utf-8") if report.page.exists() else ""
+    fix = "Fix: lloco report"
+    if there != report.text:
+        old, new = there.splitlines(), report.text.splitlines()
+        at = next(
+            (n for n, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
+        )
+        found = repr(old[at]) if at < len(old) else "the end"
+        raise ConfigError(
+            f"{report.page} must be what the results say; line {at + 1} is {found}, "
+            f"and {repr(new[at]) if at < len(new) else 'the end'} was expected. {fix}"
+        )
+    for path, (result, _) in report.pictures.items():
+        if not _is_of(path, result):
+            raise ConfigError(f"{path} must be a picture of the result as it is; it is missing or of another. {fix}")
+
+
+def _is_of(path: Path, result: Mapping[str, Any]) -> bool:
+    """Whether a picture was drawn of a result: it names what it was drawn of."""
+    return path.exists() and plot.source_of(result).encode() in path.read_bytes()
+
+
+def _plan(path: Path, results: Mapping[str, Any]) -> tuple[str, str, list[_Section]]:
+    """The page's title, its first words and its sections; a result that no section names has one of its own."""
+    plan: dict[str, Any] = {}
+    if path.exists():
+        try:
+            plan = tomllib.loads(path.read_text(encoding="utf-8"))
+            sections = [_section(each) for each in plan.get("section", ())]
+        except (OSError, ValueError, TypeError) as error:
+            raise DocumentError(f"the plan {path} must be TOML with a title, a text and sections: {error}") from error
+    else:
+        sections = []
+    named = {name for section in sections for name in section.results}
+    if missing := sorted(named - set(results)):
+        raise ConfigError(f"the plan {path} must name results that are there; there is no {missing[0]}.json")
+    sections += [_Section(name, (name,)) for name in results if name not in named]
+    return plan.get("title", "Results"), plan.get("text", "").strip(), sections
+
+
+def _section(given: Mapping[str, Any]) -> _Section:
+    return _Section(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _shown(section: _Section, results: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """A section's title, text, tables, circumstances and commands."""
+    yield f"## {section.title}"
+    if section.text:
+        yield section.text.strip()
+    shown = {name: results[name] for name in section.results}
+    evaluations = [result for result in shown.values() if tables.kind_of(result) == "eval"]
+    if evaluations:
+        yield tables.about(evaluations)
+        yield from tables.evaluations(evaluations, section.scores)
+    for result in shown.values():
+        kind = tables.kind_of(result)
+        if kind != "eval":
+            yield from {"bench": tables.bench, "memories": tables.memories, "scores": tables.scores}[str(kind)](result)
+    if where := [f"* {each}" for each in dict.fromkeys(map(tables.circumstances, shown.values())) if each]:
+        yield "\n".join(where)
+    commands = (
+        [section.command]
+        if section.command
+        else [command(str(tables.kind_of(result)), name, result) for name, result in shown.items()]
+    )
+    yield "```sh\n" + "\n".join(commands) + "\n```"
+
+
+def _drawings(result: Mapping[str, Any]) -> dict[str, Draw]:
+    kind = tables.kind_of(result)
+    if kind == "eval":
+        return plots.drawings(result)
+    return {"time": partial(plot.draw, result)} if kind == "bench" else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -72,95 +198,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise DocumentError(f"the result {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DocumentError(f"the result {path} must be JSON in UTF-8: {error}") from error
-    evaluation = isinstance(value, dict) and isinstance(value.get("results"), list) and "config" in value
-    bench = isinstance(value, dict) and isinstance(value.get("details"), dict)
-    if not (evaluation or bench):
-        raise DocumentError(f"a result must be what lloco eval or lloco bench wrote with --json; {path} is not")
+    if tables.kind_of(value) is None:
+        raise DocumentError(f"a result must be what lloco {', '.join(tables.KINDS)} wrote with --json; {path} is not")
     return value  # type: ignore[no-any-return]
-
-
-def _evaluation(result: Mapping[str, Any]) -> Iterator[str]:
-    config, rows = result["config"], result["results"]
-    task = config.get("task", "plain")
-    yield (
-        f"Task {task}, {rows[0]['questions']:,} questions about {rows[0]['documents']:,} documents of {config['data']}"
-        f". Decoder {config['decoder']['name']}, compressor {config['compressor']['name']}. In brackets: 95% "
-        "intervals, bootstrap over documents."
-    )
-    scores = [name for name in _SCORES if any(row.get(name) is not None for row in rows)]
-    header = ["method", "adapter", "ratio", "loss", "recovered", *(_SCORES[name] for name in scores)]
-    header += ["prompt tokens", "prompt slots", "source tokens"]
-    yield _table(
-        header,
-        [
-            [
-                row["method"],
-                row["adapter"],
-                _number(row["ratio"], 0),
-                *(_bounded(row, name) for name in ("loss", "recovered", *scores)),
-                *(_number(row[name], 0) for name in ("prompt_tokens", "prompt_slots", "source_tokens")),
-            ]
-            for row in rows
-        ],
-    )
-    compared = ["loss", *(name for name in _HEADLINES if name in scores)]
-    if lines := list(_differences(result, compared)):
-        yield "A row less a baseline, paired by document (of loss, below 0 is better; clear of 0 in bold):"
-        yield _table(["method", "adapter", "ratio", "against", *(_SCORES.get(name, name) for name in compared)], lines)
-    for note in config.get("notes", ()):
-        yield f"* {note}"
-    yield _circumstances(config)
-
-
-def _differences(result: Mapping[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
-    for each in result.get("differences", ()):
-        if each["method"] not in ("none", "full", "text_retrieved"):
-            other = f"{each['against']['method']}, adapter {each['against']['adapter']}"
-            shown = [_difference(each["metrics"].get(name)) for name in names]
-            yield [each["method"], each["adapter"], _number(each["ratio"], 0), other, *shown]
-
-
-def _difference(taken: Mapping[str, Any] | None) -> str:
-    if taken is None:
-        return "-"
-    shown, bounds = f"{taken['difference']:+.3f}", taken["interval"]
-    if bounds is None:
-        return shown
-    shown += f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
-    return f"**{shown}**" if bounds[0] > 0 or bounds[1] < 0 else shown
-
-
-def _bench(result: Mapping[str, Any]) -> Iterator[str]:
-    lines = []
-    for name, value in result.items():
-        if isinstance(value, Mapping) and name != "details":
-            lines.append([name, ", ".join(f"{int(length):,}: {_number(each, 3)}" for length, each in value.items())])
-        elif name != "details":
-            lines.append([name, _number(value, 3)])
-    yield _table(["measured", "value (by source tokens)"], lines)
-    yield _circumstances(result["details"])
-
-
-def _circumstances(values: Mapping[str, Any]) -> str:
-    hardware, versions = values.get("hardware", {}), values.get("versions", {})
-    where = hardware.get("accelerator") or hardware.get("processor", "unknown machine")
-    made = f"On {where}, {hardware.get('threads', '?')} threads, {hardware.get('dtype', '?')}"
-    used = ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("lloco", "torch"))
-    return f"{made}; {used}; {values.get('date', 'no date')}."
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def _bounded(row: Mapping[str, Any], name: str) -> str:
-    shown = _number(row.get(name), 3)
-    bounds = row.get("intervals", {}).get(name)
-    return shown if bounds is None else f"{shown} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
-
-
-def _number(value: Any, digits: int) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.{digits}f}" if isinstance(value, int | float) else str(value)
