@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lloco_engine.answers import AnswerStream, AsyncAnswerStream
     from lloco_engine.compress.base import Compressor
     from lloco_engine.compress.registry import register
     from lloco_engine.compress.scorer import Observed, ScorerCompressor
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
     from lloco_engine.metadata import plain_metadata
     from lloco_engine.reasoning import without_thoughts
+    from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
     from lloco_engine.types import (
         Answer,
         Chunk,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "answers": ("AnswerStream", "AsyncAnswerStream"),
+    "streaming": ("AnswerStream", "AsyncAnswerStream"),
     "compress.base": ("Compressor",),
     "compress.registry": ("register",),
     "compress.scorer": ("Observed", "ScorerCompressor"),

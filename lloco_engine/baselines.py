@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.ledger import usage_of
 from lloco_engine.types import Answer, Hit
+from lloco_engine.usage import usage_of
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from lloco_engine.adapters.choosing import Adapters
-from lloco_engine.answers import AnswerStream, AsyncAnswerStream
+from lloco_engine.adapters.routing import Adapters
 from lloco_engine.config import (
     ChunkConfig,
     CompressConfig,
@@ -32,6 +31,7 @@ from lloco_engine.recall import AskOptions, Found, Recall, Recalled, Wanted
 from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.retrieve import Retriever, SearchOptions, with_history, with_options
 from lloco_engine.store import DocumentInfo, Manifest, Problem, Store
+from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
 from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Usage
 from lloco_engine.unicode import require_unicode
 
@@ -373,7 +373,7 @@ class Engine:
         document seems to answer and ``when_nothing`` is ``"refuse"``, the decoder is not even loaded.
         """
         from lloco_engine.decoder.local import Prompt
-        from lloco_engine.ledger import usage_of
+        from lloco_engine.usage import usage_of
 
         _check("ask", question, options, AskOptions)
         if not question.strip():

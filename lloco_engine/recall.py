@@ -32,7 +32,7 @@ class AskOptions(SearchOptions, total=False):
     hits: segments to read, best first, from `Engine.retrieve`; None (the default) searches for them. They are looked
         up again: of a hit only where it points to is believed, and one that is not there any more is left out.
     whole_document: id of a document to read all of, instead of a search.
-    adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.choosing` says;
+    adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.routing` says;
         "none" answers with the base weights; else a group, or the name of a loaded adapter.
     generate: how tokens are chosen.
     prefix: placement and budget of the segments; None takes the engine's own.

@@ -21,11 +21,11 @@ from test_decoder import save_adapter
 from typer.testing import CliRunner
 
 from lloco_engine import Document, Engine, __version__
-from lloco_engine.adapters import choosing, loading
-from lloco_engine.adapters.averaging import average
-from lloco_engine.adapters.choosing import group_of
+from lloco_engine.adapters import loading, routing
+from lloco_engine.adapters.interpolate import average
 from lloco_engine.adapters.manifest import FORMAT_VERSION, WEIGHTS, AdapterManifest
-from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.adapters.registry import Registry
+from lloco_engine.adapters.routing import group_of
 from lloco_engine.cli import app
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
@@ -103,45 +103,45 @@ def engine(store, decoder):
 
 
 @pytest.fixture
-def shelf(store):
+def registry(store):
     with Store.open(store) as opened:
-        yield Shelf(opened)
+        yield Registry(opened)
 
 
 def cli(*words: str):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-# -- the shelf ------------------------------------------------------------------------------------------------------
+# -- the registry ------------------------------------------------------------------------------------------------------
 
 
-def test_versions_are_added_rolled_back_and_removed(shelf, made):
-    assert shelf.kept() == []
-    assert shelf.current("law") is None
-    assert [shelf.add(made, "law").version for _ in range(3)] == [1, 2, 3]
-    assert [(one.version, one.current) for one in shelf.kept()] == [(1, False), (2, False), (3, True)]
-    assert shelf.rollback("law") == 2
-    version, folder = shelf.current("law")
+def test_versions_are_added_rolled_back_and_removed(registry, made):
+    assert registry.kept() == []
+    assert registry.current("law") is None
+    assert [registry.add(made, "law").version for _ in range(3)] == [1, 2, 3]
+    assert [(one.version, one.current) for one in registry.kept()] == [(1, False), (2, False), (3, True)]
+    assert registry.rollback("law") == 2
+    version, folder = registry.current("law")
     assert version == 2 and folder.parent.name == "law"
-    assert shelf.rollback("law", 3) == 3
-    assert shelf.remove("law", 3) == [3]
-    assert shelf.current("law")[0] == 2  # the newest that is left
-    assert shelf.add(made, "law").version == 4  # a number is never given twice
-    assert shelf.remove("law") == [1, 2, 4]
-    assert shelf.groups() == []
-    assert shelf.current("law") is None
-    assert shelf.add(made, "law").version == 5
+    assert registry.rollback("law", 3) == 3
+    assert registry.remove("law", 3) == [3]
+    assert registry.current("law")[0] == 2  # the newest that is left
+    assert registry.add(made, "law").version == 4  # a number is never given twice
+    assert registry.remove("law") == [1, 2, 4]
+    assert registry.groups() == []
+    assert registry.current("law") is None
+    assert registry.add(made, "law").version == 5
     with pytest.raises(AdapterError, match=r"no earlier version; it has versions: 5"):
-        shelf.rollback("law")
+        registry.rollback("law")
     with pytest.raises(AdapterError, match=r"no version 9; it has versions: 5"):
-        shelf.rollback("law", 9)
+        registry.rollback("law", 9)
     with pytest.raises(AdapterError, match=r"'poems' has no adapter"):
-        shelf.remove("poems")
+        registry.remove("poems")
 
 
-def test_what_is_added_is_the_adapter_whole_and_nothing_else(shelf, made):
+def test_what_is_added_is_the_adapter_whole_and_nothing_else(registry, made):
     (made / "stranger.bin").write_bytes(b"x")
-    kept = shelf.add(made, "law").folder
+    kept = registry.add(made, "law").folder
     assert sorted(file.name for file in kept.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "lloco.json", "owner.json",
     ]  # fmt: skip
@@ -150,14 +150,14 @@ def test_what_is_added_is_the_adapter_whole_and_nothing_else(shelf, made):
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "none", "auto", ".work", "x" * 65, "a.b"])
-def test_a_groups_name_cannot_be_a_path(store, shelf, made, name):
+def test_a_groups_name_cannot_be_a_path(store, registry, made, name):
     with pytest.raises(ConfigError, match="group's name"):
-        shelf.add(made, name)
+        registry.add(made, name)
     assert not (store / "adapters").exists()
 
 
-def test_an_addition_that_fails_leaves_the_group_as_it_was(store, shelf, made, monkeypatch):
-    before = shelf.add(made, "law").folder
+def test_an_addition_that_fails_leaves_the_group_as_it_was(store, registry, made, monkeypatch):
+    before = registry.add(made, "law").folder
     write = adapters.write_atomic
 
     def full(path, data, temporary):
@@ -167,20 +167,20 @@ def test_an_addition_that_fails_leaves_the_group_as_it_was(store, shelf, made, m
 
     monkeypatch.setattr(adapters, "write_atomic", full)
     with pytest.raises(StoreFull):
-        shelf.add(made, "law")
+        registry.add(made, "law")
     with pytest.raises(StoreFull):
-        shelf.add(made, "pumps")
-    assert [(one.group, one.version) for one in shelf.kept()] == [("law", 1)]
+        registry.add(made, "pumps")
+    assert [(one.group, one.version) for one in registry.kept()] == [("law", 1)]
     assert [path for path in (store / "adapters").rglob("*") if path.is_dir()] == [before.parent, before]
 
 
-def test_what_a_killed_addition_left_is_cleared_and_a_run_at_work_is_not(store, shelf, made):
+def test_what_a_killed_addition_left_is_cleared_and_a_run_at_work_is_not(store, registry, made):
     left, work = store / "adapters" / "law" / "1-00000000", store / "adapters" / ".work-law"
     for folder in (left, work):
         folder.mkdir(parents=True)
         (folder / WEIGHTS).write_bytes(b"half")
-    assert shelf.current("law") is None
-    shelf.add(made, "law")
+    assert registry.current("law") is None
+    registry.add(made, "law")
     assert not left.exists()
     assert work.exists()
 
@@ -188,7 +188,7 @@ def test_what_a_killed_addition_left_is_cleared_and_a_run_at_work_is_not(store, 
 KILLED = """
 import os, sys
 from pathlib import Path
-from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.adapters.registry import Registry
 from lloco_engine.store import Store
 
 steps = int(sys.argv[4])
@@ -202,10 +202,10 @@ def watch(frame, event, argument):
     return watch
 
 with Store.open(sys.argv[2]) as store:
-    shelf = Shelf(store)
+    registry = Registry(store)
     sys.settrace(watch)
-    {"add": lambda: shelf.add(Path(sys.argv[3]), "law"), "rm": lambda: shelf.remove("law", 2),
-     "rollback": lambda: shelf.rollback("law")}[sys.argv[1]]()
+    {"add": lambda: registry.add(Path(sys.argv[3]), "law"), "rm": lambda: registry.remove("law", 2),
+     "rollback": lambda: registry.rollback("law")}[sys.argv[1]]()
 """
 
 
@@ -215,7 +215,7 @@ def test_a_change_that_is_killed_anywhere_is_made_or_not_made(tmp_path, filled, 
     store = shutil.copytree(filled, tmp_path / "store")
     with Store.open(store) as opened:
         for _ in range(2):
-            Shelf(opened).add(made, "law")
+            Registry(opened).add(made, "law")
     before, after = {
         "add": ([(1, False), (2, True)], [(1, False), (2, False), (3, True)]),
         "rm": ([(1, False), (2, True)], [(1, True)]),
@@ -228,23 +228,23 @@ def test_a_change_that_is_killed_anywhere_is_made_or_not_made(tmp_path, filled, 
         code = subprocess.run(command, check=False).returncode
         assert code == (0 if step == 10_000 else code)
         with Store.open(trial) as opened:
-            shelf = Shelf(opened)
-            state = [(one.version, one.current) for one in shelf.kept()]
+            registry = Registry(opened)
+            state = [(one.version, one.current) for one in registry.kept()]
             assert state in (before, after)
             assert opened.verify() == []
-            assert shelf.open("law") is not None
+            assert registry.open("law") is not None
             if len(state) > 1 and not state[0][1]:
-                shelf.rollback("law")
-                assert shelf.open("law") is not None
-            shelf.add(made, "law")
+                registry.rollback("law")
+                assert registry.open("law") is not None
+            registry.add(made, "law")
             folders = [folder for home in (trial / "adapters").iterdir() for folder in home.iterdir()]
-            assert sorted(folders) == sorted(one.folder for one in shelf.kept())  # nothing is left over
+            assert sorted(folders) == sorted(one.folder for one in registry.kept())  # nothing is left over
         seen.append(state)
     assert seen[0] == before and seen[-1] == after
 
 
 def test_every_byte_of_an_adapter_is_watched(store, engine, made):
-    folder = engine.adapters.shelf.add(made, "law").folder
+    folder = engine.adapters.registry.add(made, "law").folder
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         for damaged in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
@@ -262,24 +262,24 @@ def test_every_byte_of_an_adapter_is_watched(store, engine, made):
 
 def test_repair_removes_a_damaged_adapter_and_says_so(store, made):
     with Store.open(store) as opened:
-        shelf = Shelf(opened)
-        shelf.add(made, "law")
-        (shelf.add(made, "law").folder / "lloco.json").write_bytes(b"{}")
+        registry = Registry(opened)
+        registry.add(made, "law")
+        (registry.add(made, "law").folder / "lloco.json").write_bytes(b"{}")
     assert any("version 2 of group 'law' was removed" in line for line in Store.repair(store))
     with Store.open(store) as opened:
-        assert Shelf(opened).current("law")[0] == 1
+        assert Registry(opened).current("law")[0] == 1
         assert opened.verify() == []
 
 
 def test_adapters_outlive_a_catalogue_that_is_lost_with_their_tenant(store, made):
     with Store.open(store) as opened:
-        Shelf(opened).add(made, "law", "ada")
+        Registry(opened).add(made, "law", "ada")
     (store / "catalogue.sqlite").write_bytes(b"damaged")
     for suffix in ("-wal", "-shm"):
         (store / f"catalogue.sqlite{suffix}").unlink(missing_ok=True)
     Store.repair(store)
     with Store.open(store) as opened:
-        assert [(one.tenant, one.group, one.version, one.current) for one in Shelf(opened).kept()] == [
+        assert [(one.tenant, one.group, one.version, one.current) for one in Registry(opened).kept()] == [
             ("ada", "law", 1, True)
         ]
 
@@ -295,22 +295,22 @@ def test_adapters_of_former_stores_answer_as_they_did(store, made):
     with closing(sqlite3.connect(store / "catalogue.sqlite", isolation_level=None)) as connection:
         connection.execute("UPDATE documents SET tenant = 'ada' WHERE doc_id = 'law.md'")
     with Store.open(store) as opened:
-        shelf = Shelf(opened)
-        assert [(one.tenant, one.group, one.version, one.current) for one in shelf.kept()] == [
+        registry = Registry(opened)
+        assert [(one.tenant, one.group, one.version, one.current) for one in registry.kept()] == [
             ("", "law", 1, True), ("", "law", 2, False), ("ada", "law", 1, True), ("ada", "law", 2, False),
         ]  # fmt: skip
-        assert shelf.remove("law", tenant="ada") == [1, 2]
-        assert shelf.open("law") is not None  # the files that both had are still there
-        assert shelf.add(made, "law").version == 5
+        assert registry.remove("law", tenant="ada") == [1, 2]
+        assert registry.open("law") is not None  # the files that both had are still there
+        assert registry.add(made, "law").version == 5
 
 
-def test_a_folder_without_a_sound_adapter_is_not_added(shelf, made, tmp_path):
+def test_a_folder_without_a_sound_adapter_is_not_added(registry, made, tmp_path):
     with pytest.raises(AdapterError, match=r"lloco\.json"):
-        shelf.add(tmp_path, "law")
+        registry.add(tmp_path, "law")
     damaged = shutil.copytree(made, tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is damaged"):
-        shelf.add(damaged, "law")
+        registry.add(damaged, "law")
 
 
 def test_a_manifest_of_a_newer_engine_or_another_form_is_refused(made, tmp_path):
@@ -344,18 +344,18 @@ def test_the_best_hits_group_answers_and_ties_go_to_the_commonest_then_the_first
 def test_each_question_is_answered_by_the_adapter_of_its_hits(engine, made, decoder, tmp_path):
     ask = {"generate": SHORT, "top_k": 1}
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "none"
-    engine.adapters.shelf.add(made, "law")
+    engine.adapters.registry.add(made, "law")
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
     assert engine.ask("The pump of hall nine needs oil.", **ask).adapter == "none"
-    engine.adapters.shelf.add(adapter(tmp_path / "two", decoder, seed=2), "default")
+    engine.adapters.registry.add(adapter(tmp_path / "two", decoder, seed=2), "default")
     assert engine.ask("The pump of hall nine needs oil.", **ask).adapter == "default@1"  # of no group's own
     assert engine.ask("Trams are green on Sundays.", **ask).adapter == "default@1"
     assert engine.ask("The court of Orne sat in May.", **ask, adapter="none").adapter == "none"
     assert engine.ask("Trams are green on Sundays.", **ask, adapter="law").adapter == "law@1"
     assert engine.ask("Trams are green on Sundays.", **ask, adapter=None).adapter == "default@1"
-    engine.adapters.shelf.add(made, "law")
+    engine.adapters.registry.add(made, "law")
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@2"
-    engine.adapters.shelf.rollback("law")
+    engine.adapters.registry.rollback("law")
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
     with pytest.raises(AdapterError, match="'poems' is none of them; there is none, default, law"):
         engine.ask("Trams?", adapter="poems")
@@ -364,15 +364,15 @@ def test_each_question_is_answered_by_the_adapter_of_its_hits(engine, made, deco
 def test_a_tenants_adapter_answers_nobody_else(engine, made):
     engine.ingest([Document("law.md", "The court of Orne sat in May.")], tenant="ada", metadata={"group": "law"})
     ask = {"generate": SHORT, "top_k": 1}
-    engine.adapters.shelf.add(made, "law", "ada")
+    engine.adapters.registry.add(made, "law", "ada")
     name = engine.ask("The court of Orne sat in May.", **ask, tenant="ada").adapter
     assert name.startswith("law@1-")
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "none"
     for stolen in ("law", name):
         with pytest.raises(AdapterError, match=r"is none of them; there is none$"):
             engine.ask("The court of Orne sat in May.", **ask, adapter=stolen)
-    assert engine.adapters.shelf.groups() == []
-    assert engine.adapters.shelf.groups("ada") == ["law"]
+    assert engine.adapters.registry.groups() == []
+    assert engine.adapters.registry.groups("ada") == ["law"]
     engine.load_adapter(made, "mine")  # what the caller loads is for whom the caller says
     assert engine.ask("The court of Orne sat in May.", **ask, adapter="mine").adapter == "mine"
 
@@ -392,8 +392,8 @@ def test_an_adapter_made_for_something_else_is_refused_by_name(engine, store, de
     assert result.exit_code == 1
     assert field in result.stderr
     assert value in result.stderr
-    assert engine.adapters.shelf.kept() == []
-    engine.adapters.shelf.add(other, "law")  # or the decoder has changed since
+    assert engine.adapters.registry.kept() == []
+    engine.adapters.registry.add(other, "law")  # or the decoder has changed since
     with pytest.raises(AdapterError, match=f"{field} '{value}'"):
         engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1)
     assert engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1, adapter="none").text is not None
@@ -401,20 +401,20 @@ def test_an_adapter_made_for_something_else_is_refused_by_name(engine, store, de
 
 def test_another_ratio_or_other_settings_of_the_compressor_are_no_mismatch(engine, decoder, tmp_path):
     other = adapter(tmp_path / "other", decoder, ratios=[2.0], compressor="other", compressor_settings={"x": 1})
-    engine.adapters.shelf.add(other, "law")
+    engine.adapters.registry.add(other, "law")
     assert engine.ask("The court of Orne sat in May.", generate=SHORT, top_k=1).adapter == "law@1"
 
 
 def test_the_shipped_adapter_answers_where_it_fits_and_no_other_does(engine, made, decoder, tmp_path, monkeypatch):
     ask = {"generate": SHORT, "top_k": 1}
-    for module in (choosing, loading):
+    for module in (routing, loading):
         monkeypatch.setattr(module, "default_folder", lambda: made)
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "default"
     assert engine.ask("The court of Orne sat in May.", **ask, adapter="none").adapter == "none"
-    engine.adapters.shelf.add(made, "law")
+    engine.adapters.registry.add(made, "law")
     assert engine.ask("The court of Orne sat in May.", **ask).adapter == "law@1"
     stranger = adapter(tmp_path / "stranger", decoder, decoder_fingerprint="0" * 16)
-    for module in (choosing, loading):
+    for module in (routing, loading):
         monkeypatch.setattr(module, "default_folder", lambda: stranger)
     engine.adapters._ships = None
     assert engine.ask("Trams are green on Sundays.", **ask).adapter == "none"  # for another decoder: no error

@@ -19,7 +19,7 @@ from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.replay import Replay
 from lloco_engine.decoder.runner import Runner
 from lloco_engine.errors import AdapterError, PromptTooLong, UnsupportedModel
-from lloco_engine.finetune.passes import answer_logits
+from lloco_engine.finetune.packing import answer_logits
 from lloco_engine.shape import DecoderShape
 from lloco_engine.testing import tiny_config, tiny_decoder
 from lloco_engine.types import Prefix

@@ -30,12 +30,12 @@ from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, DocumentError, PromptTooLong
 from lloco_engine.finetune import checkpoint
+from lloco_engine.finetune.batches import Planner, split_records
 from lloco_engine.finetune.config import FinetuneConfig, preset
-from lloco_engine.finetune.examples import Planner, split_records
-from lloco_engine.finetune.passes import answer_logits
+from lloco_engine.finetune.distill import Teacher, distillation_loss, read_teachers, teach
+from lloco_engine.finetune.packing import answer_logits
 from lloco_engine.finetune.run import DataFile, Finetune, finetune_store
 from lloco_engine.finetune.segments import Segments
-from lloco_engine.finetune.teacher import Teacher, distillation_loss, read_teachers, teach
 from lloco_engine.finetune.train import rate
 from lloco_engine.readers.records import Question, Record
 from lloco_engine.store import Store
@@ -536,12 +536,12 @@ def test_a_store_is_as_it_was_when_a_run_ends_early_and_the_next_goes_on(store, 
     with opened(store) as engine:
         with pytest.raises(Stopped):
             finetune_store(engine, [DataFile(data)], config, group="pumps", progress=stop_after(3))
-        assert engine.adapters.shelf.kept() == []
+        assert engine.adapters.registry.kept() == []
         assert engine.ask("How much oil?", generate=GenerateConfig(max_new_tokens=4)).adapter == "none"
         steps: list[int] = []
         finetune_store(engine, [DataFile(data)], config, group="pumps", progress=lambda at: steps.append(at.step))
         assert steps[0] == 3
-        assert [one.version for one in engine.adapters.shelf.kept()] == [1]
+        assert [one.version for one in engine.adapters.registry.kept()] == [1]
     assert not [p for p in Store.open(store).verify() if p.kind != "orphan"]
 
 
@@ -568,7 +568,7 @@ def test_a_run_killed_between_the_store_and_its_end_is_not_added_twice_nor_for_o
             finetune_store(engine, [DataFile(data)], config, group="pumps")
         trained.clear()
         assert train(limit=8) == 3 and trained  # another one: trained on its own data
-        versions = [one.manifest.data[0]["limit"] for one in engine.adapters.shelf.kept()]
+        versions = [one.manifest.data[0]["limit"] for one in engine.adapters.registry.kept()]
         assert versions == [None, None, 8]
 
 

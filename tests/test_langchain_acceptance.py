@@ -390,7 +390,7 @@ def test_a_wrong_decoder_embedder_or_adapter_is_refused(tmp_path):
     with cases.open_engine(tmp_path / "store", str(save_tiny_decoder(tmp_path / "one"))) as engine:
         folder = default_folder()  # of the embedded decoder
         assert folder is not None
-        engine.adapters.shelf.add(folder, "law")
+        engine.adapters.registry.add(folder, "law")
         for model in (ChatLLoCO(engine=engine, adapter="law"), LLoCOLLM(engine=engine, adapter="law")):
             with pytest.raises(AdapterError, match="decoder_fingerprint"):
                 model.invoke(QUESTION)

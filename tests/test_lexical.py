@@ -9,7 +9,7 @@ import pytest
 from store_cases import document, make_store, manifest, put, unit
 
 from lloco_engine.config import StoreConfig
-from lloco_engine.lexical import words
+from lloco_engine.keyword_score import words
 from lloco_engine.store import Store
 from lloco_engine.types import Document
 

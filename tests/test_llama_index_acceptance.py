@@ -408,7 +408,7 @@ def test_14_a_wrong_model_or_adapter_is_refused(engine, tmp_path, tiny_folder):
         made.ingest(documents("red")[:1])
         folder = default_folder()  # of the embedded decoder
         assert folder is not None
-        made.adapters.shelf.add(folder, "legal", "red")
+        made.adapters.registry.add(folder, "legal", "red")
         with pytest.raises(AdapterError, match="decoder_fingerprint"):
             LLoCOLLM(made, tenant="red", adapter="legal").complete("Hello")
     other = save_tiny_decoder(tmp_path / "other", seed=5, max_position_embeddings=4096)

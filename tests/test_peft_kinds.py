@@ -15,7 +15,7 @@ import torch
 from decoder_cases import spiced
 from safetensors.torch import load_file, save_file
 
-from lloco_engine.adapters.averaging import average
+from lloco_engine.adapters.interpolate import average
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.decoder.peft_modules import KINDS

@@ -1,4 +1,4 @@
-"""The README as a reader would follow it: short, its code runs, its figures are those of the results, its links lead somewhere."""
+"""The README as a reader would follow it: short, its code runs, its figures are the results', its links lead somewhere."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from lloco_engine.config import ChunkConfig, CompressConfig
 from lloco_engine.decoder.local import Generation, LocalDecoder
 from lloco_engine.errors import ConfigError
 from lloco_engine.finetune.config import preset
+from lloco_engine.finetune.distill import read_teachers
 from lloco_engine.finetune.run import DataFile, Finetune
 from lloco_engine.finetune.self_study import KINDS, SelfStudy, SelfStudyConfig
-from lloco_engine.finetune.teacher import read_teachers
 from lloco_engine.readers.records import read_records
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_engine.types import Hit, Span

@@ -12,7 +12,7 @@ import typer
 
 from lloco_engine.adapters.loading import default_folder
 from lloco_engine.adapters.manifest import AdapterManifest
-from lloco_engine.adapters.shelf import Kept, Shelf
+from lloco_engine.adapters.registry import Kept, Registry
 from lloco_engine.cli import factory
 from lloco_engine.cli.options import AsJSON, StoreDir, Tenant
 from lloco_engine.cli.output import human_bytes, print_json, print_table
@@ -47,8 +47,8 @@ def list_adapters(
       lloco adapters ls
       lloco adapters ls --store work --json
     """
-    with _shelf(store) as shelf:
-        kept = shelf.kept(tenant)
+    with _registry(store) as registry:
+        kept = registry.kept(tenant)
     shipped = default_folder()
     manifest = None if shipped is None else AdapterManifest.load(shipped)
     if as_json:
@@ -93,7 +93,7 @@ def add(
     names = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
     with factory.open_store(store) as opened:
         AdapterManifest.load(folder).check({name: getattr(opened.manifest, name) for name in names})
-        version = Shelf(opened).add(folder, group, tenant).version
+        version = Registry(opened).add(folder, group, tenant).version
     _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
 
 
@@ -119,8 +119,8 @@ def remove(
             raise typer.BadParameter("without a terminal to ask on, removing needs --yes")
         what = "every adapter" if version is None else f"version {version}"
         typer.confirm(f"Remove {what} of group {group!r} from {store}?", abort=True, err=True)
-    with _shelf(store) as shelf:
-        removed = shelf.remove(group, version, tenant)
+    with _registry(store) as registry:
+        removed = registry.remove(group, version, tenant)
     _said({"group": group, "removed": removed}, f"removed version {', '.join(map(str, removed))} of {group}", as_json)
 
 
@@ -140,8 +140,8 @@ def rollback(
       lloco adapters rollback law
       lloco adapters rollback law --to 3
     """
-    with _shelf(store) as shelf:
-        version = shelf.rollback(group, to, tenant)
+    with _registry(store) as registry:
+        version = registry.rollback(group, to, tenant)
     _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
 
 
@@ -161,16 +161,16 @@ def average(
     Examples:
       lloco adapters average before/ after/ --share 0.7 --out both/
     """
-    from lloco_engine.adapters.averaging import average as write_average
+    from lloco_engine.adapters.interpolate import average as write_average
 
     manifest = write_average(earlier, later, share, out)
     _said(manifest.to_json(), f"written to {out}: {share:g} of {later}, the rest of {earlier}", as_json)
 
 
 @contextmanager
-def _shelf(store: Path) -> Iterator[Shelf]:
+def _registry(store: Path) -> Iterator[Registry]:
     with factory.open_store(store) as opened:
-        yield Shelf(opened)
+        yield Registry(opened)
 
 
 def _said(value: dict[str, Any], sentence: str, as_json: bool) -> None:

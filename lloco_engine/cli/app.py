@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lloco_engine import __version__
-from lloco_engine.cli import adapters, ask, care, documents, ingest
+from lloco_engine.cli import adapters, ask, documents, ingest, maintenance
 from lloco_engine.errors import LLoCOError
 
 __all__ = ["app", "main"]
@@ -80,7 +80,7 @@ def lloco(
 ingest.register(app)
 ask.register(app)
 documents.register(app)
-care.register(app)
+maintenance.register(app)
 adapters.register(app)
 import_module("lloco_engine.finetune.cli").register(app)
 try:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lloco_engine.adapters.choosing import GROUP
-from lloco_engine.adapters.shelf import check_group
+from lloco_engine.adapters.registry import check_group
+from lloco_engine.adapters.routing import GROUP
 from lloco_engine.cli import factory
 from lloco_engine.cli.options import (
     AsJSON,

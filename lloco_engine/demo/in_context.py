@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lloco_engine.baselines import keep_ends, room_for_text, text_ids
 from lloco_engine.config import GenerateConfig
-from lloco_engine.ledger import usage_of
 from lloco_engine.types import Answer, Prefix, Usage
+from lloco_engine.usage import usage_of
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from lloco_engine import lexical
+from lloco_engine import keyword_score
 from lloco_engine.baselines import keep_ends
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.eviction import keep_slots
@@ -183,12 +183,14 @@ class Material:
         scores = self._embedder.encode(questions) @ self._embedder.encode(texts).T
         having: dict[str, list[int]] = {}
         for number, text in enumerate(texts):
-            for word in lexical.words(text):
+            for word in keyword_score.words(text):
                 having.setdefault(word, []).append(number)
         share = RetrieveConfig.lexical
         for number, question in enumerate(questions):
-            found = [np.array(having.get(word, ()), np.int64) for word in lexical.words(question)[: lexical.MOST]]
-            if (shares := lexical.coverage(found, len(texts), len(texts))) is not None:
+            found = [
+                np.array(having.get(word, ()), np.int64) for word in keyword_score.words(question)[: keyword_score.MOST]
+            ]
+            if (shares := keyword_score.coverage(found, len(texts), len(texts))) is not None:
                 scores[number] = (1 - share) * scores[number] + share * shares
         return scores
 

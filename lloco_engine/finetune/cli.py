@@ -136,8 +136,8 @@ def _for_store(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from lloco_engine.adapters.choosing import GROUP
     from lloco_engine.adapters.loading import DEFAULT
+    from lloco_engine.adapters.routing import GROUP
     from lloco_engine.engine import Engine
     from lloco_engine.finetune.run import finetune_store
 
@@ -216,8 +216,8 @@ def self_study(
       lloco self-study --store work --group law --out studied.jsonl
       lloco finetune --store work --self-study studied.jsonl --group law
     """
-    from lloco_engine.adapters.choosing import GROUP
     from lloco_engine.adapters.loading import DEFAULT
+    from lloco_engine.adapters.routing import GROUP
     from lloco_engine.engine import Engine
     from lloco_engine.finetune.self_study import SelfStudy, SelfStudyConfig
 

@@ -16,18 +16,18 @@ from typing import Any
 from lloco_engine import __version__
 from lloco_engine.adapters.loading import facts_of, read
 from lloco_engine.adapters.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, AdapterManifest
-from lloco_engine.adapters.shelf import Kept, check_group
+from lloco_engine.adapters.registry import Kept, check_group
 from lloco_engine.adapters.writing import new_folder
 from lloco_engine.chunking import Chunker
 from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.engine import Engine
 from lloco_engine.errors import ConfigError, DocumentError
+from lloco_engine.finetune.batches import Example, Planner, split_records, steps
 from lloco_engine.finetune.checkpoint import State
 from lloco_engine.finetune.config import FinetuneConfig
-from lloco_engine.finetune.examples import Example, Planner, split_records, steps
+from lloco_engine.finetune.distill import Teacher, read_teachers
 from lloco_engine.finetune.segments import Segments
-from lloco_engine.finetune.teacher import Teacher, read_teachers
 from lloco_engine.finetune.train import Progress, Training, lora_config
 from lloco_engine.readers.records import Record, read_records
 from lloco_engine.store import Store
@@ -270,7 +270,7 @@ def finetune_store(
     Raises:
         DocumentError, ConfigError, AdapterError, StoreError: as their messages say; the group is then as it was.
     """
-    shelf = engine.adapters.shelf
+    registry = engine.adapters.registry
     check_group(group)
     run = Finetune(
         engine.decoder,
@@ -287,14 +287,14 @@ def finetune_store(
     if told is not None:
         told(run)
     whose = f"-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}" if tenant else ""
-    place = work or shelf.root / f".work-{group}{whose}"
+    place = work or registry.root / f".work-{group}{whose}"
     made = place.with_name(f"{place.name}-done-{run.key[:16]}")
     # A run that was cut off at its end goes on where it was: trained, in the store, or tidied up.
-    kept = shelf.made_by(run.key, group, tenant) if made.exists() else None
+    kept = registry.made_by(run.key, group, tenant) if made.exists() else None
     if kept is None:
         if not made.exists():
             run.run(made, place, progress)
-        kept = shelf.add(made, group, tenant, run=run.key)
+        kept = registry.add(made, group, tenant, run=run.key)
     _tidy(place, made)
     return kept
 

@@ -12,7 +12,7 @@ from lloco_engine.adapters.loading import facts_of
 from lloco_engine.compress.base import Compressor
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.errors import SegmentUnavailable
-from lloco_engine.finetune.examples import Example, Ids
+from lloco_engine.finetune.batches import Example, Ids
 from lloco_engine.prefix import place
 from lloco_engine.store import Store
 from lloco_engine.store import manifest as manifests

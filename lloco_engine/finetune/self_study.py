@@ -22,7 +22,7 @@ from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import Config, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, LLoCOError
-from lloco_engine.finetune.teacher import teach
+from lloco_engine.finetune.distill import teach
 from lloco_engine.prefix import assemble
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Hit, Prefix

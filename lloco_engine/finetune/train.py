@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError
 from lloco_engine.finetune import checkpoint
+from lloco_engine.finetune.batches import Example
 from lloco_engine.finetune.checkpoint import State
 from lloco_engine.finetune.config import FinetuneConfig
-from lloco_engine.finetune.examples import Example
-from lloco_engine.finetune.passes import answer_logits
+from lloco_engine.finetune.distill import Teacher, distillation_loss
+from lloco_engine.finetune.packing import answer_logits
 from lloco_engine.finetune.segments import Segments
-from lloco_engine.finetune.teacher import Teacher, distillation_loss
 from lloco_engine.models import quicker_in_bf16
 from lloco_engine.tokenizing import encode, encoder_of
 

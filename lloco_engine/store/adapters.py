@@ -93,7 +93,7 @@ class StoredAdapters:
         Args:
             files: name to content.
             tenant: whose.
-            group: becomes part of a path: see `lloco_engine.adapters.shelf.check_group`.
+            group: becomes part of a path: see `lloco_engine.adapters.registry.check_group`.
             run: key of the run that trained it.
 
         Raises:

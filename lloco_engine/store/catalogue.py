@@ -334,7 +334,7 @@ class Catalogue:
         }
 
     def window_ids_with(self, word: str, tenant: str, most: int) -> npt.NDArray[np.int64] | None:
-        """Ids of a tenant's windows that have a word, as `lexical.words` gives it; None when over ``most``."""
+        """Ids of a tenant's windows that have a word, as `keyword_score.words` gives it; None when over ``most``."""
         import numpy as np
 
         count, ids = self.connection.execute(  # one row, for hundreds of rows take longer than the look-up

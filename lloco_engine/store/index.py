@@ -1,7 +1,7 @@
 """The FAISS index over search windows: derived from the catalogue, kept in step with it, saved by generation.
 
 A window's score is its inner product with the question's vector and the share of the question's words that it has
-(lexical.py). Exact inner product up to ``hnsw_above`` windows, HNSW beyond. Under HNSW a search among at most
+(keyword_score.py). Exact inner product up to ``hnsw_above`` windows, HNSW beyond. Under HNSW a search among at most
 ``hnsw_above`` windows (a small tenant, a narrow filter) still scans them exactly, in the vectors that HNSW keeps.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lloco_engine.errors import StoreError
 from lloco_engine.filters import And, Filter
-from lloco_engine.lexical import MOST, coverage, words
+from lloco_engine.keyword_score import MOST, coverage, words
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, write_atomic
 from lloco_engine.store.where import where

@@ -402,7 +402,7 @@ class Store:
         """Segments of a tenant by their best search window (small to big), best first.
 
         A window's score is ``(1 - lexical) * cosine + lexical * coverage``: the cosine similarity of its vector, and
-        the share of the question's words that it has, rare ones weighing more (`lloco_engine.lexical`).
+        the share of the question's words that it has, rare ones weighing more (`lloco_engine.keyword_score`).
 
         Args:
             vector: (embedder_dim,) float32, L2-normalised.

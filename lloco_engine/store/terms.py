@@ -2,7 +2,7 @@
 
 A row's text is ``window_terms(tenant of the document, text of the window)`` and nothing else, so it can be made again
 from documents, chunks and windows, and compared with them. FTS5 cuts it at the spaces between terms and changes nothing
-(tokenizer ``ascii``): what a word is, `lloco_engine.lexical.words` says, for windows and questions alike.
+(tokenizer ``ascii``): what a word is, `lloco_engine.keyword_score.words` says, for windows and questions alike.
 
 A term names its tenant, so that looking a word up reads and counts one tenant's windows, however many others have it.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 
-from lloco_engine.lexical import words
+from lloco_engine.keyword_score import words
 
 __all__ = ["term", "window_terms"]
 

@@ -249,7 +249,7 @@ class LLoCOVectorStore(VectorStore):
     def similarity_search_with_score(
         self, query: str, k: int = 4, *, filter: Filters | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """As `similarity_search`, each with its score, at most 1: `lloco_engine.lexical`."""
+        """As `similarity_search`, each with its score, at most 1: `lloco_engine.keyword_score`."""
         _no_more(kwargs)
         return [(from_hit(hit), hit.score) for hit in self.search_hits(query, k, filter)]
 

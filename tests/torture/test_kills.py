@@ -11,7 +11,7 @@ from pathlib import Path
 from test_adapters import adapter
 from victim import CHUNK
 
-from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.adapters.registry import Registry
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.store import Store
 
@@ -49,7 +49,7 @@ class Expected:
 
 def actual(store: Store) -> tuple:
     documents = {info.doc_id: (store.document_text(info.doc_id, info.tenant), info.title) for info in store.documents()}
-    kept = Shelf(store).kept()
+    kept = Registry(store).kept()
     current = next((one.version for one in kept if one.current), 0)
     return tuple(sorted(documents.items())), tuple(one.version for one in kept), current
 

@@ -46,14 +46,14 @@ def take(engine: Engine, step: list, adapter: Path, files: Path) -> None:
         with suppress(NotInStore):
             engine.delete(rest[0])
     elif kind == "adapter":
-        shelf = engine.adapters.shelf
+        registry = engine.adapters.registry
         with suppress(AdapterError):  # there is none to remove, or none before
             if rest[0] == "add":
-                shelf.add(adapter, "law")
+                registry.add(adapter, "law")
             elif rest[0] == "rm":
-                shelf.remove("law")
+                registry.remove("law")
             else:
-                shelf.rollback("law")
+                registry.rollback("law")
 
 
 def trial(store: Path, decoder: LocalDecoder, steps: list, adapter: Path, files: Path, after: float) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, load, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
-from lloco_engine.adapters.shelf import Shelf
+from lloco_engine.adapters.registry import Registry
 from lloco_engine.errors import AdapterError
 from lloco_engine.store import Store
 from lloco_engine.types import Hit
@@ -46,7 +46,7 @@ class Adapters:
     """
 
     def __init__(self, store: Store, decoder: Callable[[], LocalDecoder]) -> None:
-        self.shelf = Shelf(store)
+        self.registry = Registry(store)
         self._memory, self._decoder = store.manifest.memory, decoder
         self._of_store: set[str] = set()  # names in the decoder of adapters that belong to a tenant
         self._lock = threading.Lock()
@@ -57,8 +57,8 @@ class Adapters:
         loaded = [name for name in self._decoder().adapters if name not in self._of_store]
         if wanted in (None, "auto", "none", DEFAULT, *loaded):
             return
-        if wanted is None or self.shelf.current(wanted, tenant) is None:
-            known = dict.fromkeys(["none", *self.shelf.groups(tenant), *loaded])
+        if wanted is None or self.registry.current(wanted, tenant) is None:
+            known = dict.fromkeys(["none", *self.registry.groups(tenant), *loaded])
             raise AdapterError(
                 f"an adapter is 'auto', 'none', a group with an adapter in the store, or one that was loaded, and "
                 f"{wanted!r} is none of them; there is {', '.join(known)}"
@@ -88,7 +88,7 @@ class Adapters:
             return self._stored(wanted, tenant) or load_named(self._decoder(), wanted, self._memory)
 
     def _stored(self, group: str, tenant: str) -> str | None:
-        current = self.shelf.current(group, tenant)
+        current = self.registry.current(group, tenant)
         if current is None:
             return None
         version, decoder = current[0], self._decoder()
@@ -96,7 +96,7 @@ class Adapters:
         if tenant:  # names are the decoder's, which serves them all
             name += f"-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}"
         if name not in decoder.adapters:
-            opened = self.shelf.open(group, tenant)
+            opened = self.registry.open(group, tenant)
             if opened is None or opened[0] != version:  # changed in between
                 return self._stored(group, tenant)
             load(decoder, opened[1], name, self._memory)

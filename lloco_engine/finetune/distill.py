@@ -12,7 +12,7 @@ import torch
 
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import DocumentError
-from lloco_engine.finetune.passes import answer_logits
+from lloco_engine.finetune.packing import answer_logits
 from lloco_engine.types import Prefix
 
 __all__ = ["TOP_K", "Teacher", "distillation_loss", "read_teachers", "teach"]

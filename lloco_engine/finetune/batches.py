@@ -12,7 +12,7 @@ import numpy as np
 
 from lloco_engine.chunking import Chunker
 from lloco_engine.finetune.config import FinetuneConfig
-from lloco_engine.lexical import coverage, words
+from lloco_engine.keyword_score import coverage, words
 from lloco_engine.readers.records import Question, Record
 from lloco_engine.types import Document
 

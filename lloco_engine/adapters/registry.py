@@ -14,7 +14,7 @@ from lloco_engine.errors import AdapterError, ConfigError
 if TYPE_CHECKING:
     from lloco_engine.store import AdapterRow, Store
 
-__all__ = ["Kept", "Shelf", "check_group"]
+__all__ = ["Kept", "Registry", "check_group"]
 
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -51,7 +51,7 @@ class Kept:
         return cls(row.tenant, row.group, row.version, row.current, row.folder, size, AdapterManifest.load(row.folder))
 
 
-class Shelf:
+class Registry:
     """The adapters of one store. Each belongs to one tenant, and reads no other's documents.
 
     Safe beside other processes: a change is made under the store's write lock, wholly or not at all.
