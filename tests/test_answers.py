@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from lloco_engine import (
     ChunkConfig,
@@ -248,7 +249,7 @@ def test_neighbours_of_a_follow_up_stand_beside_what_was_found(engine):
 
 
 def test_the_floor_is_the_one_that_was_measured():
-    measured = json.loads(Path(__file__).parents[1].joinpath("results/scores.json").read_text(encoding="utf-8"))
+    measured = json.loads((ROOT / "results" / "scores.json").read_text(encoding="utf-8"))
     assert floor_of(RetrieveConfig(), measured["embedder_fingerprint"]) == measured["floor"]
     assert measured["lexical"] == RetrieveConfig.lexical and measured["most_refused"] == MOST_REFUSED
     for row in measured["rows"]:

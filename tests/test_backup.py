@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from places import TESTS
 from store_cases import document, make_store, put, segment_file, text_vector
 
 from lloco_engine.errors import StoreCorrupt, StoreError, StoreNotFound
@@ -94,7 +94,7 @@ with Store.open({path!r}) as store:
 @pytest.fixture
 def busy(store):
     """Another process that adds, replaces and deletes documents and adapters without rest."""
-    code = _WRITE.format(tests=str(Path(__file__).parent), path=str(store.path))
+    code = _WRITE.format(tests=str(TESTS), path=str(store.path))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "0\n"
     done = [0]

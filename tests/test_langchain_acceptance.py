@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import langchain_cases as cases
 import pytest
@@ -22,6 +21,7 @@ from langchain_core.documents import Document as PlainDocument
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
+from places import ROOT
 
 from lloco_engine import AdapterError, Document, Engine, GenerateConfig, PromptTooLong, StoreMismatch
 from lloco_engine.adapters.loading import default_folder
@@ -382,7 +382,7 @@ def test_a_fresh_process_answers_the_same(tmp_path):
         handles = "".join(one.page_content for one in LLoCORetriever(engine=engine, k=2).invoke(QUESTION))
         here = ChatLLoCO(engine=engine, max_tokens=8).invoke(f"{handles} {QUESTION}").text
     command = [sys.executable, "-c", _FRESH, str(tmp_path / "store"), QUESTION]
-    there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert bytes.fromhex(there.stdout.strip()).decode() == here
 
 

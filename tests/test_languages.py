@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(next(place for place in Path(__file__).parents if place.name == "tests")))
 
 from store_cases import manifest, segment, tokens
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from integration_cases import documents, open_engine
@@ -21,6 +20,7 @@ from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.schema import Document as LlamaDocument
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from places import ROOT, TESTS
 
 from lloco_engine import AdapterError, Engine, GenerateConfig, PromptTooLong, StoreMismatch
 from lloco_engine.adapters.loading import default_folder
@@ -396,9 +396,8 @@ def test_13_a_fresh_process_gives_identical_answers(tmp_path, tiny_folder):
         ours = index.as_query_engine(llm=LLoCOLLM(engine, tenant="red", max_tokens=8), node_postprocessors=[post])
         response = ours.query(QUESTION)
         expected = repr([str(response), [node.node_id for node in response.source_nodes]])
-    code = FRESH.format(tests=str(Path(__file__).parent), store=str(tmp_path / "s"), question=QUESTION)
-    root = Path(__file__).parents[1]
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    code = FRESH.format(tests=str(TESTS), store=str(tmp_path / "s"), question=QUESTION)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip().splitlines()[-1] == expected
 

@@ -27,6 +27,7 @@ from llama_index.core.vector_stores.types import (
     MetadataFilters,
     VectorStoreQuery,
 )
+from places import GOLDEN
 
 from lloco_engine import ConfigError, Document, GenerateConfig, plain_metadata
 from lloco_engine.store import Store
@@ -35,7 +36,6 @@ from lloco_integrations.langchain.messages import handle_block
 
 pytestmark = pytest.mark.usefixtures("no_network")
 SHORT = GenerateConfig(max_new_tokens=4)
-GOLDEN = Path(__file__).parent / "golden"
 
 
 class Colour(enum.Enum):

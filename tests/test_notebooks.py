@@ -7,8 +7,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 

@@ -9,6 +9,7 @@ import threading
 import traceback
 
 import pytest
+from places import TESTS
 from store_cases import document, make_store, put, text_vector, unit
 from test_store_catalogue import golden
 
@@ -121,7 +122,7 @@ def test_another_user_reads_what_a_killed_writer_left(tmp_path):
     path = tmp_path / "s"
     make_store(path, *DOCUMENTS[:2]).close()
     code = (
-        f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})\n"
+        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
         "import os\nfrom store_cases import *\n"
         f"store = Store.open({str(path)!r})\n"
         "with store.writer() as writer:\n    put(writer, document('d2', 60))\n    os._exit(0)\n"

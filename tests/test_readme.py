@@ -1,4 +1,4 @@
-"""The README as a reader would follow it: short, its code runs, its figures are the results', its links lead somewhere."""
+"""The README as a reader would follow it: short, its code runs, its figures are the results', its links lead on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from places import ROOT
 from typer.testing import CliRunner
 
 from lloco_engine.cli import app
@@ -20,7 +21,6 @@ from lloco_engine.eval.commands import command
 from lloco_engine.eval.report import PLAN, check_report, read_report, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
-ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 

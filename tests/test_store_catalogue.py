@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from pathlib import Path
 
 import pytest
+from places import GOLDEN
 from store_cases import document, make_store, put, text_vector
 
 from lloco_engine.errors import StoreCorrupt, StoreMismatch
 from lloco_engine.store import Store, schema
 
-GOLDEN = Path(__file__).parent / "golden"
 # of the first segment of document "beta"
 LENGTHS = [[4, 1, 1], [2, 3, 2]]
 KEY = [0.354981, -0.481201, -0.298096, -0.410400]

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import TESTS
 from store_cases import document, make_store, manifest, put, segment, segment_file, text_vector
 
 from lloco_engine.errors import (
@@ -295,7 +296,7 @@ def test_a_real_limit_on_file_size(path):
     """The system's own refusal, in a process of its own: the limit is for life."""
     code = f"""
 import resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(TESTS)!r})
 from store_cases import document, put
 from lloco_engine.errors import StoreFull
 from lloco_engine.store import Store
@@ -435,7 +436,7 @@ def check_whole(path):
 def test_kill_9_at_any_moment_of_ingest(tmp_path):
     path, rounds = tmp_path / "s", 10
     make_store(path).close()
-    code = _INGEST.format(tests=str(Path(__file__).parent), path=str(path), rounds=rounds)
+    code = _INGEST.format(tests=str(TESTS), path=str(path), rounds=rounds)
     ingest = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         seen = []
