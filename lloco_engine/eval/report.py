@@ -157,7 +157,8 @@ def _plan(path: Path, results: Mapping[str, Any]) -> tuple[str, str, list[_Secti
 
 
 def _section(given: Mapping[str, Any]) -> _Section:
-    return _Section(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return _Section(**settings)
 
 
 def _shown(section: _Section, results: Mapping[str, dict[str, Any]]) -> Iterator[str]:
