@@ -45,16 +45,17 @@ class Embedder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that stand for everything that shapes a vector; equal for a copy under another name."""
+        """24 hex digits that stand for everything that shapes a vector; equal for a copy under another name."""
         folder = Path(self.folder)
-        digest = hashlib.sha256(model_fingerprint(folder).encode())
+        model = model_fingerprint(folder)
+        digest = hashlib.sha256(model[:16].encode())  # as `lloco_engine.fingerprints.agree` compares them
         shaping = ("modules.json", "sentence_bert_config.json", "tokenizer.json", "vocab.txt")
         for file in [*(folder / name for name in shaping), *sorted(folder.glob("*/config.json"))]:
             if file.is_file():
                 digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
         if prompts := self._prompts(folder):
             digest.update(json.dumps(prompts, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:16] + model[16:]
 
     @staticmethod
     def _prompts(folder: Path) -> dict[str, str]:

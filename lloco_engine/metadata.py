@@ -4,7 +4,8 @@
 given                                       kept
 ==========================================  ==========================================================================
 text, whole numbers, booleans, None         as they are
-finite floats                               as they are; NaN, which tables write for a missing value, as None
+finite floats                               as they are
+NaN, NaT, pandas' NA                        None: tables write them for a missing value
 `datetime`, `date`, `time`                  ISO 8601 text, which sorts as the times do
 `Path`, `UUID`                              text
 `Decimal`, `Fraction`                       a whole number, or the nearest float
@@ -72,8 +73,10 @@ def plain(value: Any, name: str, depth: int = 0) -> MetadataValue:
         return value
     if isinstance(value, str):
         return _text(value, name)
-    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
-        return value.isoformat()
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date, and so is pandas' NaT
+        return value.isoformat() if value == value else None
+    if type(value).__name__ == "NAType":
+        return None
     if isinstance(value, os.PathLike | uuid.UUID):
         return _text(str(value), name)
     kind = getattr(getattr(value, "dtype", None), "kind", "")  # numpy's scalars have one too, and count as numbers
@@ -86,7 +89,7 @@ def plain(value: Any, name: str, depth: int = 0) -> MetadataValue:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [plain(inner, name, depth + 1) for inner in value]
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # an array, or a scalar that is no number
-        made = value.astype(str).tolist() if kind == "M" else value.tolist()
+        made = _times(value.astype(str).tolist()) if kind == "M" else value.tolist()
         if kind != "m" and not hasattr(made, "dtype"):
             return plain(made, name, depth + 1)
     raise ConfigError(
@@ -122,6 +125,10 @@ def _number(value: Any, name: str) -> int | float | None:
     if not isinstance(value, float) and not hasattr(value, "dtype") and value == int(value):
         return _number(int(value), name)
     return near
+
+
+def _times(made: Any) -> Any:
+    return [_times(inner) for inner in made] if isinstance(made, list) else None if made == "NaT" else made
 
 
 def _key(key: object, name: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -148,7 +148,7 @@ class Setup:
             store = store or StoreConfig(dtype=stored.dtype)
         self.decoder = decoder or models.DEFAULT_DECODER
         self.template = template
-        self._made_with = "" if stored is None else stored.template_fingerprint
+        self._stored = stored
         embedder = embedder or models.DEFAULT_EMBEDDER
         self.embedder: Encodes = Embedder(embedder, device) if isinstance(embedder, str) else embedder
         self.compress = compress or CompressConfig()
@@ -160,10 +160,11 @@ class Setup:
     def facts(self) -> DecoderFacts:
         """The decoder without its weights, its template as the store was made with it."""
         facts = DecoderFacts.of(self.decoder, self.template)
-        former = facts.template.in_pieces
-        if isinstance(self.decoder, str) and former.fingerprint == self._made_with:
-            return replace(facts, template=former)
-        return facts
+        if self._stored is None or not isinstance(self.decoder, str):
+            return facts
+        made_with = self._stored.template_fingerprint
+        forms = _forms(facts.template, self._stored.created)
+        return replace(facts, template=next((one for one in forms if one.fingerprint == made_with), facts.template))
 
     @cached_property
     def chunk(self) -> ChunkConfig:
@@ -226,6 +227,15 @@ class Setup:
             engine_version=__version__,
             **self.expected(),
         )
+
+
+def _forms(template: Template, created: str) -> Iterator[Template]:
+    """A template as it is today, and as releases before had it, who told it the day: local time, so one beside too."""
+    yield from (template, template.in_pieces)
+    if created and template.has_clock:
+        for days in (0, -1, 1):
+            dated = template.on(datetime.fromisoformat(created) + timedelta(days=days))
+            yield from (dated, dated.in_pieces)
 
 
 def stored_manifest(path: Path) -> Manifest | None:

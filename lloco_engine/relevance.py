@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lloco_engine.config import RetrieveConfig
+from lloco_engine.fingerprints import agree
 from lloco_engine.types import Hit
 
 __all__ = ["NOTHING", "doubt", "floor_of"]
@@ -23,7 +24,9 @@ def floor_of(config: RetrieveConfig, embedder_fingerprint: str) -> float:
     """The floor that is set, else the one measured for the embedder, else -1, which no score is below."""
     if config.floor is not None:
         return config.floor
-    return _MEASURED.get(embedder_fingerprint, -1.0) if config.lexical == RetrieveConfig.lexical else -1.0
+    if config.lexical != RetrieveConfig.lexical:
+        return -1.0
+    return next((floor for one, floor in _MEASURED.items() if agree(one, embedder_fingerprint)), -1.0)
 
 
 def doubt(hits: Sequence[Hit], floor: float) -> str | None:

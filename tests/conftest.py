@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("flips", 1000, "damaged bytes of a store"),
         ("inputs", 60, "bad files"),
         ("forgeries", 100_000, "forged handles"),
+        ("live", 200, "files damaged under a running engine"),
+        ("full", 60, "changes on a disk with little room"),
         ("soak", 30, "seconds of asking beside a writer"),
     ):
         group.addoption(f"--{name}", type=int, default=count, metavar="N", help=f"{what} in tests/torture ({count})")

@@ -236,6 +236,18 @@ def test_a_workbook_is_its_visible_sheets(tmp_path):
     assert document.text == "Pumps\nname\trpm\nbig\t3150"
 
 
+def test_a_workbook_is_as_wide_as_what_it_holds(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for at in range(60):
+        book.active.cell(1 + 100 * at, 16_384 - at, f"c{at}")
+    book.active.cell(1, 1, "first")
+    book.save(tmp_path / "b.xlsx")
+    (document,) = read_paths([tmp_path / "b.xlsx"])
+    lines = document.text.split("\n")
+    assert len(document.text) < 5_000 and lines[:2] == ["Sheet", "first" + "\t" * 60 + "c0"] and lines[60] == "\tc59"
+
+
 OPC = "http://schemas.openxmlformats.org/package/2006"
 DOCX = (
     '<w:document xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'

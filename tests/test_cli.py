@@ -19,9 +19,8 @@ from typer.testing import CliRunner
 
 from lloco_engine import __version__
 from lloco_engine.cli import app, factory
-from lloco_engine.cli.filters import parse_filters
 from lloco_engine.cli.ingest import _progress
-from lloco_engine.cli.options import parse_metadata
+from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
 from lloco_engine.config import GenerateConfig, PrefixConfig
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
@@ -165,6 +164,9 @@ def store(monkeypatch) -> StoreDouble:
     return double
 
 
+COMMANDS = ("ingest", "ask", "compare", "ls", "show", "rm", "verify", "backup", "restore", "stats", "info")
+
+
 def run(*arguments: str, **options: Any):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
 
@@ -175,7 +177,7 @@ def run(*arguments: str, **options: Any):
 def test_help_in_a_process_lists_the_commands():
     out = subprocess.run([sys.executable, "-m", "lloco_engine", "--help"], capture_output=True, text=True, check=False)
     assert out.returncode == 0
-    for command in ("ingest", "ask", "compare", "ls", "show", "rm", "verify", "info"):
+    for command in COMMANDS:
         assert f" {command} " in out.stdout
 
 
@@ -188,7 +190,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["ingest", "ask", "compare", "ls", "show", "rm", "verify", "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(command):
     result = run(command, "--help", env={"COLUMNS": "100"})
     assert result.exit_code == 0
@@ -563,6 +565,35 @@ def test_the_stores_commands_on_a_real_store(tmp_path):
     assert run("rm", "a", *at, "--yes").stdout == "removed a\n"
     assert run("verify", *at).exit_code == 0
     assert [info["doc_id"] for info in json.loads(run("ls", *at, "--json").stdout)] == ["b"]
+
+
+def test_a_store_is_backed_up_restored_and_counted(tmp_path):
+    path, copy, again = tmp_path / "store", tmp_path / "copies" / "monday", tmp_path / "again"
+    store_cases.make_store(path, store_cases.document("a"), store_cases.document("b", tenant="acme")).close()
+    copy.parent.mkdir()
+    assert run("backup", copy, "--store", path).stdout == f"2 document(s) copied from {path} to {copy}\n"
+    assert run("rm", "a", "--store", path, "--yes").exit_code == 0
+    assert json.loads(run("restore", copy, "--store", again, "--json").stdout) == {
+        "from": str(copy),
+        "to": str(again),
+        "documents": 2,
+    }
+    assert run("verify", "--store", again).exit_code == 0
+    assert [info["doc_id"] for info in json.loads(run("ls", "--store", again, "--json").stdout)] == ["a", "b"]
+    linked = run("backup", tmp_path / "linked", "--link", "--store", again)
+    assert linked.exit_code == 0 and run("verify", "--store", tmp_path / "linked").exit_code == 0
+    assert json.loads(run("stats", "--store", again, "--json").stdout)["documents"] == 2
+    assert "documents: 1\n" in run("stats", "--store", path).stdout
+    for arguments, reason in (
+        (("backup", copy, "--store", path), "missing or empty"),
+        (("backup", tmp_path / "x", "--store", tmp_path / "none"), "no store"),
+        (("restore", copy, "--store", path), "missing or empty"),
+        (("restore", tmp_path / "none", "--store", tmp_path / "x"), "no store"),
+        (("stats", "--store", tmp_path / "none"), "no store"),
+    ):
+        refused = run(*arguments)
+        assert refused.exit_code == 1 and refused.stdout == "" and reason in refused.stderr, refused.output
+        assert "\n" not in refused.stderr.strip() and not (tmp_path / "x").exists()
 
 
 # -- small things ----------------------------------------------------------------------------------------------------

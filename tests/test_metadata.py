@@ -38,6 +38,25 @@ pytestmark = pytest.mark.usefixtures("no_network")
 SHORT = GenerateConfig(max_new_tokens=4)
 
 
+class NaTType(datetime.datetime):
+    """As pandas': a date that is missing."""
+
+    __hash__ = datetime.datetime.__hash__
+
+    def __eq__(self, other):
+        return False
+
+    def isoformat(self, *_):
+        return "NaT"
+
+
+class NAType:
+    """As pandas': anything that is missing, which cannot even be compared."""
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+
 class Colour(enum.Enum):
     RED = "red"
 
@@ -78,6 +97,10 @@ KEPT = [
     (np.int64(3), 3),
     (np.float32(1.5), 1.5),
     (np.float64("nan"), None),
+    (np.datetime64("NaT"), None),
+    (np.array([["2024-05-06", "NaT"]], "datetime64[D]"), [["2024-05-06", None]]),
+    (NaTType(1, 1, 1), None),
+    ([NAType()], [None]),
     (np.bool_(True), True),
     (np.str_("x"), "x"),
     (np.datetime64("2024-01-02"), "2024-01-02"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
-from store_cases import document, make_store, put, segment, text_vector
+from store_cases import document, make_store, put, segment, set_back, text_vector
 
 from lloco_engine.errors import StoreCorrupt
 from lloco_engine.store import Store, schema
-from lloco_engine.store.seals import Shape
+from lloco_engine.store.tables import Shape
 
 
 @pytest.fixture
@@ -104,6 +105,30 @@ def test_words_of_another_document_are_seen(path):
         assert found[0].doc_id == "a"
 
 
+@pytest.mark.parametrize("how", ["a writer", "a migration"])
+def test_damage_beside_the_documents_is_not_sealed_by(how, path, monkeypatch):
+    with Store.open(path) as store:
+        store.adapters.add({"lloco.json": b"{}"}, "", "letters", "run1")
+    for statement, said in (
+        ("UPDATE adapter_groups SET current = 0", "'adapter_groups'"),
+        ("UPDATE adapters SET run = 'run2'", "'adapters'"),
+        ("DROP TRIGGER words_of_gone_window", "'schema'"),
+        ("DELETE FROM seals WHERE label = 'c'; DELETE FROM documents WHERE doc_id = 'c'", "list of documents"),
+    ):
+        copy = Path(shutil.copytree(path, path.parent / "copy"))
+        for one in statement.split(";"):
+            run(copy, one)
+        with monkeypatch.context() as patch:
+            if how == "a migration":
+                patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "CREATE TABLE beside (x);"))
+            with Store.open(copy) as store:
+                with store.writer() as writer:
+                    put(writer, document("new"))
+                store.adapters.add({"lloco.json": b"{ }"}, "", "letters", "run3")
+            assert any(said in detail for detail in complaints(copy)), (said, complaints(copy))
+        shutil.rmtree(copy)
+
+
 def test_writing_beside_damage_does_not_seal_it(path):
     run(path, "UPDATE documents SET title = 'another' WHERE doc_id = 'a'")
     of_first = "segment_id IN (SELECT segment_id FROM chunks WHERE chunk_key = 1)"
@@ -125,12 +150,9 @@ def test_writing_beside_damage_does_not_seal_it(path):
     assert complaints(path) == []
 
 
-def test_a_catalogue_made_before_seals_is_sealed_when_it_is_opened(path, monkeypatch):
+def test_a_catalogue_made_before_seals_is_sealed_when_it_is_opened(path):
     version = next(number for number, step in enumerate(schema.MIGRATIONS) if "CREATE TABLE seals" in step)
-    monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[: version + 1])  # what came later is another's test
-    run(path, "DROP TABLE seals")
-    run(path, "DROP TABLE sealed")
-    run(path, f"PRAGMA user_version = {version}")
+    set_back(path, version)
     assert complaints(path) == [], "an older one is looked at as it would be opened"
     Store.open(path).close()
     run(path, "UPDATE documents SET source = 'x' WHERE doc_id = 'c'")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from store_cases import set_back
 from lloco_engine import ChunkConfig, Document, Engine, GenerateConfig, Turn
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.template import Template
-from lloco_engine.errors import UnsupportedModel
+from lloco_engine.errors import StoreMismatch, UnsupportedModel
 from lloco_engine.models import load_tokenizer
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 from lloco_engine.tokenizing import encode
@@ -173,6 +175,37 @@ def test_no_date_is_written_so_that_a_store_opens_on_any_day(start, monkeypatch)
     assert later.fingerprint == template.fingerprint
     history = [Turn("user", "Where?"), Turn("assistant", "Here.")]
     assert later.question_ids("Why?", history=history) == template.question_ids("Why?", history=history)
+
+
+@pytest.mark.parametrize("start", list(DATES.values())[:2], ids=list(DATES)[:2])
+def test_a_store_that_was_told_the_day_opens_on_every_other(start, tmp_path):
+    folder = save_tiny_decoder(tmp_path / "decoder", max_position_embeddings=2048)
+    source = folder / "chat_template.jinja"
+    source.write_text(start + source.read_text())
+    template = Template.of(load_tokenizer(str(folder)))
+    options = {"decoder": str(folder), "embedder": HashingEmbedder(), "chunk": ChunkConfig(64, 32, 8)}
+    with Engine.open(tmp_path / "store", **options) as engine:
+        engine.ingest(Document("d", "The pump stands in hall three."))
+    created = datetime.fromisoformat(engine.manifest.created)
+    manifest = tmp_path / "store" / "manifest.json"
+    for day in (created, created - timedelta(days=1)):  # as its maker's clock had it
+        told = template.on(day)
+        assert day.strftime("Today: %d %b %Y") in told.before and told.fingerprint != template.fingerprint
+        manifest.write_text(
+            json.dumps(json.loads(manifest.read_text()) | {"template_fingerprint": told.fingerprint}, indent=2) + "\n"
+        )
+        set_back(tmp_path / "store", 9)  # before the catalogue kept a copy of the manifest
+        with Engine.open(tmp_path / "store", **options) as engine:
+            assert engine.decoder.template.prefix_ids == told.prefix_ids
+            history = [Turn("user", "Why?"), Turn("assistant", "So.")]
+            assert engine.decoder.template.question_ids("Where?", history=history)
+            assert engine.ask("Where?", generate=GenerateConfig(2)).hits
+    with pytest.raises(StoreMismatch, match="template_fingerprint"):
+        manifest.write_text(
+            manifest.read_text().replace(told.fingerprint, template.on(datetime(2001, 2, 3)).fingerprint)
+        )
+        set_back(tmp_path / "store", 9)
+        Engine.open(tmp_path / "store", **options)
 
 
 def test_a_template_without_a_clock_is_rendered_as_it_is():

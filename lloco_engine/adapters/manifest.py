@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from lloco_engine.config import Config
 from lloco_engine.errors import AdapterError, ConfigError
+from lloco_engine.fingerprints import agree
 
 __all__ = ["FILES", "FORMAT_VERSION", "MANIFEST", "WEIGHTS", "AdapterManifest"]
 
@@ -91,7 +92,7 @@ class AdapterManifest(Config):
             AdapterError: names the first field that differs, and both values.
         """
         for name in _MUST_AGREE:
-            if getattr(self, name) != facts[name]:
+            if not agree(getattr(self, name), facts[name]):
                 raise AdapterError(
                     f"adapter {self.group!r} was made with {name} {getattr(self, name)!r} (decoder {self.decoder!r}), "
                     f"not {facts[name]!r}: train another, or use --adapter none"

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from lloco_engine.cli import factory
-from lloco_engine.cli.filters import HELP, parse_filters
 from lloco_engine.cli.options import (
     Adapter,
     AsJSON,
@@ -18,9 +17,11 @@ from lloco_engine.cli.options import (
     Decoder,
     Device,
     Embedder,
+    FilterTerms,
     StoreDir,
     TemplateName,
     Tenant,
+    parse_filters,
 )
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
 from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
@@ -30,15 +31,6 @@ __all__ = ["register"]
 
 Question = Annotated[str, typer.Argument(help="The question, in quotes.", show_default=False)]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Segments to retrieve.")]
-Filters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--filter",
-        "-f",
-        metavar="TERM",
-        help=HELP,
-    ),
-]
 Neighbours = Annotated[int, typer.Option("--neighbours", min=0, help="Segments to add before and after each hit.")]
 Whole = Annotated[
     str | None, typer.Option("--whole-document", metavar="ID", help="Read all of one document instead of searching.")
@@ -105,7 +97,7 @@ def ask(
     question: Question,
     store: StoreDir = Path("lloco-store"),
     top_k: TopK = 4,
-    filters: Filters = None,
+    filters: FilterTerms = None,
     neighbours: Neighbours = 0,
     whole_document: Whole = None,
     focus: Focus = PrefixConfig.focus,
@@ -180,7 +172,7 @@ def compare(
     question: Question,
     store: StoreDir = Path("lloco-store"),
     top_k: TopK = 4,
-    filters: Filters = None,
+    filters: FilterTerms = None,
     neighbours: Neighbours = 0,
     whole_document: Whole = None,
     focus: Focus = PrefixConfig.focus,

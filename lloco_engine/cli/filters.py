@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 
-from lloco_engine.cli.options import TEXT_KEYS, value_of
 from lloco_engine.errors import ConfigError
 from lloco_engine.filters import parse_filter
 
-__all__ = ["HELP", "parse_filters"]
+__all__ = ["HELP", "TEXT_KEYS", "parse_filters", "value_of"]
 
 HELP = (
     "Only documents whose metadata (or doc_id, source, title) fits: KEY=VALUE, !=, >, >=, <, <=, 'KEY in A,B', "
     "'KEY not in A,B', 'KEY exists', 'KEY missing'; repeatable: all must hold. Numbers, true and false also match the "
     'same text; "2024" in double quotes is text alone.'
 )
+TEXT_KEYS = ("doc_id", "source", "title")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 _SIGNS = {">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
 _FORM = re.compile(
     r'\s*(?:"(?P<quoted>[^"]+)"|(?P<key>[^\s=<>!].*?))'
@@ -79,3 +81,18 @@ def _listed(text: str) -> list[str]:
 def _alternatives(text: str) -> list[Any]:
     value = value_of(text)
     return [value] if isinstance(value, str) else [value, text]
+
+
+def value_of(text: str) -> str | int | float | bool:
+    """A value as a shell has it: true, false and numbers as such, the rest, and all in double quotes, as text."""
+    if text in ("true", "false"):
+        return text == "true"
+    if number := _NUMBER.fullmatch(text):
+        return float(text) if number[2] else int(text)
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        try:
+            quoted = json.loads(text)
+        except ValueError:
+            return text
+        return str(quoted)
+    return text

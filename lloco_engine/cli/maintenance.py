@@ -1,4 +1,4 @@
-"""``lloco verify``, ``backup``, ``restore`` and ``info``: is the store sound, and what is it made with."""
+"""``lloco verify``, ``backup``, ``restore``, ``stats`` and ``info``: is the store sound, and what is it made with."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command()(verify)
     app.command()(backup)
     app.command()(restore)
+    app.command()(stats)
     app.command()(info)
 
 
@@ -161,6 +162,24 @@ def _compress_again(store: Path, decoder: str | None, device: str | None) -> lis
 def _sentence(problem: Problem) -> str:
     used = f" (documents: {', '.join(problem.doc_ids)})" if problem.doc_ids else ""
     return safe(f"{problem.kind}: {problem.path}: {problem.detail}{used}")
+
+
+def stats(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> None:
+    """Count what the store holds, and its bytes by part.
+
+    Over all tenants; what several documents share counts once.
+
+    \b
+    Examples:
+      lloco stats
+      lloco stats --json | jq .bytes.total
+    """
+    with factory.open_store(store) as opened:
+        figures = opened.stats()
+    if as_json:
+        print_json(figures)
+    else:
+        _print_facts(figures)
 
 
 def info(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> None:

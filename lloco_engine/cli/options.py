@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lloco_engine.cli.filters import HELP, TEXT_KEYS, parse_filters, value_of
 from lloco_engine.config import ReadConfig
 from lloco_engine.errors import ConfigError
 from lloco_engine.types import MetadataValue
 
 __all__ = [
-    "TEXT_KEYS",
     "Adapter",
     "AsJSON",
     "CompressorName",
@@ -23,13 +21,14 @@ __all__ = [
     "Decoder",
     "Device",
     "Embedder",
+    "FilterTerms",
     "StoreDir",
     "TemplateName",
     "Tenant",
+    "parse_filters",
     "parse_limits",
     "parse_metadata",
     "parse_settings",
-    "value_of",
 ]
 
 StoreDir = Annotated[
@@ -83,9 +82,7 @@ Adapter = Annotated[
         "--adapter", metavar="NAME", help="A group's LoRA adapter; 'auto': that of the hits' group; or 'none'."
     ),
 ]
-
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
-TEXT_KEYS = ("doc_id", "source", "title")
+FilterTerms = Annotated[list[str] | None, typer.Option("--filter", "-f", metavar="TERM", help=HELP)]
 
 
 def parse_metadata(pairs: Sequence[str]) -> dict[str, MetadataValue]:
@@ -129,18 +126,3 @@ def _halves(pair: str) -> tuple[str, str]:
     if not equals or not key.strip():
         raise typer.BadParameter(f"must be key=value, not {pair!r}")
     return key.strip(), text
-
-
-def value_of(text: str) -> str | int | float | bool:
-    """A value as a shell has it: true, false and numbers as such, the rest, and all in double quotes, as text."""
-    if text in ("true", "false"):
-        return text == "true"
-    if number := _NUMBER.fullmatch(text):
-        return float(text) if number[2] else int(text)
-    if len(text) >= 2 and text[0] == text[-1] == '"':
-        try:
-            quoted = json.loads(text)
-        except ValueError:
-            return text
-        return str(quoted)
-    return text

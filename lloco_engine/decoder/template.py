@@ -2,14 +2,17 @@
 
 ``template prefix`` is the system turn and the opening of the user turn. It is the same for every question, so its
 keys and values are computed once and shared by all segments, which are made after it. So nothing in it may change from
-day to day: a chat template that writes the date is told that it is not known.
+day to day: a chat template that writes the date is told that it is not known, or the day on which a store was made.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +25,8 @@ __all__ = ["NAMES", "Template", "encode"]
 
 _MARK = "\u2402Memory\u2403"  # stands for the user turn's content while the chat template is rendered
 _THOUGHT = "\u2402Thought\u2403"
-_NO_DATE = "{% macro strftime_now(format='') %}unknown{% endmacro %}\n"  # in the place of the clock's own
+_CLOCK = "strftime_now"  # what chat templates call the clock
+_FORMAT = re.compile(_CLOCK + r"""\(\s*(?:format\s*=\s*)?(["'])(.*?)\1""")
 _JOINT = "\n\nAnswer the question from the text above.\nQuestion: "
 _SHORT = "Answer the question as concisely as you can, using a single phrase"
 _LETTER = "Choose the best answer by writing its corresponding letter (either A, B, C, or D)."
@@ -84,6 +88,7 @@ class Template:
         lead: the spaces at the end of ``before``, which tokenizers write with the word that follows: they come with
             the text after the template prefix, and are no part of it.
         markers: what the decoder writes around its thoughts; None where it is not known to think.
+        day: what a chat template that asks for the time is told; None: that it is not known.
     """
 
     tokenizer: Any
@@ -92,6 +97,7 @@ class Template:
     after: str
     lead: str = ""
     markers: Markers | None = None
+    day: datetime | None = None
 
     @classmethod
     def suited(cls, tokenizer: Any, config: Any, name: str | Template | None = None) -> Template:
@@ -116,8 +122,12 @@ class Template:
         return made
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Template:
+    def of(cls, tokenizer: Any, day: datetime | None = None) -> Template:
         """The template of a tokenizer; a decoder without a chat template gets a plain question-and-answer form.
+
+        Args:
+            tokenizer: the decoder's.
+            day: as above.
 
         Raises:
             UnsupportedModel: the chat template cannot be rendered, or does not keep the user's text in one piece.
@@ -125,19 +135,28 @@ class Template:
         markers = _markers(tokenizer)
         if not getattr(tokenizer, "chat_template", None):
             return cls(tokenizer, tokenizer.bos_token or "", _JOINT, "\nAnswer:", markers=markers)
-        rendered = _render(tokenizer, [{"role": "user", "content": _MARK}])
+        rendered = _render(tokenizer, [{"role": "user", "content": _MARK}], day=day)
         before, found, after = rendered.partition(_MARK)
         if not found or _MARK in after:
             raise UnsupportedModel("the chat template must render the user's text once, unchanged; this one does not")
         spaces = before[len(before.rstrip(" ")) :]
         if spaces and encoder_of(tokenizer).ends_in_control(before):  # the control token takes them in
             spaces = ""
-        return cls(tokenizer, before, _JOINT, after, spaces, markers)
+        return cls(tokenizer, before, _JOINT, after, spaces, markers, day)
 
     @property
     def in_pieces(self) -> Template:
         """The same template as stores have it whose template prefix was encoded with the spaces at its end."""
         return replace(self, lead="")
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the decoder's chat template asks for the time."""
+        return self.before != "" and _CLOCK in str(getattr(self.tokenizer, "chat_template", None) or "")
+
+    def on(self, day: datetime) -> Template:
+        """The same template as stores have it that were made on this day, when chat templates were told the time."""
+        return Template.of(self.tokenizer, day)
 
     @property
     def fingerprint(self) -> str:
@@ -210,7 +229,7 @@ class Template:
             return ["\nAnswer: " if turn % 2 == 0 else "\nQuestion: " for turn in range(turns - 1)] + [self.after]
         marks = [f"{_MARK}{turn}{_MARK}" for turn in range(turns)]
         messages = [{"role": "assistant" if turn % 2 else "user", "content": mark} for turn, mark in enumerate(marks)]
-        rest = _render(self.tokenizer, messages)
+        rest = _render(self.tokenizer, messages, day=self.day)
         pieces = []
         for mark in marks:
             piece, found, rest = rest.partition(mark)
@@ -252,16 +271,18 @@ class Template:
             )
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answered: bool = False) -> str:
-    """Messages as the tokenizer's chat template writes them, whatever the day, up to where an answer begins.
+def _render(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, answered: bool = False, day: datetime | None = None
+) -> str:
+    """Messages as the tokenizer's chat template writes them, whatever today is, up to where an answer begins.
 
     Raises:
         UnsupportedModel: it cannot be rendered; says why.
     """
     try:
         source = str(tokenizer.get_chat_template())
-        if "strftime_now" in source:
-            source = _NO_DATE + source
+        if _CLOCK in source:
+            source = _clock(source, day) + source
         return str(
             tokenizer.apply_chat_template(
                 list(messages),
@@ -278,6 +299,15 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answered: boo
             f"({type(error).__name__}: {reason}); mend chat_template.jinja or tokenizer_config.json in the decoder's "
             "folder, name one of its templates 'default', or remove it for a plain question-and-answer form"
         ) from error
+
+
+def _clock(source: str, day: datetime | None) -> str:
+    """A macro in the place of the clock that chat templates ask, with what it says on a day, or that it is unknown."""
+    told = "unknown"
+    if day is not None:
+        times = {form: day.strftime(form) for _, form in _FORMAT.findall(source)}
+        told = f"{{{{ {json.dumps(times)}[format] }}}}"
+    return f"{{% macro {_CLOCK}(format='') %}}{told}{{% endmacro %}}\n"
 
 
 def _markers(tokenizer: Any) -> Markers | None:

@@ -154,7 +154,7 @@ def _lines(text: str) -> str:
 def parse_xlsx(data: bytes, config: ReadConfig) -> Parsed:
     """A workbook: each sheet's name and rows, cells parted by tabs, with the values last calculated.
 
-    Hidden sheets are left out.
+    Hidden sheets are left out, and so are rows and columns that hold nothing.
 
     Raises:
         DocumentError: it is damaged, too large, or the extra is not installed.
@@ -173,18 +173,28 @@ def parse_xlsx(data: bytes, config: ReadConfig) -> Parsed:
             if sheet.sheet_state != "visible":
                 continue
             sheet.reset_dimensions()
-            rows: list[str] = []
+            rows: list[dict[int, str]] = []
             for row in sheet.iter_rows(values_only=True):
-                line = "\t".join("" if value is None else " ".join(str(value).split()) for value in row).rstrip("\t")
-                if line:
-                    rows.append(line)
-                    size += len(line) + 1
+                cells = {at: " ".join(str(value).split()) for at, value in enumerate(row) if value is not None}
+                if cells := {at: text for at, text in cells.items() if text}:
+                    rows.append(cells)
+                    size += sum(map(len, cells.values())) + len(cells)
                 check_length(size, config.max_text)
+            place = {column: at for at, column in enumerate(sorted({column for cells in rows for column in cells}))}
+            check_length(size + sum(place[max(cells)] for cells in rows), config.max_text)
             if rows:
-                pieces.append("\n".join((sheet.title, *rows)))
+                pieces.append("\n".join((sheet.title, *(_line(cells, place) for cells in rows))))
     finally:
         book.close()
     return Parsed(" ".join(title.split()), "\n\n".join(pieces))
+
+
+def _line(cells: dict[int, str], place: dict[int, int]) -> str:
+    """A row, each cell in its place among the columns that hold something."""
+    line = [""] * (place[max(cells)] + 1)
+    for column, text in cells.items():
+        line[place[column]] = text
+    return "\t".join(line)
 
 
 def parse_epub(data: bytes, config: ReadConfig) -> Parsed:

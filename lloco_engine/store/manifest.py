@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from lloco_engine.config import Config
 from lloco_engine.errors import ConfigError, StoreCorrupt, StoreMismatch
+from lloco_engine.fingerprints import agree
 
 __all__ = ["FORMAT_VERSION", "Manifest", "segment_id"]
 
@@ -127,6 +128,8 @@ class Manifest(Config):
             raise ConfigError(f"a manifest has no field {unknown[0]!r}; it has {', '.join(mine)}")
         names = [name for name in mine if name in wanted and name not in _DESCRIPTIVE]
         for name in sorted(names, key=lambda name: name != "memory"):
+            if name.endswith("_fingerprint") and agree(mine[name], wanted[name]):
+                continue
             if _as_stored(mine[name]) != _as_stored(wanted[name]):
                 raise StoreMismatch(
                     f"{name} of the store at {path} is {mine[name]!r}{self._named(name)}, not {wanted[name]!r}: "

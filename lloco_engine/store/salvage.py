@@ -15,7 +15,9 @@ from lloco_engine.store.catalogue import explained
 from lloco_engine.store.connecting import connect
 from lloco_engine.store.files import Layout
 from lloco_engine.store.schema import migrate
-from lloco_engine.store.seals import Key, Seals, Shape, keep_manifest, rest_differing, seal_all
+from lloco_engine.store.seals import Seals, keep_manifest, rest_differing, seal_all
+from lloco_engine.store.tables import Key, Shape
+from lloco_engine.store.terms import add_words
 from lloco_engine.store.writer import insert_metadata
 
 __all__ = ["Salvage"]
@@ -90,6 +92,7 @@ class Salvage:
                 new.execute("ROLLBACK TO one")
                 yield f"document {label!r} was damaged and is not in it: ingest {label} again"
             new.execute("RELEASE one")
+        add_words(new)
         new.execute("DELETE FROM segments WHERE segment_id NOT IN (SELECT segment_id FROM chunks)")
         if not seals.complete:
             yield "documents may be missing that are not even listed any more: ingest everything again to be sure"

@@ -6,196 +6,36 @@
     sealed    one row: the sum of all rows of ``seals``, and for each table that belongs to neither its hash, with
               those of the schema; and the text of manifest.json
 
-A table belongs to the documents or the segments when its foreign keys, as far as they cascade, lead there; all its
-columns count. So a table or a column that is added later is sealed without being named here. Hashes are renewed in the
-transaction that changes the rows (`Sealing`), by triggers of that connection alone: what another program changes stays
-without a seal, and what was damaged before a transaction is not sealed by it.
+Which rows are a document's or a segment's, `lloco_engine.store.tables` says. Hashes are renewed in the transaction that
+changes the rows (`Sealing`), by triggers of that connection alone: what another program changes stays without a seal,
+and what was damaged before a transaction, or a migration, is not sealed by it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
-import struct
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from lloco_engine.store.tables import Key, Parts, Shape, packed, quoted
+
 __all__ = [
-    "Key",
-    "Parts",
+    "Doubts",
     "Sealing",
     "Seals",
-    "Shape",
-    "has_seals",
+    "doubts",
     "keep_manifest",
     "kept_manifest",
     "rest_differing",
     "seal_all",
     "seal_problems",
     "unsound",
-    "unsound_keys",
 ]
 
-Parts = dict[str, str]  # hash by table
-Key = int | str
-_ROOTS = ("documents", "segments")
-_OWN = ("seals", "sealed")
-_BESIDE = {
-    "schema": "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_stat%' ORDER BY 1, 2",
-    "user_version": "PRAGMA user_version",
-    "application_id": "PRAGMA application_id",
-    "manifest": "SELECT manifest FROM sealed",
-}
-_LABELS = {"documents": "doc_id"}  # what names a row in messages, where its key does not
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A table with rows of a root: how they are found, and how a row says whose it is."""
-
-    name: str
-    columns: tuple[str, ...]
-    where: str  # of a row; one parameter, the root's key
-    order: str
-    key_of: Callable[[str], str]  # the root's key as SQL, of a row that a trigger calls by this name
-
-    @property
-    def select(self) -> str:
-        columns = ", ".join(map(_quoted, self.columns))
-        return f"SELECT {columns} FROM {_quoted(self.name)} WHERE {self.where} ORDER BY {self.order}"
-
-
-class Shape:
-    """Which tables a catalogue has, and whose rows they hold.
-
-    Args:
-        connection: to the catalogue.
-    """
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        self._infos: dict[str, list[Any]] = {}
-        statements = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name")
-        tables: dict[str, str] = {name: sql or "" for name, sql in statements.fetchall()}
-        self.virtual = tuple(name for name, sql in tables.items() if sql.upper().startswith("CREATE VIRTUAL"))
-        self.plain = tuple(
-            name
-            for name in tables
-            if name not in (*self.virtual, *_OWN)
-            and not name.startswith(("sqlite_stat", *(f"{virtual}_" for virtual in self.virtual)))
-        )
-
-    @cached_property
-    def owned(self) -> dict[str, tuple[_Table, ...]]:
-        """Of each root the tables with rows of it, itself first and every other after the one that it refers to."""
-        return {root: tuple(self._below(root)) for root in _ROOTS if root in self.plain}
-
-    @cached_property
-    def others(self) -> tuple[str, ...]:
-        """Tables that belong to no root."""
-        known = {table.name for tables in self.owned.values() for table in tables}
-        return tuple(name for name in self.plain if name not in known)
-
-    def key(self, root: str) -> str:
-        """The column that is a root's key."""
-        return next(str(row[1]) for row in self._info(root) if row[5])
-
-    def keys(self, root: str) -> list[Key]:
-        """The keys of all rows of a root."""
-        column = _quoted(self.key(root))
-        return [row[0] for row in self._connection.execute(f"SELECT {column} FROM {root} ORDER BY {column}")]
-
-    def label(self, root: str, key: Key) -> str:
-        """What messages call a row of a root."""
-        column = _LABELS.get(root)
-        if column is None:
-            return str(key)
-        row = self._connection.execute(f"SELECT {column} FROM {root} WHERE {self.key(root)} = ?", (key,)).fetchone()
-        return str(row[0])
-
-    def parts(self, root: str, key: Key) -> Parts | None:
-        """The hashes of everything that is said of one row of a root; None when it is not there."""
-        made = {}
-        for table in self.owned[root]:
-            digest, rows = _digest(table.columns), 0
-            for row in self._connection.execute(table.select, (key,)):
-                digest.update(_packed(row))
-                rows += 1
-            if table.name == root and not rows:
-                return None
-            made[table.name] = digest.hexdigest()[:32]
-        return made
-
-    def rest(self) -> Parts:
-        """The hashes of the tables that belong to no root, of the schema, and of the text of the manifest."""
-        made = {}
-        for name in self.others:
-            columns = self.columns(name)
-            listed = ", ".join(map(_quoted, columns))
-            query = f"SELECT {listed} FROM {_quoted(name)} ORDER BY {self._order(name)}"
-            made[name] = self._hash(query, columns)
-        return made | {name: self.beside(name) for name in _BESIDE}
-
-    def beside(self, name: str) -> str:
-        """The hash of one of the things that are in no table of their own."""
-        return self._hash(_BESIDE[name], (name,))
-
-    def _hash(self, query: str, columns: tuple[str, ...]) -> str:
-        digest = _digest(columns)
-        for row in self._connection.execute(query):
-            digest.update(_packed(row))
-        return str(digest.hexdigest()[:32])
-
-    def columns(self, table: str) -> tuple[str, ...]:
-        """A table's columns, those that are worked out too."""
-        return tuple(row[1] for row in self._info(table))
-
-    def _order(self, table: str) -> str:
-        """The columns that rows are put in order by, which no two rows have in common."""
-        info = self._info(table)
-        keys = [_quoted(row[1]) for row in sorted(info, key=lambda row: int(row[5])) if row[5]]
-        return ", ".join(keys or [_quoted(row[1]) for row in info])
-
-    def _info(self, table: str) -> list[Any]:
-        if table not in self._infos:
-            self._infos[table] = self._connection.execute(f"PRAGMA table_xinfo({_quoted(table)})").fetchall()
-        return self._infos[table]
-
-    def _below(self, root: str) -> Iterator[_Table]:
-        key = _quoted(self.key(root))
-        found = {root: _Table(root, self.columns(root), f"{key} = ?", self._order(root), lambda row: f"{row}.{key}")}
-        yield found[root]
-        while True:
-            new = [name for name in self.plain if name not in found and self._parent(name, found)]
-            for name in new:
-                parent, mine, theirs = self._parent(name, found) or ("", "", "")
-                found[name] = self._child(name, found[parent], mine, theirs, root if theirs == key else "")
-                yield found[name]
-            if not new:
-                return
-
-    def _parent(self, name: str, found: Iterable[str]) -> tuple[str, str, str] | None:
-        """The table in ``found`` that rows of this one go with, and the columns of both that say so."""
-        for row in self._connection.execute(f"PRAGMA foreign_key_list({_quoted(name)})").fetchall():
-            parent, mine, theirs, cascades = row[2], row[3], row[4], row[6] == "CASCADE"
-            if parent in found and cascades:
-                return parent, _quoted(mine), _quoted(theirs or self.key(parent))
-        return None
-
-    def _child(self, name: str, parent: _Table, mine: str, theirs: str, root: str) -> _Table:
-        if parent.name == root:
-            return _Table(name, self.columns(name), f"{mine} = ?", self._order(name), lambda row: f"{row}.{mine}")
-        above = _quoted(parent.name)
-        return _Table(
-            name,
-            self.columns(name),
-            f"{mine} IN (SELECT {theirs} FROM {above} WHERE {parent.where})",
-            self._order(name),
-            lambda row: f"(SELECT {parent.key_of('p')} FROM {above} p WHERE p.{theirs} = {row}.{mine})",
-        )
+_COUNTERS = ("generation", "index_file", "sqlite_sequence")  # which every commit writes, and no answer depends on
 
 
 class Sealing:
@@ -218,10 +58,15 @@ class Sealing:
                     noted = " ".join(
                         f"INSERT OR IGNORE INTO changed SELECT '{root}', {table.key_of(row)}, {made};" for row in rows
                     )
-                    name = _quoted(f"{event} {table.name}".lower())
-                    connection.execute(
-                        f"CREATE TEMP TRIGGER {name} AFTER {event} ON main.{_quoted(table.name)} BEGIN {noted} END"
-                    )
+                    self._on(event, table.name, noted)
+        for name in self._shape.others:
+            if name not in _COUNTERS:
+                for event in ("INSERT", "DELETE", "UPDATE"):
+                    self._on(event, name, f"INSERT OR IGNORE INTO changed VALUES ('', '{name}', 0);")
+
+    def _on(self, event: str, table: str, noted: str) -> None:
+        name = quoted(f"{event} {table}".lower())
+        self._connection.execute(f"CREATE TEMP TRIGGER {name} AFTER {event} ON main.{quoted(table)} BEGIN {noted} END")
 
     def begin(self) -> None:
         """Note where a transaction begins."""
@@ -232,7 +77,9 @@ class Sealing:
         connection, shape = self._connection, self._shape
         if connection.total_changes == self._changes:
             return
-        rows = connection.execute("SELECT root, key, max(made) FROM changed WHERE key IS NOT NULL GROUP BY root, key")
+        rows = connection.execute(
+            "SELECT root, key, max(made) FROM changed WHERE root <> '' AND key IS NOT NULL GROUP BY root, key"
+        )
         total = _total(connection)
         doubted = []
         for root, key, made in rows.fetchall():
@@ -245,10 +92,19 @@ class Sealing:
             total ^= _renew(connection, root, key, None if parts is None else shape.label(root, key), parts)
         if doubted:
             total ^= self._take_back(doubted)
-        connection.execute("DELETE FROM changed")
         connection.execute("UPDATE sealed SET total = ?", (f"{total:064x}",))
-        rest = parts_text(shape.rest())
+        rest = parts_text(self._rest())
         connection.execute("UPDATE sealed SET rest = ? WHERE rest <> ?", (rest, rest))
+        connection.execute("DELETE FROM changed")
+
+    def _rest(self) -> Parts:
+        """The hashes of the tables of neither root: new ones of those that were changed and were right before."""
+        renewed = {str(name) for (name,) in self._connection.execute("SELECT key FROM changed WHERE root = ''")}
+        if renewed:
+            with closing(self._before()) as before:
+                renewed -= set(rest_differing(before, Shape(before)))
+        kept = _kept_rest(self._connection)
+        return kept | {name: digest for name, digest in self._shape.rest().items() if name in (*renewed, *_COUNTERS)}
 
     def _take_back(self, doubted: list[tuple[str, Key]]) -> int:
         """Give those their seals back that did not have the right ones before; what that changes in the total."""
@@ -312,7 +168,7 @@ class Seals:
         return [] if self._sum ^ mine ^ right == self._total else wrong
 
 
-def has_seals(connection: sqlite3.Connection) -> bool:
+def _has_seals(connection: sqlite3.Connection) -> bool:
     """Whether a catalogue has had the migration that brought them."""
     found = connection.execute(
         "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN ('seals', 'sealed')"
@@ -320,26 +176,46 @@ def has_seals(connection: sqlite3.Connection) -> bool:
     return bool(found.fetchone()[0] == 2)
 
 
-def seal_all(connection: sqlite3.Connection, but: Collection[tuple[str, Key]] = ()) -> None:
-    """Seal everything anew; documents and segments in ``but`` keep what they had, which does not fit them."""
+@dataclass(frozen=True)
+class Doubts:
+    """What does not fit its seal: documents and segments, tables of neither, the list of all seals."""
+
+    keys: frozenset[tuple[str, Key]] = frozenset()
+    tables: frozenset[str] = frozenset()
+    listed: bool = False
+
+
+def doubts(connection: sqlite3.Connection) -> Doubts:
+    """What in a catalogue does not fit its seal; of one without seals nothing is known."""
+    if not _has_seals(connection):
+        return Doubts()
     shape = Shape(connection)
+    keys = {(root, key) for root in shape.owned for key in shape.keys(root) if unsound(connection, root, key, shape)}
+    return Doubts(frozenset(keys), frozenset(rest_differing(connection, shape)), _sum(connection) != _total(connection))
+
+
+def seal_all(connection: sqlite3.Connection, but: Doubts | None = None) -> None:
+    """Seal everything anew; what is in ``but`` goes on not to fit."""
+    but, shape = but or Doubts(), Shape(connection)
     for root in shape.owned:
         for key in shape.keys(root):
-            if (root, key) not in but:
+            if (root, key) not in but.keys:
                 _renew(connection, root, key, shape.label(root, key), shape.parts(root, key))
-    connection.execute("UPDATE sealed SET total = ?", (f"{_sum(connection):064x}",))
-    connection.execute("UPDATE sealed SET rest = ?", (parts_text(shape.rest()),))
+    connection.execute("UPDATE sealed SET total = ?", (f"{_sum(connection) ^ but.listed:064x}",))
+    rest = {name: "" if name in but.tables else digest for name, digest in shape.rest().items()}
+    connection.execute("UPDATE sealed SET rest = ?", (parts_text(rest),))
 
 
 def keep_manifest(connection: sqlite3.Connection, text: str) -> None:
     """Keep a copy of manifest.json, sealed."""
     connection.execute("UPDATE sealed SET manifest = ?", (text,))
-    connection.execute("UPDATE sealed SET rest = ?", (parts_text(Shape(connection).rest()),))
+    rest = _kept_rest(connection) | {"manifest": Shape(connection).beside("manifest")}
+    connection.execute("UPDATE sealed SET rest = ?", (parts_text(rest),))
 
 
 def kept_manifest(connection: sqlite3.Connection) -> str | None:
     """The text of manifest.json as it was written; None where it is not known, or is damaged itself."""
-    if not has_seals(connection):
+    if not _has_seals(connection):
         return None
     rows = connection.execute("SELECT manifest, rest FROM sealed").fetchall()
     if len(rows) != 1 or rows[0][0] is None:
@@ -354,15 +230,11 @@ def rest_differing(connection: sqlite3.Connection, shape: Shape) -> list[str]:
     return differing(str(rows[0][0]) if len(rows) == 1 else "", shape.rest())
 
 
-def unsound_keys(connection: sqlite3.Connection) -> set[tuple[str, Key]]:
-    """Documents and segments that do not fit their seals."""
-    shape = Shape(connection)
-    found = set()
-    for root in shape.owned:
-        for key in shape.keys(root):
-            if unsound(connection, root, key, shape):
-                found.add((root, key))
-    return found
+def _kept_rest(connection: sqlite3.Connection) -> Parts:
+    """The hashes that were kept of the tables of neither root, as far as they can be read."""
+    rows = connection.execute("SELECT rest FROM sealed").fetchall()
+    parts = str(rows[0][0]).split(" ") if len(rows) == 1 else []
+    return {name: digest for name, _, digest in (part.partition("=") for part in parts) if name}
 
 
 def seal_problems(connection: sqlite3.Connection) -> Iterator[tuple[str, str | None]]:
@@ -443,29 +315,4 @@ def _renew(connection: sqlite3.Connection, root: str, key: Key, label: str | Non
 
 
 def _weight(row: Any) -> int:
-    return int.from_bytes(hashlib.sha256(_packed(row)).digest(), "big")
-
-
-def _digest(columns: tuple[str, ...]) -> Any:
-    return hashlib.sha256(_packed(columns))
-
-
-def _packed(row: Iterable[Any]) -> bytes:
-    """A row as bytes: types and lengths with the values, so that no two rows are alike."""
-    parts = []
-    for value in row:
-        if isinstance(value, str):
-            mark, data = b"t", value.encode("utf-8", "surrogateescape")
-        elif isinstance(value, bytes):
-            mark, data = b"b", value
-        elif isinstance(value, float):
-            mark, data = b"f", struct.pack("<d", value)
-        else:
-            mark, data = (b"n", b"") if value is None else (b"i", str(value).encode("ascii"))
-        parts += [mark, len(data).to_bytes(8, "little"), data]
-    return b"".join((*parts, b"."))
-
-
-def _quoted(name: str) -> str:
-    doubled = name.replace('"', '""')
-    return f'"{doubled}"'
+    return int.from_bytes(hashlib.sha256(packed(row)).digest(), "big")

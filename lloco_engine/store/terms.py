@@ -10,10 +10,11 @@ A term names its tenant, so that looking a word up reads and counts one tenant's
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 
 from lloco_engine.keyword_score import words
 
-__all__ = ["term", "window_terms"]
+__all__ = ["add_words", "term", "window_terms"]
 
 _JOINT = "·"  # FTS5's ascii tokenizer takes whatever is not ASCII for a letter, and no word has it
 
@@ -27,6 +28,17 @@ def window_terms(tenant: str, text: str) -> str:
     """The terms of a window's text, each once, between spaces. Also a function of SQL on a catalogue's connections."""
     mark = _mark(tenant)
     return " ".join(mark + word for word in words(text))
+
+
+def add_words(connection: sqlite3.Connection, doc_key: int | None = None) -> None:
+    """Fill the table of words for the windows of one document, or of all, none of which has its words yet."""
+    connection.execute(
+        "INSERT INTO words (rowid, text)"
+        " SELECT w.window_id, window_terms(d.tenant, substr(c.text, w.start - c.start + 1, w.end - w.start))"
+        " FROM windows w JOIN chunks c USING (chunk_key) JOIN documents d USING (doc_key)"
+        " WHERE ?1 IS NULL OR d.doc_key = ?1",
+        (doc_key,),
+    )
 
 
 def _mark(tenant: str) -> str:

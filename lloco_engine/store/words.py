@@ -8,12 +8,13 @@ from contextlib import closing
 from itertools import zip_longest
 from typing import Any
 
-from lloco_engine.store.seals import Shape
+from lloco_engine.store.tables import Shape
+from lloco_engine.store.terms import add_words
 
 __all__ = ["word_problems"]
 
 _ROWS = 5_000
-_FILLED_FROM = ("documents", "chunks", "windows")  # what the triggers that fill it read; vectors stay behind
+_FILLED_FROM = ("documents", "chunks", "windows")  # what `add_words` reads; vectors stay behind
 
 
 def word_problems(copy: sqlite3.Connection, empty: sqlite3.Connection) -> Iterator[str]:
@@ -32,6 +33,7 @@ def word_problems(copy: sqlite3.Connection, empty: sqlite3.Connection) -> Iterat
         names = ", ".join(f'"{name}"' for name in columns)
         rows = copy.execute(f"SELECT {listed} FROM {table}")
         empty.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)
+    add_words(empty)
     for name in Shape(empty).virtual:
         try:
             if name not in shape.virtual:

@@ -20,6 +20,7 @@ from lloco_engine.store.files import Layout, check_segment_id, write_atomic
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
 from lloco_engine.store.room import make_room
+from lloco_engine.store.terms import add_words
 from lloco_engine.store.values import rows_of
 from lloco_engine.types import AnySegment, Chunk, Document, Span
 
@@ -302,6 +303,7 @@ class _Put:
                 "INSERT INTO windows (chunk_key, start, end, vector) VALUES (?, ?, ?, ?)",
                 [(chunk_key, *row) for row in _window_rows(chunk, vectors)],
             )
+        add_words(connection, doc_key)
 
     def _windows(self) -> Iterator[tuple[int, int, bytes]]:
         for chunk, vectors in zip(self.chunks, self.vectors, strict=True):

@@ -18,6 +18,7 @@ from lloco_integrations.adding import ingest_all
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.documents import from_hit, from_stored, retrieved, to_engine
 from lloco_integrations.langchain.messages import turns
+from lloco_integrations.questions import question_vector
 
 __all__ = ["EngineEmbeddings", "LLoCOStoreRetriever", "LLoCOVectorStore"]
 
@@ -34,8 +35,9 @@ class EngineEmbeddings(Embeddings):
         return vectors
 
     def embed_query(self, text: str) -> list[float]:
-        """The vector of one text, of length 1."""
-        return self.embed_documents([text])[0]
+        """The vector of a question, of length 1."""
+        vector: list[float] = question_vector(self._engine, text).tolist()
+        return vector
 
 
 class LLoCOStoreRetriever(VectorStoreRetriever):
@@ -227,8 +229,8 @@ class LLoCOVectorStore(VectorStore):
         if not hits:
             return []
         texts = [hit.quote(hit.windows[0]) if hit.windows else hit.text for hit in hits]
-        vectors = self.engine.embedder.encode([query, *texts])
-        chosen = maximal_marginal_relevance(np.asarray(vectors[0]), list(vectors[1:]), lambda_mult=lambda_mult, k=k)
+        asked, vectors = question_vector(self.engine, query), self.engine.embedder.encode(texts)
+        chosen = maximal_marginal_relevance(np.asarray(asked), list(vectors), lambda_mult=lambda_mult, k=k)
         return [hits[number] for number in chosen]
 
     def similarity_search(

@@ -9,6 +9,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
 from lloco_engine import Engine
+from lloco_integrations.questions import question_vector
 
 __all__ = ["LLoCOEmbedding"]
 
@@ -38,7 +39,7 @@ class LLoCOEmbedding(BaseEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embeddings([query])[0]
+        return [float(number) for number in question_vector(self._engine, query)]
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         return await asyncio.to_thread(self._get_query_embedding, query)

@@ -168,7 +168,7 @@ def test_every_lost_row_is_seen(original, store, rng, report, flips):
             tried += 1
             assert harmful(store) or (table.startswith("words_") and said(store) == before), (table, which)
             restore(original, store)
-    for statement in ("DELETE FROM words_data WHERE id > 10", "DELETE FROM words", "DROP TRIGGER words_of_new_window"):
+    for statement in ("DELETE FROM words_data WHERE id > 10", "DELETE FROM words", "DROP TRIGGER words_of_gone_window"):
         with closing(sqlite3.connect(store / "catalogue.sqlite", isolation_level=None)) as connection:
             connection.execute(statement)
         tried += 1
