@@ -154,13 +154,20 @@ def _wide_without_mark(data: bytes) -> str:
         # Text without a NUL is UTF-16 only where nearly all of it is in one writing system of the East.
         ranked = [name for name in ("utf-16-le", "utf-16-be") if _is_eastern(head[: len(head) // 2 * 2], name)]
         return ranked[0] if len(ranked) == 1 else ""
-    for name in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
-        width = 4 if "32" in name else 2
+    for width in (4, 2):
         part = head[: len(head) // width * width]
-        if len(data) % width == 0 and part and _decodes(part, name, False):
-            text = part.decode(name, "ignore")
-            if "\0" not in text and _oddness(text) <= _ODD_WIDE and _plain(text):
-                return name
+        if len(data) % width or not part:
+            continue
+        texts = {}
+        for name in (f"utf-{8 * width}-le", f"utf-{8 * width}-be"):
+            if _decodes(part, name, False):
+                text = part.decode(name, "ignore")
+                if "\0" not in text and _oddness(text) <= _ODD_WIDE and _plain(text):
+                    texts[name] = text
+        # The bytes of the characters' blocks are few; those within a block are many, whichever way they are read.
+        blocks = sorted((len({ord(char) >> 8 for char in text}), name) for name, text in texts.items())
+        if blocks and (len(blocks) == 1 or blocks[0][0] < blocks[1][0]):
+            return blocks[0][1]
     return ""
 
 

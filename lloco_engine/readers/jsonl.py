@@ -138,7 +138,7 @@ def _metadata(values: dict[str, Any]) -> dict[str, MetadataValue]:
     try:
         return plain_metadata(values)
     except ConfigError as error:
-        raise DocumentError(f"a record's {error}") from error
+        raise DocumentError(f"in a record, {error}") from error
 
 
 def _no_constant(name: str) -> NoReturn:

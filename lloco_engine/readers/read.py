@@ -88,6 +88,9 @@ class Reader:
             reason = f"a source must be a Document or a path, not of type {type(source).__name__}"
             yield Failure(printable(repr(source))[:200], reason)
             return
+        if not path:
+            yield Failure("''", "a path must not be empty; name a file or a folder, '.' for this one")
+            return
         try:
             root = Path(path).expanduser()
         except RuntimeError as error:
