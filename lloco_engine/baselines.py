@@ -85,7 +85,7 @@ def _read(
 ) -> Answer:
     from lloco_engine.decoder.local import Prompt
 
-    # What the answer may repeat stands in the prompt: looking it up there gives raw text the same help with decoding.
+    # The sources stand in the prompt: guesses and hints from there give raw text the same help with decoding.
     draft = decoder.tokenizer.decode(kept)
     generation, pieces = decoder.stream(Prompt(question, context=kept or None, draft=draft), config)
     for _ in pieces:
@@ -103,4 +103,5 @@ def _read(
         warnings=tuple(warnings),
         reasoning=generation.reasoning,
         token_ids=tuple(generation.token_ids),
+        hints=generation.hints,
     )

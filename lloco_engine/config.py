@@ -5,13 +5,14 @@ A value outside its rule raises `ConfigError` when the object is made, so no sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from lloco_engine.errors import ConfigError
 
 __all__ = [
+    "HINTS",
     "ChunkConfig",
     "CompressConfig",
     "Config",
@@ -21,6 +22,9 @@ __all__ = [
     "RetrieveConfig",
     "StoreConfig",
 ]
+
+# hints of answers by name, with their weights in nats
+HINTS = {"spelling": 3.0, "pointing": 8.0}
 
 
 class Config:
@@ -46,6 +50,11 @@ class Config:
 def _require(holds: bool, rule: str, received: object) -> None:
     if not holds:
         raise ConfigError(f"{rule}, not {received!r}")
+
+
+def _texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Texts, of which a single one may be given alone."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 @dataclass(frozen=True)
@@ -188,43 +197,77 @@ class PrefixConfig(Config):
 
 @dataclass(frozen=True)
 class GenerateConfig(Config):
-    """How tokens are chosen. ``temperature`` 0 is greedy; then ``lookup`` guesses ahead, output unchanged.
+    """How tokens are chosen.
 
-    ``spelling`` is by how much, in nats, a token is made likelier that goes on to a word of the sources; ``pointing``
-    by how much at most one that begins or goes on to a word that stands beside the question's words in them
-    (docs/decisions/0010; 0: not at all). With ``no_repeat_ngram`` N no run of N tokens comes twice in an answer: small
-    decoders go round in circles when they summarise (0: it may). No answer ends by itself before ``min_new_tokens``;
-    a stop string still ends it. With ``beams`` above 1 so many answers are followed side by side, and the likeliest by
-    token is given, whole and at the end (`lloco_engine.decoder.beams`), for as many times the work; nothing is then
-    guessed ahead, spelled or pointed to. A decoder that thinks aloud may take ``reasoning_tokens`` for it besides
-    ``max_new_tokens``, as far as its window has room; then its thoughts are ended, and it answers (0: no thoughts).
+    Args:
+        max_new_tokens: of the longest answer, thoughts not counted.
+        temperature: 0 is greedy; above, tokens are drawn.
+        top_p: share of the probability that tokens are drawn from.
+        sample_top_k: likeliest tokens that they are drawn from (0: all).
+        stop: texts that end an answer, and are left out of it.
+        seed: of drawing.
+        lookup: whether a greedy answer guesses ahead in the sources' text; the output does not change.
+        hints: of `HINTS`, those that are on, as names or with commas between them (docs/decisions/0010).
+        spelling: by how much, in nats, a token is made likelier that goes on to a word of the sources, where that hint
+            is on; None is its own weight.
+        pointing: by how much at most one that begins or goes on to a word that stands beside the question's words.
+        repetition_penalty: above 1 makes what the answer has said less likely (Keskar et al. 2019).
+        no_repeat_ngram: tokens of which no run comes twice in an answer: small decoders go round in circles when they
+            summarise (0: it may).
+        min_new_tokens: before which no answer ends by itself; a stop string still ends it.
+        beams: answers that are followed side by side, of which the likeliest by token is given, whole and at the end
+            (`lloco_engine.decoder.beams`), for as many times the work; nothing is then guessed ahead.
+        reasoning_tokens: that a decoder that thinks aloud may take for it besides, as far as its window has room; then
+            its thoughts are ended, and it answers (0: no thoughts).
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+    sample_top_k: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     lookup: bool = True
-    spelling: float = 3.0
-    pointing: float = 8.0
+    hints: tuple[str, ...] = ()
+    spelling: float | None = None
+    pointing: float | None = None
+    repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     min_new_tokens: int = 0
     beams: int = 1
     reasoning_tokens: int = 1024
 
+    @property
+    def hint_weights(self) -> dict[str, float]:
+        """The hints that are on, with their weights in nats."""
+        own = {name: getattr(self, name) for name in self.hints}
+        return {name: HINTS[name] if weight is None else weight for name, weight in own.items() if weight != 0}
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", _texts(self.stop))
+        parts = (part.strip() for names in _texts(self.hints) for part in names.split(","))
+        object.__setattr__(self, "hints", tuple(dict.fromkeys(part for part in parts if part)))
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
         most = f"min_new_tokens must be from 0 to max_new_tokens ({self.max_new_tokens})"
         _require(0 <= self.min_new_tokens <= self.max_new_tokens, most, self.min_new_tokens)
         _require(self.reasoning_tokens >= 0, "reasoning_tokens must not be negative", self.reasoning_tokens)
         _require(self.temperature >= 0, "temperature must not be negative", self.temperature)
         _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
+        _require(self.sample_top_k >= 0, "sample_top_k must not be negative (0 is all tokens)", self.sample_top_k)
+        _require(self.repetition_penalty > 0, "repetition_penalty must be above 0 (1: none)", self.repetition_penalty)
         _require(all(self.stop), "a stop string must not be empty", self.stop)
-        _require(self.spelling >= 0, "spelling must not be negative (0 is not at all)", self.spelling)
-        _require(self.pointing >= 0, "pointing must not be negative (0 is not at all)", self.pointing)
+        self._check_hints()
         _require(self.beams >= 1, "beams must be at least 1", self.beams)
         greedy = self.beams == 1 or self.temperature == 0
         _require(greedy, "temperature must be 0 where there are several beams", self.temperature)
         _require(self.no_repeat_ngram >= 0, "no_repeat_ngram must not be negative (0: it may)", self.no_repeat_ngram)
+
+    def _check_hints(self) -> None:
+        names = ", ".join(HINTS)
+        for name in self.hints:
+            _require(name in HINTS, f"hints must be some of {names}", name)
+        for name in HINTS:
+            weight = getattr(self, name)
+            _require(weight is None or weight >= 0, f"{name} must not be negative (0 is not at all)", weight)
+            on = not weight or name in self.hints
+            _require(on, f"{name} is the weight of a hint that must be on (add {name!r} to hints) or 0", weight)

@@ -395,7 +395,7 @@ class Engine:
         room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
         memory = self._recall.place(found, decoder, options.get("prefix") or self.prefix, room)
         windows = _best_windows(memory.hits)
-        prompt = replace(text, prefix=memory.prefix, draft=windows, spelling=windows)
+        prompt = replace(text, prefix=memory.prefix, draft=windows)
         adapter = self.adapters.choose(asked_adapter, memory.hits, wanted.tenant)
         generation, pieces = decoder.stream(prompt, generate, adapter)
         before = found.seconds + time.perf_counter() - began
@@ -529,5 +529,6 @@ def _answer(generation: Generation, memory: Recalled, **more: Any) -> Answer:
         warnings=(*memory.warnings, *generation.warnings),
         reasoning=generation.reasoning,
         token_ids=tuple(generation.token_ids),
+        hints=generation.hints,
         **more,
     )

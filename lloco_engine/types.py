@@ -269,7 +269,8 @@ class Answer:
     """What a question came back with.
 
     ``reasoning`` is what a decoder that thinks aloud thought before, which is no part of ``text``;
-    ``finish`` is ``"stop"`` or ``"length"``; ``adapter`` is the name of the adapter that answered, or ``"none"``.
+    ``finish`` is ``"stop"`` or ``"length"``; ``adapter`` is the name of the adapter that answered, or ``"none"``;
+    ``hints`` are those of `GenerateConfig.hints` that it was made with.
     """
 
     text: str
@@ -280,6 +281,7 @@ class Answer:
     token_ids: tuple[int, ...] = ()
     adapter: str = "none"
     reasoning: str = ""
+    hints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

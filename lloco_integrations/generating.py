@@ -16,6 +16,7 @@ SETTINGS = {
     "min_tokens": "min_new_tokens",
     "no_repeat_ngram": "no_repeat_ngram",
     "beams": "beams",
+    "hints": "hints",
     "spelling": "spelling",
     "pointing": "pointing",
     "temperature": "temperature",

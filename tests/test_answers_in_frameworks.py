@@ -215,18 +215,23 @@ def test_an_irrelevant_answer_warns_or_refuses(engine, monkeypatch):
     assert str(engine_of_index.query(NEVER)) == NOTHING
 
 
-def test_spelling_and_pointing_can_be_switched_off(engine, monkeypatch):
-    asked = []
-    real = engine.stream
-    monkeypatch.setattr(engine, "stream", lambda *a, **o: asked.append(o["generate"]) or real(*a, **o))
-    text = prompt(engine, "pump")
-    lc.ChatLLoCO(engine=engine, tenant="red", max_tokens=2, spelling=0, pointing=0).invoke(text)
-    lc.LLoCOLLM(engine=engine, tenant="red", max_tokens=2).invoke(text, spelling=0, pointing=0)
-    li.LLoCOLLM(engine, tenant="red", max_tokens=2, spelling=0, pointing=0).complete(text)
-    li.LLoCOLLM(engine, tenant="red", max_tokens=2).complete(text, spelling=0, pointing=0)
-    assert [(one.spelling, one.pointing) for one in asked] == [(0, 0)] * 4
-    lc.ChatLLoCO(engine=engine, tenant="red", max_tokens=2).invoke(text)
-    assert asked[-1].spelling > 0 and asked[-1].pointing > 0
+def test_hints_are_off_unless_they_are_named_and_an_answer_says_which_were_on(engine):
+    found = Handles.of(engine).mint(engine.retrieve("Where does the pump stand?", top_k=1, tenant="red"))
+    text, both = f"{found}\n\nQuestion: Where does the pump stand?", ["spelling", "pointing"]
+    chat, llm = (kind(engine=engine, tenant="red", max_tokens=2) for kind in (lc.ChatLLoCO, lc.LLoCOLLM))
+    index = li.LLoCOLLM(engine, tenant="red", max_tokens=2)
+
+    def told(result):
+        return result.generations[0][0].generation_info["lloco"]["hints"]
+
+    assert chat.invoke(text).response_metadata["lloco"]["hints"] == told(llm.generate([text])) == []
+    assert index.complete(text).raw["hints"] == []
+    assert chat.invoke(text, hints=both).response_metadata["lloco"]["hints"] == both
+    assert told(llm.generate([text], hints="spelling,pointing")) == both
+    assert index.complete(text, hints=("pointing",)).raw["hints"] == ["pointing"]
+    named = {"hints": tuple(both), "spelling": 0, "max_tokens": 2, "tenant": "red"}
+    assert lc.ChatLLoCO(engine=engine, **named).invoke(text).response_metadata["lloco"]["hints"] == ["pointing"]
+    assert li.LLoCOLLM(engine, **named).complete(text).raw["hints"] == ["pointing"]
 
 
 @pytest.mark.asyncio

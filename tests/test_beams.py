@@ -9,10 +9,13 @@ import torch
 from decoder_cases import OTHERS, TEXT, place, spiced, tiny, tokens, whole
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder.beams import search
-from lloco_engine.decoder.local import Prompt
+from lloco_engine.decoder.beams import Beams
+from lloco_engine.decoder.decoding import Row, decode
+from lloco_engine.decoder.local import Generation, Prompt
+from lloco_engine.decoder.processors import Pipeline, processors
+from lloco_engine.decoder.stopping import TextStream
 from lloco_engine.errors import ConfigError
-from lloco_engine.testing import tiny_decoder
+from lloco_engine.testing import tiny_decoder, tiny_tokenizer
 
 QUESTION = "Who keeps the mill?"
 VOCABULARY, END = 4, 0
@@ -32,14 +35,26 @@ class Chances:
     def first(self) -> torch.Tensor:
         return self.logits(())[None]
 
-    def step(self, new, origins) -> torch.Tensor:
-        self.rows = [(*self.rows[origin], token) for token, origin in zip(new, origins, strict=True)]
+    def reorder(self, origins) -> None:
+        self.rows = [self.rows[origin] for origin in origins]
+
+    def __call__(self, tokens) -> torch.Tensor:
+        self.rows = [(*row, *new) for row, new in zip(self.rows, tokens, strict=True)]
         return torch.stack([self.logits(row) for row in self.rows])
 
     def score(self, answer: tuple[int, ...]) -> float:
         """The mean log probability of its tokens."""
         steps = (torch.log_softmax(self.logits(answer[:at]), -1)[token] for at, token in enumerate(answer))
         return float(sum(steps)) / len(answer)
+
+
+def search(chances: Chances, config: GenerateConfig) -> list[int]:
+    """An answer's tokens, with the end token where it ended by itself."""
+    made = Generation()
+    pipeline = Pipeline(processors(config, {END}))
+    row = Row(made, TextStream(tiny_tokenizer()), pipeline, config.max_new_tokens, {END}, 0.0)
+    list(decode(Beams(row, config.beams, config.max_new_tokens), chances.first(), chances))
+    return made.token_ids + [END] * (made.finish == "stop")
 
 
 def answers(longest: int, shortest: int = 0):
@@ -58,14 +73,14 @@ def answers(longest: int, shortest: int = 0):
 def test_with_enough_beams_the_likeliest_answer_is_found(seed, shortest):
     chances = Chances(seed)
     config = GenerateConfig(max_new_tokens=4, min_new_tokens=shortest, beams=3**4)
-    found = search(chances.first(), chances.step, config, {END})
+    found = search(chances, config)
     assert tuple(found) == max(answers(4, shortest), key=chances.score)
 
 
 def test_one_beam_is_greedy_and_no_run_comes_twice():
     chances = Chances(1)
     config = GenerateConfig(max_new_tokens=6, min_new_tokens=6, no_repeat_ngram=2)
-    found = search(chances.first(), chances.step, config, {END})
+    found = search(chances, config)
     greedy: list[int] = []
     for _ in range(6):
         pairs = set(itertools.pairwise(greedy))

@@ -272,7 +272,8 @@ def test_ask_passes_every_option_on(engine):
         "--tenant", "acme", "--max-new-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--seed", "3",
         "--stop", "\n", "--adapter", "law", "--decoder", "d", "--embedder", "e", "--device", "cpu", "--compressor", "c",
         "--template", "lloco-nqa", "--no-repeat-ngram", "4", "--min-new-tokens", "2",
-        "--min-score", "0.3", "--floor", "0.2", "--refuse", "--spelling", "0", "--pointing", "1",
+        "--min-score", "0.3", "--floor", "0.2", "--refuse", "--hints", "spelling,pointing",
+        "--spelling", "0", "--pointing", "1",
     )  # fmt: skip
     assert engine.opened == {
         "store": Path("lloco-store"), "decoder": "d", "embedder": "e", "device": "cpu", "compressor": "c",
@@ -287,7 +288,7 @@ def test_ask_passes_every_option_on(engine):
             "tenant": "acme", "adapter": "law",
             "generate": GenerateConfig(
                 max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4,
-                spelling=0, pointing=1,
+                hints=("spelling", "pointing"), spelling=0, pointing=1,
             ),
             "min_score": 0.3, "floor": 0.2, "when_nothing": "refuse",
         }),

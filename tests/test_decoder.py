@@ -13,7 +13,7 @@ from decoder_cases import OTHERS, SHAPES, TEXT, place, spiced, tiny, tokens, who
 from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import attention, generation, runner
+from lloco_engine.decoder import attention, drafting, runner
 from lloco_engine.decoder.attention import kernels
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.replay import Replay
@@ -227,7 +227,7 @@ def test_guesses_change_the_steps_but_not_the_text(monkeypatch, wrong):
         after = truth[len(last) : len(last) + self.SIZE]
         return [(token + 1) % 280 for token in after] if wrong else after
 
-    monkeypatch.setattr(generation.Draft, "guess", guess)
+    monkeypatch.setattr(drafting.Draft, "guess", guess)
     made, pieces = decoder.stream(prompt, config)
     assert "".join(pieces) == plain.text
     assert (made.token_ids, made.finish) == (truth, plain.finish)
@@ -241,7 +241,7 @@ def test_a_guess_that_is_half_right_is_kept_by_half(monkeypatch):
     decoder, config = tiny(), GenerateConfig(max_new_tokens=30)
     prompt = Prompt(QUESTION)
     truth = decoder.generate([prompt], config)[0].token_ids
-    monkeypatch.setattr(generation.Draft, "guess", lambda self, last: [*truth[len(last) : len(last) + 1], 7][:2])
+    monkeypatch.setattr(drafting.Draft, "guess", lambda self, last: [*truth[len(last) : len(last) + 1], 7][:2])
     made, pieces = decoder.stream(prompt, config)
     list(pieces)
     assert made.token_ids == truth

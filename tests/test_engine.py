@@ -422,10 +422,9 @@ def test_ask_answers_from_the_right_segments_with_a_full_ledger(engine, decoder)
 
 
 def test_the_memory_is_read_as_the_text_would_be(engine, decoder):
-    """One uncompressed segment is what the text in the prompt is, so the answer is the same but for the spelling."""
+    """One uncompressed segment is what the text in the prompt is, so the answer is the same."""
     hit = engine.retrieve("Where stands crane number 3?", top_k=1)[0]
-    bare = GenerateConfig(SHORT.max_new_tokens, spelling=0.0, pointing=0.0)
-    asked = engine.ask("Where stands crane number 3?", hits=[hit], generate=bare)
+    asked = engine.ask("Where stands crane number 3?", hits=[hit], generate=SHORT)
     (read,) = decoder.generate([Prompt("Where stands crane number 3?", context=hit.text)], SHORT)
     assert asked.text == read.text
 

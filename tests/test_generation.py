@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder.generation import Draft, TextStream, choose
+from lloco_engine.decoder.decoding import draw, greedy
+from lloco_engine.decoder.drafting import Draft
+from lloco_engine.decoder.processors import Pipeline, processors
+from lloco_engine.decoder.stopping import TextStream
 from lloco_engine.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -33,6 +36,13 @@ def generator(seed: int = 0) -> torch.Generator:
 # -- choosing -------------------------------------------------------------------------------------------------------
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1])
+
+
+def choose(logits, config, generator=None, answers=None, ends=()) -> torch.Tensor:
+    """The next token of each row, as the decoder's loop chooses it."""
+    answers = [[]] * len(logits) if answers is None else answers
+    logits = Pipeline(processors(config, ends))(logits, answers)
+    return (draw(generator) if config.temperature else greedy)(logits)
 
 
 def drawn(config: GenerateConfig, count: int = 4000) -> torch.Tensor:
@@ -68,6 +78,28 @@ def test_top_p_follows_the_temperature():
     # at a temperature of 4 the likeliest token has 0.27, so that half the mass takes two; at 1/4 it has 0.82
     assert set(drawn(GenerateConfig(temperature=4.0, top_p=0.5)).nonzero()[:, 0].tolist()) == {1, 2, 3}
     assert set(drawn(GenerateConfig(temperature=0.25, top_p=0.5)).nonzero()[:, 0].tolist()) == {1}
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (0, range(5)), (9, range(5))])
+def test_only_so_many_of_the_likeliest_are_drawn(count, kept):
+    found = drawn(GenerateConfig(temperature=1.0, sample_top_k=count))
+    expected = torch.zeros(5)
+    expected[list(kept)] = PROBABILITIES[list(kept)]
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.03)
+
+
+def test_what_was_said_is_less_likely_by_the_penalty():
+    config = GenerateConfig(repetition_penalty=2.0)
+    logits = torch.tensor([[4.0, -4.0, 3.0, 0.0, 1.0]])
+    processed = Pipeline(processors(config, ()))(logits, [[0, 1, 1]])
+    assert processed.tolist() == [[2.0, -8.0, 3.0, 0.0, 1.0]]
+    assert choose(logits, config, answers=[[0]]).tolist() == [2]
+
+
+def test_nothing_is_processed_where_a_step_is_greedy_and_free():
+    assert processors(GenerateConfig(top_p=0.5, sample_top_k=3), {1}) == []
+    logits = torch.zeros(1, 5)
+    assert Pipeline([])(logits, [[]]) is logits
 
 
 def test_a_seeded_generator_repeats_itself():
@@ -126,7 +158,7 @@ def test_choosing_leaves_the_logits_alone():
 def test_pieces_join_to_the_text_and_no_character_is_split(text):
     stream = TextStream(TOKENIZER)
     shown = read(stream, ids(text))
-    assert "".join(shown) == stream.text == text
+    assert "".join(shown) == text
     assert all("\ufffd" not in piece for piece in shown)
 
 
@@ -140,7 +172,7 @@ def test_half_a_character_at_the_end_is_shown_as_such():
     shown = read(stream, ids("a\u20ac")[:-1])
     assert shown[:3] == ["a", "", ""]
     assert set(shown[3]) == {"\ufffd"}
-    assert "".join(shown) == stream.text
+    assert "".join(shown) == "a" + shown[3]
 
 
 def test_special_tokens_are_not_shown():
@@ -165,7 +197,7 @@ def test_special_tokens_are_not_shown():
 def test_nothing_of_a_stop_string_is_ever_shown(text, stop, expected):
     stream = TextStream(TOKENIZER, stop)
     shown = read(stream, ids(text))
-    assert "".join(shown) == stream.text == expected
+    assert "".join(shown) == expected
     assert stream.stopped == (expected != text)
 
 
@@ -179,6 +211,30 @@ def test_a_stop_string_inside_one_token_is_found():
     stream = TextStream(TOKENIZER, ("h",))
     assert read(stream, [*ids("a"), *the]) == ["a", "t"]
     assert stream.stopped
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, tokens, **options):
+        self.decoded += len(tokens)
+        return TOKENIZER.decode(tokens, **options)
+
+
+def test_a_long_text_costs_as_much_by_token_as_a_short_one():
+    text = "Gr\u00fc\u00dfe, \U0001f468\u200d\U0001f469 und 3 \u20ac the end. " * 100
+    tokens, costs = ids(text), []
+    for part in (tokens[:400], tokens):
+        counting = Counting()
+        stream = TextStream(counting, ("never to be seen",))
+        shown = read(stream, part)
+        assert "".join(shown) == TOKENIZER.decode(part)
+        costs.append(counting.decoded / len(part))
+    assert len(tokens) > 3000
+    assert costs[1] < 1.1 * costs[0] < 50
 
 
 # -- guessing -------------------------------------------------------------------------------------------------------

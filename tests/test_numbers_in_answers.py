@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lloco_engine.decoder.pointing import WORD, Asked
-from lloco_engine.decoder.spelling import Pieces, Speller
+from lloco_engine.decoder.hints import Pieces, hints
+from lloco_engine.decoder.hints.pointing import Asked
+from lloco_engine.decoder.hints.words import WORD
+from lloco_engine.decoder.processors import Pipeline
 
 LETTERS = "0123456789.,-:/ abcdefghijklmnopqrstuvwxyz\u202f"
 
@@ -29,9 +31,9 @@ def ids(text: str) -> list[int]:
 
 def changed(source: str, answer: str, question: str = "", pointing: float = 0.0) -> dict[str, float]:
     """What each next character gains or loses."""
-    speller = Speller(Pieces(Characters()), source, 3.0, question, pointing)
+    made = hints({"spelling": 3.0, "pointing": pointing}, Pieces(Characters()), source, question)
     logits = torch.zeros(1, len(LETTERS))
-    return dict(zip(LETTERS, speller.spell(logits, [ids(answer)])[0].tolist(), strict=True))
+    return dict(zip(LETTERS, Pipeline(made.values())(logits, [ids(answer)])[0].tolist(), strict=True))
 
 
 def likelier(source: str, answer: str) -> set[str]:

@@ -7,6 +7,7 @@ import torch
 
 from lloco_engine import ChunkConfig, Document, Engine, GenerateConfig, Turn
 from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.decoder.processors import Pipeline
 from lloco_engine.decoder.template import Template
 from lloco_engine.reasoning import Markers, find_markers, without_thoughts
 from lloco_engine.testing import HashingEmbedder, tiny_decoder, tiny_tokenizer
@@ -35,25 +36,24 @@ def decoder_of(pair, template: str, added: bool, said: str) -> LocalDecoder:
     tokenizer.chat_template = template.replace("OPEN", pair[0]).replace("CLOSE", pair[1])
     decoder = LocalDecoder(tiny_decoder(max_position_embeddings=2048, vocab_size=len(tokenizer)), tokenizer, "tiny")
     script = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    steps = {"taken": 0}
-    take, logits = decoder._take, decoder.runner.logits
 
-    def counted(*arguments):
-        steps["taken"] += 1
-        return take(*arguments)
+    def scripted(ids, logits):
+        token = script[min(ids.shape[1], len(script) - 1)]
+        return torch.full_like(logits, -50.0).index_fill(1, torch.tensor([token]), 50.0)
 
-    def scripted(hidden):
-        made = torch.full_like(logits(hidden), -50.0)
-        for row, flat in enumerate(made.reshape(-1, made.shape[-1])):
-            flat[script[min(steps["taken"] + row, len(script) - 1)]] = 50.0
+    row = decoder._row
+
+    def with_script(*arguments):
+        made = row(*arguments)
+        made.pipeline = Pipeline([scripted])
         return made
 
-    decoder._take, decoder.runner.logits = counted, scripted
+    decoder._row = with_script
     return decoder
 
 
 def bare(tokens: int, **more) -> GenerateConfig:
-    return GenerateConfig(tokens, spelling=0, pointing=0, **more)
+    return GenerateConfig(tokens, **more)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
@@ -130,7 +130,7 @@ def thinking(tmp_path):
 def test_langchain_gets_thoughts_apart(thinking, streamed):
     from lloco_integrations.langchain import ChatLLoCO
 
-    chat = ChatLLoCO(engine=thinking, max_tokens=12, spelling=0, pointing=0)
+    chat = ChatLLoCO(engine=thinking, max_tokens=12)
     if streamed:
         first, *rest = chat.stream("Where?")
         message = sum(rest, first)
@@ -146,7 +146,7 @@ def test_llama_index_gets_thoughts_apart(thinking):
 
     from lloco_integrations.llama_index import LLoCOLLM
 
-    llm = LLoCOLLM(thinking, max_tokens=12, spelling=0, pointing=0)
+    llm = LLoCOLLM(thinking, max_tokens=12)
     message = llm.chat([ChatMessage("Where?")]).message
     assert message.content == "Hall 3."
     assert [block.content for block in message.blocks if isinstance(block, ThinkingBlock)] == ["It is the pump."]

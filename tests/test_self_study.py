@@ -56,9 +56,9 @@ class Scripted:
             kind = next((kind for kind, asks in KINDS.items() if asks == prompt.question), None)
             if kind is not None:
                 assert prompt.verbatim
-                made.append(Generation(text=self.questions[kind].format(n=self.calls), finish="stop"))
+                made.append(Generation(pieces=[self.questions[kind].format(n=self.calls)], finish="stop"))
             else:
-                made.append(Generation(text=self.answer, finish=self.finish))
+                made.append(Generation(pieces=[self.answer], finish=self.finish))
         return made
 
 

@@ -54,11 +54,16 @@ NoRepeat = Annotated[
 Beams = Annotated[
     int, typer.Option("--beams", metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
 ]
+Hints = Annotated[
+    str, typer.Option("--hints", metavar="NAMES", help="Hints that are on, with commas between: spelling,pointing.")
+]
 Spelling = Annotated[
-    float, typer.Option("--spelling", metavar="NATS", min=0.0, help="Prefer words as the sources spell them; 0: not.")
+    float | None,
+    typer.Option("--spelling", metavar="NATS", min=0.0, help="Prefer words as the sources spell them; 0: not."),
 ]
 Pointing = Annotated[
-    float, typer.Option("--pointing", metavar="NATS", min=0.0, help="Prefer words beside the question's; 0: not.")
+    float | None,
+    typer.Option("--pointing", metavar="NATS", min=0.0, help="Prefer words beside the question's; 0: not."),
 ]
 MinScore = Annotated[
     float, typer.Option("--min-score", metavar="X", min=-1.0, max=1.0, help="Cut hits with a lower score; -1: none.")
@@ -110,8 +115,9 @@ def ask(
     stop: Stop = None,
     no_repeat_ngram: NoRepeat = 0,
     beams: Beams = 1,
-    spelling: Spelling = GenerateConfig.spelling,
-    pointing: Pointing = GenerateConfig.pointing,
+    hints: Hints = "",
+    spelling: Spelling = None,
+    pointing: Pointing = None,
     min_score: MinScore = RetrieveConfig.min_score,
     floor: Floor = None,
     refuse: Refuse = False,
@@ -150,6 +156,7 @@ def ask(
         seed=seed,
         no_repeat_ngram=no_repeat_ngram,
         beams=beams,
+        hints=hints,
         spelling=spelling,
         pointing=pointing,
     )
@@ -185,8 +192,9 @@ def compare(
     stop: Stop = None,
     no_repeat_ngram: NoRepeat = 0,
     beams: Beams = 1,
-    spelling: Spelling = GenerateConfig.spelling,
-    pointing: Pointing = GenerateConfig.pointing,
+    hints: Hints = "",
+    spelling: Spelling = None,
+    pointing: Pointing = None,
     min_score: MinScore = RetrieveConfig.min_score,
     floor: Floor = None,
     refuse: Refuse = False,
@@ -222,6 +230,7 @@ def compare(
         seed=seed,
         no_repeat_ngram=no_repeat_ngram,
         beams=beams,
+        hints=hints,
         spelling=spelling,
         pointing=pointing,
     )

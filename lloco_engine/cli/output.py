@@ -119,6 +119,7 @@ def answer_json(question: str, answer: Answer) -> dict[str, Any]:
         "reasoning": answer.reasoning,
         "finish": answer.finish,
         "adapter": answer.adapter,
+        "hints": list(answer.hints),
         "sources": [hit_json(hit) for hit in answer.hits],
         "usage": asdict(answer.usage) | {"tokens_per_s": answer.usage.tokens_per_s},
         "warnings": list(answer.warnings),
@@ -149,7 +150,8 @@ def print_answer_details(answer: Answer) -> None:
         shown = quote if len(quote) <= _QUOTE_CHARS else quote[:_QUOTE_CHARS].rsplit(None, 1)[0] + " [...]"
         typer.echo(f"    characters {span.start:,} to {span.end:,}:")
         typer.echo("\n".join(f"    | {line}" for line in safe(shown).strip().splitlines()))
-    typer.echo(f"\nUsage: {usage_line(answer.usage)}, adapter {safe(answer.adapter)}")
+    hints = f", hints {' and '.join(answer.hints)}" if answer.hints else ""
+    typer.echo(f"\nUsage: {usage_line(answer.usage)}, adapter {safe(answer.adapter)}{hints}")
     if answer.finish == "length":
         typer.echo("note: the answer was cut off at --max-new-tokens", err=True)
     for warning in answer.warnings:

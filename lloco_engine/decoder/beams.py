@@ -1,23 +1,20 @@
 """Beam search: of several answers that are followed side by side, the one that is likeliest by token.
 
 Source: Graves 2012 (arXiv 1211.3711), section 2.5, with the length normalisation of Wu et al. 2016 (arXiv 1609.08144)
-at power 1 and its end as transformers has it. Without a model.
+at power 1 and its end as transformers has it, which also has logits processors work on log probabilities here. Without
+a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder.generation import forbid
+from lloco_engine.decoder.decoding import Ahead, Row
 
-__all__ = ["Step", "search"]
-
-# tokens that the beams go on with, and of each the number of the beam it goes on from, in; logits (B, vocabulary) out
-Step = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+__all__ = ["Beams"]
 
 
 @dataclass(frozen=True)
@@ -32,33 +29,58 @@ class _Beam:
         return self.total / max(len(self.tokens), 1)
 
 
-def search(first: torch.Tensor, step: Step, config: GenerateConfig, ends: Collection[int]) -> list[int]:
-    """An answer's tokens, with the end token where it ended by itself.
+class Beams:
+    """Beam search for one answer, whose text comes whole and at the end.
 
     Args:
-        first: logits (1, vocabulary) of the first token.
-        step: runs the beams one token on; always ``config.beams`` of them.
-        config: how many beams, how long an answer may and must be, what it may not repeat.
-        ends: tokens that end an answer.
+        row: the answer.
+        count: how many beams are followed.
+        most: tokens of an answer.
     """
-    running, ended = [_Beam((), 0.0)], list[_Beam]()
-    logits = first
-    for _ in range(config.max_new_tokens):
-        chances = forbid(torch.log_softmax(logits, dim=-1), [beam.tokens for beam in running], config, ends)
+
+    def __init__(self, row: Row, count: int, most: int) -> None:
+        self._row, self._count, self._most = row, count, most
+        self._running, self._finished = [_Beam((), 0.0)], list[_Beam]()
+        self._origins: list[int] = []  # of the beams that run, among those before
+
+    @property
+    def ended(self) -> bool:
+        return self._row.ended
+
+    def take(self, logits: torch.Tensor) -> Iterator[str]:
+        ends, running = self._row.ends, self._running
+        chances = self._row.pipeline(torch.log_softmax(logits, dim=-1), [beam.tokens for beam in running])
         totals = chances + chances.new_tensor([beam.total for beam in running])[:, None]
         # so many that enough go on, however many of them end
-        best = totals.flatten().topk(min((1 + len(ends)) * config.beams, totals.numel()))
-        following: list[tuple[int, _Beam]] = []
+        best = totals.flatten().topk(min((1 + len(ends)) * self._count, totals.numel()))
+        self._running, self._origins = [], []
         for total, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             origin, token = divmod(place, totals.shape[1])
             beam = _Beam((*running[origin].tokens, token), total)
             if token in ends:
-                ended.append(beam)
-            elif len(following) < config.beams:
-                following.append((origin, beam))
-        running = [beam for _, beam in following]
-        if len(ended) >= config.beams and max(beam.score for beam in ended) >= running[0].score:
-            return list(max(ended, key=lambda beam: beam.score).tokens)
-        if len(running[0].tokens) < config.max_new_tokens:
-            logits = step([beam.tokens[-1] for beam in running], [origin for origin, _ in following])
-    return list(max([*ended, *running], key=lambda beam: beam.score).tokens)
+                self._finished.append(beam)
+            elif len(self._running) < self._count:
+                self._running.append(beam)
+                self._origins.append(origin)
+        if text := self._chosen():
+            yield text
+
+    def _chosen(self) -> str:
+        """The answer's text, once none that goes on can be likelier; its row is complete then."""
+        finished, running = self._finished, self._running
+        enough = len(finished) >= self._count and max(beam.score for beam in finished) >= running[0].score
+        if not enough and len(running[0].tokens) < self._most:
+            return ""
+        pieces = []
+        for token in max(finished if enough else [*finished, *running], key=lambda beam: beam.score).tokens:
+            pieces.append(self._row.take(token))
+            if self._row.ended:
+                break
+        else:
+            pieces.append(self._row.end("length"))
+        return "".join(pieces)
+
+    def go_on(self, ahead: Ahead) -> torch.Tensor:
+        self._row.generation.steps += 1
+        ahead.reorder(self._origins)
+        return ahead([[beam.tokens[-1]] for beam in self._running])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -12,9 +12,15 @@ import torch
 from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.adapted import AdaptedDecoder
-from lloco_engine.decoder.beams import search
-from lloco_engine.decoder.generation import Draft, Generation, Prompt, TextStream, choose
-from lloco_engine.decoder.spelling import Pieces, Speller
+from lloco_engine.decoder.attention import Cache
+from lloco_engine.decoder.beams import Beams
+from lloco_engine.decoder.decoding import Row, Rows, decode, draw, greedy
+from lloco_engine.decoder.drafting import Draft
+from lloco_engine.decoder.hints import Pieces, hints
+from lloco_engine.decoder.memory import Memory
+from lloco_engine.decoder.processors import Pipeline, processors
+from lloco_engine.decoder.prompt import Generation, Prompt
+from lloco_engine.decoder.stopping import TextStream
 from lloco_engine.decoder.template import Template
 from lloco_engine.decoder.thoughts import Thoughts
 from lloco_engine.errors import PromptTooLong
@@ -102,104 +108,10 @@ class LocalDecoder(AdaptedDecoder):
             PromptTooLong: at once, before anything is read.
         """
         config = config or GenerateConfig()
-        ids = self.prompt_ids(prompt)
-        self.check_window(self.position(prompt), len(ids), self._least(config))
-        generation = Generation(prompt_tokens=len(ids))
-        return generation, self._run(prompt, ids, config, adapter, generation)
+        generation, ids = Generation(), self._checked_ids(prompt, config)
+        generation.prompt_tokens = len(ids)
+        return generation, self._run([prompt], [ids], config, adapter, [generation])
 
-    @torch.inference_mode()
-    def _run(
-        self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation
-    ) -> Iterator[str]:
-        if config.beams > 1:
-            self._follow_beams(prompt, ids, config, adapter, generation)
-            if generation.text:
-                yield generation.text
-            return
-        began = time.perf_counter()
-        budget = self._budget(self.position(prompt) + len(ids), config)
-        text = TextStream(self.tokenizer, config.stop, self._thoughts, budget)
-        sampler, speller = self._generator(config), self._speller(prompt, config)
-        memory = self.memory([prompt.prefix])
-        most = len(ids) + self._least(config) + budget + Draft.SIZE
-        cache = self.start_cache(1, most, adapter, prefix=prompt.prefix)
-        position = self.position(prompt) - cache.length
-        hidden = self.step([ids], position, cache, memory, adapter, wanted=1)
-        logits = speller.spell(self.runner.logits(hidden[:, -1]), [[]])
-        accepted = _or_forced(choose(logits, config, sampler, [[]], self.eos).tolist(), text)
-        generation.ttft_s = time.perf_counter() - began
-        step = self.stepper(cache, memory, adapter, position)
-        # steps that are replayed cost less than guesses save
-        drafting = config.lookup and config.temperature == 0 and not self.replays
-        draft = Draft(encode(self.tokenizer, prompt.draft) if drafting else ())
-        while True:
-            for token in accepted:
-                new = self._take(token, generation, text, config)
-                generation.decode_s = time.perf_counter() - began - generation.ttft_s
-                draft.extend([token])
-                if new:
-                    yield new
-                if generation.finish:
-                    return
-            last, guesses = generation.token_ids[-1], draft.guess(generation.token_ids) if drafting else []
-            if (free := text.free()) is not None and free <= len(guesses):  # what must follow is no guess
-                guesses = []
-            if guesses:
-                logits = self.runner.logits(self.step([[last, *guesses]], position, cache, memory, adapter)[0])
-            else:
-                logits = step([last])
-            answers = [[*generation.token_ids, *guesses[:many]] for many in range(len(guesses) + 1)]
-            logits = speller.spell(logits, answers)
-            chosen = choose(logits, config, sampler, answers, self.eos).tolist()
-            kept = next((i for i, guess in enumerate(guesses) if chosen[i] != guess), len(guesses))
-            cache.length -= len(guesses) - kept
-            accepted = chosen[: kept + 1] if guesses else _or_forced(chosen, text)
-            generation.steps += 1
-
-    def _follow_beams(
-        self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation
-    ) -> None:
-        """Fill a generation by beam search: the prompt is read once, and then every beam has its own row."""
-        began = time.perf_counter()
-        memory = self.memory([prompt.prefix])
-        read = self.start_cache(1, len(ids), adapter, prefix=prompt.prefix)
-        position = self.position(prompt) - read.length
-        first = self.runner.logits(self.step([ids], position, read, memory, adapter, wanted=1)[:, -1])
-        budget = self._budget(self.position(prompt) + len(ids), config)
-        longer = replace(config, max_new_tokens=config.max_new_tokens + budget)
-        cache = self.spread(read, config.beams, longer.max_new_tokens)
-
-        def step(tokens: Sequence[int], origins: Sequence[int]) -> torch.Tensor:
-            generation.steps += 1
-            cache.reorder(self.tensor(origins), read.length)
-            hidden = self.step([[token] for token in tokens], position, cache, memory, adapter, wanted=1)
-            return self.runner.logits(hidden[:, -1])
-
-        text = TextStream(self.tokenizer, config.stop, self._thoughts, budget)
-        for token in search(first, step, longer, self.eos):
-            self._take(token, generation, text, config)
-            if generation.finish:
-                break
-        generation.ttft_s = time.perf_counter() - began
-
-    def _take(self, token: int, generation: Generation, text: TextStream, config: GenerateConfig) -> str:
-        """Record one token of a generation; returns the text it makes certain."""
-        if token in self.eos:
-            generation.finish, new = "stop", text.finish()
-        else:
-            generation.token_ids.append(token)
-            new = text.push(token)
-            if text.stopped:
-                generation.finish = "stop"
-            elif text.is_full(config.max_new_tokens):
-                generation.finish = "length"
-                new += text.finish()
-        generation.text += new
-        if generation.finish and self._thoughts is not None:
-            generation.reasoning, generation.inside, generation.cut = text.reasoning, text.inside, text.forced > 0
-        return new
-
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig | None = None, adapter: str | None = None
     ) -> list[Generation]:
@@ -209,51 +121,75 @@ class LocalDecoder(AdaptedDecoder):
             PromptTooLong: any of them does not fit; nothing is run.
         """
         config = config or GenerateConfig()
-        groups = _by_summaries(prompts)
-        if len(groups) != 1:
-            for prompt in prompts:
-                self.check_window(self.position(prompt), len(self.prompt_ids(prompt)), self._least(config))
-            return _regrouped(groups, [self.generate([prompts[n] for n in g], config, adapter) for g in groups])
-        asked = [self.prompt_ids(prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, asked, strict=True):
-            self.check_window(self.position(prompt), len(ids), self._least(config))
-        began = time.perf_counter()
+        asked = [self._checked_ids(prompt, config) for prompt in prompts]
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
-        if config.beams > 1:
-            for prompt, ids, generation in zip(prompts, asked, generations, strict=True):
-                self._follow_beams(prompt, ids, config, adapter, generation)
-            return generations
+        groups = _by_summaries(prompts) if config.beams == 1 else [[number] for number in range(len(prompts))]
+        for group in groups:
+            some, ids = [prompts[number] for number in group], [asked[number] for number in group]
+            for _ in self._run(some, ids, config, adapter, [generations[number] for number in group]):
+                pass
+        return generations
+
+    def _checked_ids(self, prompt: Prompt, config: GenerateConfig) -> list[int]:
+        ids = self.prompt_ids(prompt)
+        self.check_window(self.position(prompt), len(ids), self._least(config))
+        return ids
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        asked: Sequence[list[int]],
+        config: GenerateConfig,
+        adapter: str | None,
+        generations: Sequence[Generation],
+    ) -> Iterator[str]:
+        """Fill generations: the prompts are read together, and then decoded as the configuration says."""
+        began = time.perf_counter()
         budgets = [self._budget(self.position(p) + len(ids), config) for p, ids in zip(prompts, asked, strict=True)]
-        texts = [TextStream(self.tokenizer, config.stop, self._thoughts, budget) for budget in budgets]
-        sampler = self._generator(config)
-        spellers = [self._speller(prompt, config) for prompt in prompts]
+        each = zip(prompts, generations, budgets, strict=True)
+        rows = [self._row(prompt, config, generation, budget, began) for prompt, generation, budget in each]
         longest = max(map(len, asked))
         pad = [longest - len(ids) for ids in asked]
-        filler = min(self.eos, default=0)  # never read
+        most = self._least(config) + max(budgets) + Draft.SIZE
         memory = self.memory([prompt.prefix for prompt in prompts])
-        most = longest + self._least(config) + max(budgets)
-        cache = self.start_cache(len(prompts), most, adapter, pad, prompts[0].prefix)
+        cache = self.start_cache(
+            len(rows), longest + (most if config.beams == 1 else 0), adapter, pad, prompts[0].prefix
+        )
         # positions follow from where each row's own text starts, not from where it lies in the padded cache
-        offset = self.tensor([self.position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)])
+        starts = [self.position(p) - cache.length - n for p, n in zip(prompts, pad, strict=True)]
+        offset = starts[0] if len(starts) == 1 else self.tensor(starts)[:, None]
+        filler = min(self.eos, default=0)  # never read
         padded = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
-        hidden = self.step(padded, offset[:, None], cache, memory, adapter, wanted=1)
+        hidden = self.step(padded, offset, cache, memory, adapter, wanted=1)
         logits = self.runner.logits(hidden[:, -1])
-        step = self.stepper(cache, memory, adapter, offset[:, None])
-        while True:
-            for row, speller, generation in zip(logits, spellers, generations, strict=True):
-                speller.spell(row[None], [generation.token_ids])
-            answers = [generation.token_ids for generation in generations]
-            chosen = choose(logits, config, sampler, answers, self.eos).tolist()
-            tokens = [_or_forced([token], text)[0] for token, text in zip(chosen, texts, strict=True)]
-            now = time.perf_counter() - began
-            for token, generation, text in zip(tokens, generations, texts, strict=True):
-                if not generation.finish:
-                    self._take(token, generation, text, config)
-                    generation.ttft_s = generation.ttft_s or now
-                    generation.decode_s = now - generation.ttft_s
-            if all(generation.finish for generation in generations):
-                return generations
-            logits = step(tokens)
+        if config.beams > 1:
+            most = config.max_new_tokens + budgets[0]
+            spread = self.spread(cache, config.beams, most)
+            ahead = _Ahead(self, spread, memory, adapter, offset, shared=cache.length)
+            yield from decode(Beams(rows[0], config.beams, most), logits, ahead)
+        else:
+            strategy = Rows(rows, self._choice(config), self._draft(prompts, config))
+            yield from decode(strategy, logits, _Ahead(self, cache, memory, adapter, offset))
+
+    def _choice(self, config: GenerateConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        if config.temperature == 0:
+            return greedy
+        seed = config.seed
+        return draw(None if seed is None else torch.Generator(device=self.runner.device).manual_seed(seed))
+
+    def _draft(self, prompts: Sequence[Prompt], config: GenerateConfig) -> Draft | None:
+        """What guesses ahead, for one answer that is greedy; steps that are replayed cost less than guesses save."""
+        if len(prompts) > 1 or not config.lookup or config.temperature or self.replays:
+            return None
+        return Draft(encode(self.tokenizer, prompts[0].draft))
+
+    def _row(self, prompt: Prompt, config: GenerateConfig, generation: Generation, budget: int, began: float) -> Row:
+        own = hints(config.hint_weights, self._pieces, prompt.draft, prompt.question)
+        generation.hints = tuple(own)
+        pipeline = Pipeline([*own.values(), *processors(config, self.eos, self.runner.device)])
+        text = TextStream(self.tokenizer, config.stop, self._thoughts, budget)
+        return Row(generation, text, pipeline, config.max_new_tokens, self.eos, began)
 
     def _least(self, config: GenerateConfig) -> int:
         """Tokens that an answer must have room for: its own, and the markers of thoughts."""
@@ -265,14 +201,6 @@ class LocalDecoder(AdaptedDecoder):
         if self._thoughts is None:
             return 0
         return max(0, min(config.reasoning_tokens, self.shape.window - used - self._least(config)))
-
-    def _speller(self, prompt: Prompt, config: GenerateConfig) -> Speller:
-        return Speller(self._pieces, prompt.spelling, config.spelling, prompt.question, config.pointing)
-
-    def _generator(self, config: GenerateConfig) -> torch.Generator | None:
-        if config.seed is None:
-            return None
-        return torch.Generator(device=self.runner.device).manual_seed(config.seed)
 
     # -- scoring ----------------------------------------------------------------------------------------------
 
@@ -314,10 +242,43 @@ class LocalDecoder(AdaptedDecoder):
         return losses
 
 
-def _or_forced(chosen: list[int], text: TextStream) -> list[int]:
-    """The chosen tokens, or the one that must follow."""
-    forced = text.must_follow()
-    return chosen if forced is None else [forced]
+class _Ahead:
+    """A decoder that has read prompts, as a strategy runs it on; see `lloco_engine.decoder.decoding.Ahead`.
+
+    Args:
+        decoder: runs.
+        cache: of what it has read.
+        memory: of the segments.
+        adapter: that it reads with.
+        offset: of positions beyond places in the cache.
+        shared: places at the cache's beginning that all rows have in common, where they are beams.
+    """
+
+    def __init__(
+        self,
+        decoder: LocalDecoder,
+        cache: Cache,
+        memory: Memory | None,
+        adapter: str | None,
+        offset: int | torch.Tensor,
+        shared: int = 0,
+    ) -> None:
+        self._decoder, self._cache, self._shared = decoder, cache, shared
+        self._read = partial(decoder.step, offset=offset, cache=cache, memory=memory, adapter=adapter)
+        # beams are reordered, so that they cannot be replayed
+        self._step = None if shared else decoder.stepper(cache, memory, adapter, offset)
+
+    def __call__(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        if self._step is not None and all(len(row) == 1 for row in tokens):
+            return self._step([row[0] for row in tokens])
+        hidden = self._read([list(row) for row in tokens])
+        return self._decoder.runner.logits(hidden[:, -1] if self._shared else hidden[0])
+
+    def forget(self, tokens: int) -> None:
+        self._cache.length -= tokens
+
+    def reorder(self, origins: Sequence[int]) -> None:
+        self._cache.reorder(self._decoder.tensor(origins), self._shared)
 
 
 def _by_summaries(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from lloco_engine.config import GenerateConfig, PrefixConfig
+from lloco_engine.config import PrefixConfig
 from lloco_engine.eval.cli_data import data
 from lloco_engine.eval.cli_memories import memories
 from lloco_engine.eval.cli_report import report
@@ -103,10 +103,16 @@ def evaluate(
     beams: Annotated[
         int, typer.Option(metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
     ] = 1,
+    hints: Annotated[
+        str, typer.Option(metavar="NAMES", help="Hints that are on, with commas between them: spelling,pointing.")
+    ] = "",
+    spelling: Annotated[
+        float | None, typer.Option(metavar="X", min=0.0, help="Weight of the hint spelling. Default: its own.")
+    ] = None,
     pointing: Annotated[
-        float,
+        float | None,
         typer.Option(metavar="X", min=0.0, help="How much words that a question asks for are preferred; 0: nothing."),
-    ] = GenerateConfig.pointing,
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Task needle: haystack lengths in tokens, such as 1k,8k,32k.")
     ] = None,
@@ -185,6 +191,8 @@ def evaluate(
         min_new_tokens=min_new_tokens,
         no_repeat_ngram=no_repeat_ngram,
         beams=beams,
+        hints=tuple(_parts(hints, str, "--hints")),
+        spelling=spelling,
         pointing=pointing,
         compressor=compressor,
         decoder=decoder,

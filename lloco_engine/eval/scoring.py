@@ -68,7 +68,7 @@ class Scorer:
     ) -> list[dict[str, Any]]:
         prefix = reading.prefix
         prompts = [
-            Prompt(self.task.ask(question), prefix, spelling=text)
+            Prompt(self.task.ask(question), prefix, draft=text)
             for question, text in zip(questions, spelling, strict=True)
         ]
         values = [

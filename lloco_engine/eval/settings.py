@@ -39,7 +39,8 @@ class EvalConfig(Config):
         min_new_tokens: shortest; None is the task's own.
         no_repeat_ngram: tokens of which no run comes twice in an answer, 0 where it may; None is the task's own.
         beams: answers that are followed side by side.
-        pointing: by how much words that are asked for are preferred, as `GenerateConfig` has it.
+        hints: that are on for the answers of methods that search, of `lloco_engine.config.HINTS`.
+        spelling, pointing: their weights, as `GenerateConfig` has it.
         decoder, device: as `LocalDecoder.load` takes them.
         embedder: as `lloco_engine.embedder.Embedder` takes it.
         compressor: of `lloco_engine.compress.registry.NAMES`, for ``kv``.
@@ -64,7 +65,9 @@ class EvalConfig(Config):
     min_new_tokens: int | None = None
     no_repeat_ngram: int | None = None
     beams: int = 1
-    pointing: float = GenerateConfig.pointing
+    hints: tuple[str, ...] = ()
+    spelling: float | None = None
+    pointing: float | None = None
     decoder: str = DEFAULT_DECODER
     device: str | None = None
     embedder: str = DEFAULT_EMBEDDER
@@ -90,7 +93,8 @@ class EvalConfig(Config):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 unit = "document" if name == "limit" else "token"
                 raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
-        _ = self.placing, self.generation  # these raise where one breaks its rule
+        object.__setattr__(self, "hints", self.generation.hints)  # this and the next raise where one breaks its rule
+        _ = self.placing
         if not self.adapters:
             raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
         if other := [only for _, only in self._asked if only and only not in self.adapters]:
@@ -107,7 +111,9 @@ class EvalConfig(Config):
         made = {name: getattr(task, name) if value is None else value for name, value in own.items()}
         if self.min_new_tokens is None:  # whoever asks for short answers need not know the task's least length
             made["min_new_tokens"] = min(made["min_new_tokens"], made["max_new_tokens"])
-        return GenerateConfig(**made, beams=self.beams, pointing=self.pointing)
+        return GenerateConfig(
+            **made, beams=self.beams, hints=self.hints, spelling=self.spelling, pointing=self.pointing
+        )
 
     @property
     def placing(self) -> PrefixConfig:

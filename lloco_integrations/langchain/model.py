@@ -71,8 +71,9 @@ class LLoCOModel(BaseModel):
         seed: of the sampling.
         stop: texts that end the answer; they are left out of it.
         timeout: seconds after which an answer is given up; `TimeoutError`.
-        spelling, pointing: by how much, in nats, words of the sources, and those that the question asks for, are made
-            likelier; 0: not at all.
+        hints: those that are on, of ``"spelling"`` and ``"pointing"``: words of the sources, and those that are asked
+            for, are made likelier.
+        spelling, pointing: by how much, in nats; None is a hint's own weight.
         floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own. With ``"refuse"`` a prompt whose
             documents do not seem to answer it gets "No document answers this.", without asking the decoder.
         max_retries: how often to try again where another process holds the store.
@@ -99,8 +100,9 @@ class LLoCOModel(BaseModel):
     beams: int = 1
     top_p: float = 1.0
     seed: int | None = None
-    spelling: float = GenerateConfig.spelling
-    pointing: float = GenerateConfig.pointing
+    hints: tuple[str, ...] | str = ()
+    spelling: float | None = None
+    pointing: float | None = None
     stop: list[str] | None = None
     floor: float | None = None
     when_nothing: Literal["answer", "refuse"] | None = None
@@ -242,6 +244,7 @@ class LLoCOModel(BaseModel):
                     }
                     for hit in answer.hits
                 ],
+                "hints": list(answer.hints),
                 "warnings": list(answer.warnings),
             },
         }

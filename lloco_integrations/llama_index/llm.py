@@ -55,8 +55,9 @@ class LLoCOLLM(LLM):
         min_tokens, no_repeat_ngram: tokens before which no answer ends by itself, and of which no run comes twice in
             one (summaries of a small decoder need both); 0: as it likes.
         beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
-        spelling, pointing: by how much, in nats, words of the sources, and those that the question asks for, are made
-            likelier; 0: not at all.
+        hints: those that are on, of ``"spelling"`` and ``"pointing"``: words of the sources, and those that are asked
+            for, are made likelier.
+        spelling, pointing: by how much, in nats; None is a hint's own weight.
         floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own. With ``"refuse"`` a prompt whose
             chunks do not seem to answer it gets "No document answers this.", without asking the decoder.
         temperature: 0 is greedy.
@@ -82,8 +83,9 @@ class LLoCOLLM(LLM):
     min_tokens: int = Field(default=0, description="Shortest answer.")
     no_repeat_ngram: int = Field(default=0, description="No run of so many tokens comes twice; 0: it may.")
     beams: int = Field(default=1, description="Answers followed side by side; the likeliest is given.")
-    spelling: float = Field(default=GenerateConfig.spelling, description="Weight of the sources' words.")
-    pointing: float = Field(default=GenerateConfig.pointing, description="Weight of words that are asked for.")
+    hints: tuple[str, ...] | str = Field(default=(), description="Those that are on: spelling, pointing.")
+    spelling: float | None = Field(default=None, description="Weight of the sources' words.")
+    pointing: float | None = Field(default=None, description="Weight of words that are asked for.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus of sampling.")
     stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer.")
@@ -104,8 +106,9 @@ class LLoCOLLM(LLM):
         min_tokens: int = 0,
         no_repeat_ngram: int = 0,
         beams: int = 1,
-        spelling: float = GenerateConfig.spelling,
-        pointing: float = GenerateConfig.pointing,
+        hints: tuple[str, ...] | str = (),
+        spelling: float | None = None,
+        pointing: float | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
@@ -130,6 +133,7 @@ class LLoCOLLM(LLM):
             "min_tokens": min_tokens,
             "no_repeat_ngram": no_repeat_ngram,
             "beams": beams,
+            "hints": hints,
             "spelling": spelling,
             "pointing": pointing,
             "temperature": temperature,
@@ -312,6 +316,7 @@ def _raw(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish,
         "segments": [hit.segment_id for hit in answer.hits],
         "doc_ids": [hit.doc_id for hit in answer.hits],
+        "hints": list(answer.hints),
         "warnings": list(answer.warnings),
     }
 

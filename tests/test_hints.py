@@ -1,4 +1,4 @@
-"""Words that an answer has begun, spelled as the sources spell them."""
+"""Hints: words are spelled as the sources spell them, and those that are asked for are preferred."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from decoder_cases import TEXT, place, tiny, tokens, whole
 
 from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder.hints import Pieces, hints
+from lloco_engine.decoder.hints.pointing import Asked
 from lloco_engine.decoder.local import Prompt
-from lloco_engine.decoder.pointing import Asked
-from lloco_engine.decoder.spelling import Pieces, Speller
+from lloco_engine.decoder.processors import Pipeline
 from lloco_engine.errors import ConfigError
 
 
@@ -55,9 +56,15 @@ def ids(*texts: str) -> list[int]:
     return [Letters.TOKENS.index(text) for text in texts]
 
 
+def hinted(logits: torch.Tensor, answers, source: str, question: str = "", **weights: float) -> torch.Tensor:
+    """Logits of what follows each answer."""
+    made = hints(weights, Pieces(Letters()), source, question)
+    return Pipeline(made.values())(logits, answers)
+
+
 def made_likelier(source: str, *answer: str) -> set[str]:
     logits = torch.zeros(1, len(Letters.TOKENS))
-    spelled = Speller(Pieces(Letters()), source, 3.0).spell(logits, [ids(*answer)])
+    spelled = hinted(logits, [ids(*answer)], source, spelling=3.0)
     assert set(spelled[0].tolist()) <= {0.0, 3.0}
     return {token for token, logit in zip(Letters.TOKENS, spelled[0].tolist(), strict=True) if logit}
 
@@ -89,16 +96,16 @@ def test_nothing_is_changed_between_words_after_a_whole_word_or_for_words_that_a
 def test_a_number_of_the_sources_is_not_made_longer_than_they_have_it(source, answer, expected):
     logits = torch.zeros(1, len(Letters.TOKENS))
     pieces = ids("Ed") if answer == "Ed" else ids(*answer)
-    spelled = Speller(Pieces(Letters()), source, 3.0).spell(logits, [pieces])[0].tolist()
+    spelled = hinted(logits, [pieces], source, spelling=3.0)[0].tolist()
     assert {token for token, logit in zip(Letters.TOKENS, spelled, strict=True) if logit < 0} == expected
     assert set(spelled) <= {0.0, 3.0, -3.0}
 
 
 def test_only_the_likeliest_tokens_are_looked_at_and_each_row_has_its_own_word(monkeypatch):
-    monkeypatch.setattr("lloco_engine.decoder.spelling._CANDIDATES", 2)
+    monkeypatch.setattr("lloco_engine.decoder.hints.spelling._CANDIDATES", 2)
     logits = torch.zeros(2, len(Letters.TOKENS))
     logits[:, ids("gar", "ing")] = 1.0
-    spelled = Speller(Pieces(Letters()), "Edgar", 3.0).spell(logits, [ids("Ed"), ids("win")])
+    spelled = hinted(logits, [ids("Ed"), ids("win")], "Edgar", spelling=3.0)
     assert spelled[0, ids("gar")].tolist() == [4.0] and float(spelled.sum()) == 4 + 3
 
 
@@ -108,9 +115,7 @@ def pointed_to(
     """By how much tokens are made likelier where ``first`` is the likeliest one."""
     logits = torch.zeros(1, len(Letters.TOKENS))
     logits[0, ids(first)] = 0.5
-    before = logits.clone()
-    Speller(Pieces(Letters()), source, 0.0, question, pointing).spell(logits, [ids(*answer)])
-    more = (logits - before)[0].tolist()
+    more = (hinted(logits, [ids(*answer)], source, question, pointing=pointing) - logits)[0].tolist()
     return {token: round(amount, 3) for token, amount in zip(Letters.TOKENS, more, strict=True) if amount}
 
 
@@ -186,14 +191,16 @@ def test_answers_are_spelled_as_the_source_streamed_and_in_batches_and_guessing_
     decoder = tiny()
     prefix = place(decoder, [whole(decoder)])
     plain = Prompt("Who?", prefix)
-    spelled = Prompt("Who?", prefix, spelling=TEXT, draft=TEXT)
-    config = GenerateConfig(24, spelling=50.0, pointing=0.0)
+    spelled = Prompt("Who?", prefix, draft=TEXT)
+    config = GenerateConfig(24, hints=("spelling",), spelling=50.0)
     (batched,) = decoder.generate([spelled], config)
     generation, pieces = decoder.stream(spelled, config)
     assert "".join(pieces) == batched.text and generation.token_ids == batched.token_ids
-    (off,) = decoder.generate([spelled], GenerateConfig(24, spelling=0.0, pointing=0.0))
+    (off,) = decoder.generate([spelled], GenerateConfig(24))
     assert off.token_ids == decoder.generate([plain], GenerateConfig(24))[0].token_ids != batched.token_ids
+    assert (off.hints, batched.hints, generation.hints) == ((), ("spelling",), ("spelling",))
     both = decoder.generate([plain, spelled], config)
+    assert [one.hints for one in both] == [(), ("spelling",)], "without sources there are no hints"
     assert [one.token_ids for one in both] == [off.token_ids, batched.token_ids]
     assert tokens(decoder, TEXT)
 
@@ -201,15 +208,39 @@ def test_answers_are_spelled_as_the_source_streamed_and_in_batches_and_guessing_
 def test_answers_point_streamed_and_in_batches_from_the_first_token_on_and_guessing_changes_nothing():
     decoder = tiny()
     prefix = place(decoder, [whole(decoder)])
-    asking = Prompt("Who is the keeper?", prefix, spelling=TEXT)
-    off, on = (GenerateConfig(24, spelling=0.0, pointing=pointing) for pointing in (0.0, 200.0))
+    asking = Prompt("Who is the keeper?", prefix, draft=TEXT)
+    off = GenerateConfig(24)
+    on = GenerateConfig(24, hints="pointing", pointing=200.0)
     (plain,), (pointed,) = decoder.generate([asking], off), decoder.generate([asking], on)
     assert plain.token_ids[0] != pointed.token_ids[0]
-    for draft in ("", TEXT):
-        generation, pieces = decoder.stream(replace(asking, draft=draft), on)
+    for lookup in (False, True):
+        generation, pieces = decoder.stream(asking, replace(on, lookup=lookup))
         assert "".join(pieces) == pointed.text and generation.token_ids == pointed.token_ids
-    both = decoder.generate([replace(asking, spelling=""), asking], on)
+    both = decoder.generate([replace(asking, draft=""), asking], on)
     assert [one.token_ids for one in both] == [plain.token_ids, pointed.token_ids]
+
+
+def test_beams_are_hinted_too():
+    decoder = tiny()
+    asking = Prompt("Who is the keeper?", place(decoder, [whole(decoder)]), draft=TEXT)
+    plain, hinted = (
+        decoder.generate([asking], GenerateConfig(12, beams=3, hints=on, pointing=200.0 if on else None))[0]
+        for on in ((), ("pointing",))
+    )
+    assert plain.token_ids != hinted.token_ids
+    assert (plain.hints, hinted.hints) == ((), ("pointing",))
+
+
+def test_hints_are_off_unless_they_are_named():
+    assert GenerateConfig().hint_weights == {}
+    assert GenerateConfig(hints="spelling, pointing") == GenerateConfig(hints=("spelling", "pointing"))
+    assert GenerateConfig(hints=("spelling,pointing",)).hint_weights == {"spelling": 3.0, "pointing": 8.0}
+    assert GenerateConfig(hints="pointing", pointing=1, spelling=0).hint_weights == {"pointing": 1}
+    assert GenerateConfig(hints="pointing", pointing=0).hint_weights == {}
+    with pytest.raises(ConfigError, match="hints must be some of spelling, pointing, not 'guessing'"):
+        GenerateConfig(hints=("guessing",))
+    with pytest.raises(ConfigError, match="add 'spelling' to hints"):
+        GenerateConfig(hints="pointing", spelling=3.0)
 
 
 @pytest.mark.parametrize("name", ["spelling", "pointing"])
