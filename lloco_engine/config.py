@@ -19,6 +19,7 @@ __all__ = [
     "GenerateConfig",
     "PrefixConfig",
     "ReadConfig",
+    "RefineConfig",
     "RetrieveConfig",
     "StoreConfig",
 ]
@@ -120,6 +121,33 @@ class CompressConfig(Config):
 
     def __post_init__(self) -> None:
         _require(self.ratio >= 1, "ratio must be at least 1 (source tokens per slot)", self.ratio)
+
+
+@dataclass(frozen=True)
+class RefineConfig(Config):
+    """How a segment is refined (`lloco_engine.compress.refinement`).
+
+    Args:
+        steps: of Adam; 0 leaves a segment as it was fitted.
+        stretch: tokens of the chunk that a step reads; 0 reads all of it in every step.
+        keys, values, biases: size of the first step, falling linearly to nothing after the last.
+    """
+
+    steps: int = 16
+    stretch: int = 128
+    keys: float = 0.01
+    values: float = 0.01
+    biases: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "stretch"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= 0, f"{name} must be a whole number, not negative", value)
+        _require(self.stretch == 0 or self.stretch >= 16, "stretch must be 0 (all) or at least 16 tokens", self.stretch)
+        for name in ("keys", "values", "biases"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and 0 <= value <= 1, f"{name} must be a step from 0 to 1", value)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ __all__ = [
     "Answer",
     "AnySegment",
     "Chunk",
+    "Divergence",
     "Document",
     "Failure",
     "Hit",
@@ -105,6 +106,19 @@ class Chunk:
     windows: tuple[Span, ...]
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far the decoder is from what it expects with the whole chunk when it reads a segment instead.
+
+    Kullback-Leibler divergence of the next token's distribution, in nats a token, on parts of the chunk's repetition
+    that no step of refinement aimed at: ``before`` the ``steps`` that were tried, and ``after`` them, of what was kept.
+    """
+
+    before: float
+    after: float
+    steps: int
+
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """The compressed memory of one chunk as compact KV: the slots that each KV head of each layer keeps.
@@ -116,6 +130,7 @@ class Segment:
     bias    : (N,)    float32, added to the attention logit of the slot (log of its mass)
     lengths : (L, H)  int64, slots of each head; its sum is N
     source_tokens : decoder tokens of the chunk that the slots stand for
+    divergence : measured where the segment was refined, else None
     """
 
     keys: torch.Tensor
@@ -123,6 +138,7 @@ class Segment:
     bias: torch.Tensor
     lengths: torch.Tensor
     source_tokens: int
+    divergence: Divergence | None = None
 
     @property
     def slots(self) -> int:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lloco_engine.compress.base import Compressor
 from lloco_engine.compress.eviction import select
 from lloco_engine.compress.least_squares import nnls
+from lloco_engine.compress.refinement import refine
 from lloco_engine.compress.repetition import Repetition, Seen
 from lloco_engine.compress.rereading import Rereading
+from lloco_engine.config import RefineConfig
 from lloco_engine.errors import ConfigError
 from lloco_engine.models import quicker_in_bf16
 from lloco_engine.types import Segment
@@ -43,6 +45,8 @@ class AttentionMatching(Compressor):
         fit_tokens: how many tokens of the repetition, from its beginning, are read again to fit the values.
         iterations: steps of the non-negative least squares.
         floor: share of an even split of the slots that every head gets, whatever the other heads need.
+        refine: steps of refinement after the fits (`lloco_engine.compress.refinement`); 0 is the fits alone.
+        stretch: tokens of the chunk that a step reads; 0 reads all of it.
     """
 
     name = "attention_matching"
@@ -52,6 +56,8 @@ class AttentionMatching(Compressor):
     fit_tokens: int = 640
     iterations: int = 60
     floor: float = 0.1
+    refine: int = 0
+    stretch: int = RefineConfig.stretch
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, int | float) or not self.ridge > 0:
@@ -63,14 +69,31 @@ class AttentionMatching(Compressor):
             )
         if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
             raise ConfigError(f"floor must be a number from 0 to 1, not {self.floor!r}")
+        try:
+            self._refinement = RefineConfig(steps=self.refine, stretch=self.stretch)
+        except ConfigError as error:
+            raise ConfigError(f"refine and stretch: {error}") from error
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As the contract says; those of refinement only where there is any, for stores made before it have none."""
+        own = super().settings
+        return own if self.refine else {name: own[name] for name in own if name not in ("refine", "stretch")}
 
     def longest_chunk(self, decoder: LocalDecoder) -> int:
         """Half the window: the chunk is read twice, once to be kept and once to be repeated."""
         return (decoder.shape.window - decoder.template_tokens - len(decoder.template.repeat_ids())) // 2
 
-    @torch.inference_mode()
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
         """See `Compressor.compress`."""
+        fitted, cache = self._fitted(decoder, token_ids, ratios)
+        return [refine(decoder, token_ids, segment, self._refinement, cache) for segment in fitted]
+
+    @torch.inference_mode()
+    def _fitted(
+        self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]
+    ) -> tuple[list[Segment], Cache]:
+        """A segment for each ratio, and the cache of template prefix and chunk."""
         repeat = [*decoder.template.repeat_ids(), *token_ids]
         cache = decoder.prefill(token_ids, room=len(repeat))
         repetition = Repetition(cache, decoder.template_tokens, decoder.runner.scale, self.fit_rows, self.fit_tokens)
@@ -78,7 +101,8 @@ class AttentionMatching(Compressor):
         decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16)
         importance = torch.stack([seen.importance for seen in repetition.seen])
         keeps = (select(importance, ratio, self.floor) for ratio in ratios)
-        return [self._fit(decoder, repeat[: self.fit_tokens], cache, repetition.seen, keep) for keep in keeps]
+        made = [self._fit(decoder, repeat[: self.fit_tokens], cache, repetition.seen, keep) for keep in keeps]
+        return made, cache
 
     def _fit(
         self, decoder: LocalDecoder, repeat: Sequence[int], cache: Cache, seen: Sequence[Seen], keep: torch.Tensor

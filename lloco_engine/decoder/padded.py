@@ -156,12 +156,13 @@ class Padded(LayerSlots):
         read = masked(q, keys, values, added, scale)
         return read.reshape(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)
 
-    @torch.no_grad()
     def _added(self, q: torch.Tensor, scale: float) -> torch.Tensor:
         """(B or 1, H, M or 1, N) what is added to the slots' logits: their biases, -inf where a segment is not read."""
         bias = self.bias[:, :, None]
         if self._choice is None:
             return bias
-        # in float32, whatever the decoder's own precision: which logit is largest must not hang on rounding
-        logits = torch.matmul(q.float() * scale, self.keys.float().transpose(-1, -2)) + bias
-        return bias.masked_fill(self._choice.unread(logits, self._owner), -torch.inf)
+        with torch.no_grad():  # a choice has no slope; the biases have
+            # in float32, whatever the decoder's own precision: which logit is largest must not hang on rounding
+            logits = torch.matmul(q.float() * scale, self.keys.float().transpose(-1, -2)) + bias
+            unread = self._choice.unread(logits, self._owner)
+        return bias.masked_fill(unread, -torch.inf)
