@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from store_cases import DIM, document, make_store, manifest, put, text_vector, u
 
 from lloco_engine.config import StoreConfig
 from lloco_engine.errors import ConfigError, StoreMismatch
-from lloco_engine.store import Store
+from lloco_engine.store import Store, index
 from lloco_engine.types import Span
 
 
@@ -374,3 +375,11 @@ def test_a_vector_of_another_embedder_is_refused(store):
         store.search(unit(0), top_k=1, lexical=2)
     with pytest.raises(ConfigError, match="top_k must be at least 1, not 0"):
         store.search(unit(0), top_k=0)
+
+
+def test_faiss_is_used_by_what_it_offers():
+    """Nothing reaches into its memory: what it hands out of that is not checked, and moves with its versions."""
+    source = Path(index.__file__).read_text(encoding="utf-8")
+    assert "compute_distance_subset" in source
+    for inside in ("get_xb", "rev_swig_ptr", "fvec_", ".data()", "codes"):
+        assert inside not in source, f"{inside} of faiss is its own"

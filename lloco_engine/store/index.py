@@ -159,15 +159,17 @@ class SearchIndex:
         return None if (rows < 0).any() else rows
 
     def _products(self, vector: Vectors, rows: Rows) -> Vectors:
-        """Inner products of a vector with those of the rows, which FAISS reads where they lie."""
+        """Inner products of a vector with those of the rows, which FAISS reads where they lie.
+
+        `compute_distance_subset` looks at no other rows; `range_search` among them takes five times as long where a
+        filter lets 2% through. It has no wrapper that takes arrays, so it is told where those of ours are.
+        """
         import numpy as np
 
-        faiss = _faiss()
-
+        ptr = _faiss().swig_ptr
         made = np.empty(len(rows), np.float32)
-        pointers = faiss.swig_ptr(vector), self._flat.get_xb(), faiss.swig_ptr(rows)
         with _one_thread():
-            faiss.fvec_inner_products_by_idx(faiss.swig_ptr(made), *pointers, self._dim, 1, len(rows))
+            self._flat.compute_distance_subset(1, ptr(vector), len(rows), ptr(made), ptr(rows))
         return made
 
     def publish(self, catalogue: Catalogue) -> None:
