@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from lloco_engine import processor
+from lloco_engine.atomic import new_folder
 from lloco_engine.errors import ModelNotFound, UnsupportedModel
 from lloco_engine.hub import is_hub_name, snapshot
 from lloco_engine.pretrained import (
@@ -192,16 +193,10 @@ def _convert_once(gguf: Path, folder: Path, called: str) -> None:
             for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*"):  # of a killed process
                 shutil.rmtree(left_over)
             print(f"lloco: converting {called} into {folder} (once)", file=sys.stderr)
-            work = folder.parent / f".{folder.name}.{os.getpid()}"
-            work.mkdir()
-            try:
+            with new_folder(folder) as work:
                 _convert(gguf, work)
-                _sync(work)
                 if folder.exists():
                     shutil.rmtree(folder)
-                os.replace(work, folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         full = f"the disk is full ({2 * gguf.stat().st_size >> 20} MB or more are needed)"
         why = full if error.errno == errno.ENOSPC else str(error)
@@ -241,14 +236,6 @@ def _without_bar(module: Any) -> Iterator[None]:
         yield
     finally:
         module.tqdm = bar
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder's files on disk, readable to whoever may read the folder."""
-    for file in folder.iterdir():
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
 def _is_whole(folder: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lloco_engine.store import Manifest, Store, Writer, schema
-from lloco_engine.store.catalogue import connect
+from lloco_engine.store.connecting import connect
 from lloco_engine.types import Chunk, Document, Segment, Span
 
 DIM = 8

@@ -26,9 +26,9 @@ from lloco_engine.eval.data import Group, Question, group_records, read_records
 from lloco_engine.eval.reading import METHODS, Material, Reader, Reading
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.run import EvalConfig, run
-from lloco_engine.eval.segments import SegmentCache
 from lloco_engine.eval.statistics import DRAWS, Sample, interval
 from lloco_engine.eval.tasks.choices import options_of, with_options
+from lloco_engine.segment_cache import SegmentCache
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
 
 TOPICS = ("pump oil", "mill wheel", "tram bell", "salt cave", "lamp wick")
@@ -377,7 +377,7 @@ def test_other_settings_or_another_method_share_nothing(decoder, tmp_path):
         cache = SegmentCache(tmp_path, decoder, made_by)
         cache.get(ids, 4)
         assert cache.made == 1
-    assert len({file.parents[1] for file in tmp_path.rglob("*.safetensors")}) == 3
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ PACKAGE = Path(lloco_engine.__file__).parent
 # One tuple per stage, in the order of the spine. A module imports its own stage or earlier ones.
 STAGES = (
     ("errors",),
-    ("config", "graphemes", "process", "types", "unicode", "metadata", "filters", "documents"),
+    ("atomic", "config", "graphemes", "journal", "process", "types", "unicode", "metadata", "filters", "documents"),
     ("reasoning", "tokenizing", "tokens", "weights"),
     ("fingerprints", "processor", "shape", "pretrained", "hub", "models"),
     ("embedder", "chunking", "readers", "keyword_score"),
@@ -26,7 +26,7 @@ STAGES = (
     ("prefix",),
     ("decoder",),
     ("compress",),
-    ("adapters",),
+    ("adapters", "segment_cache"),
     ("usage", "baselines"),
     ("opening", "ingest", "vanished", "streaming", "recall", "engine"),
     ("finetune", "testing"),

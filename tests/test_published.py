@@ -243,7 +243,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         missing = CliRunner().invoke(app, ["data", name, str(tmp_path / "none"), "--out", str(tmp_path / "o.jsonl")])
         assert missing.exit_code == 1 and str(tmp_path / "none") in missing.stderr, missing.output
         assert get(name).name == name and get(name).about
-    assert not (tmp_path / "o.jsonl").exists() and not list(tmp_path.glob("*.tmp"))
+    assert not (tmp_path / "o.jsonl").exists() and not list(tmp_path.glob(".o.jsonl*"))
     unknown = CliRunner().invoke(app, ["data", "riddles", str(tmp_path)])
     assert unknown.exit_code == 1 and "must be one of quality, qasper" in unknown.stderr
     part = CliRunner().invoke(app, ["data", "qmsum", str(tmp_path), "--split", "test"])

@@ -148,7 +148,7 @@ def test_a_run_that_was_cut_off_goes_on_after_its_last_chunk(decoder, scripted, 
     partial = tmp_path / "out.jsonl.partial"
     with partial.open("a") as lines:
         lines.write('{"doc_id": "cut o')  # killed while it wrote
-    with pytest.raises(ConfigError, match="other chunks or settings"):
+    with pytest.raises(ConfigError, match="other data or settings"):
         SelfStudy(decoder, SelfStudyConfig(seed=1)).run(chunks, tmp_path / "out.jsonl")
     done = []
     resumed = SelfStudy(decoder, ALL, lambda at, _: done.append(at)).run(chunks, tmp_path / "out.jsonl")

@@ -18,6 +18,7 @@ import pytest
 from places import TESTS
 from store_cases import document, make_store, manifest, put, segment, segment_file, text_vector
 
+from lloco_engine import atomic
 from lloco_engine.errors import (
     NotInStore,
     SegmentUnavailable,
@@ -252,7 +253,7 @@ def listing(path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_while_a_segment_is_written(path, monkeypatch, number):
     before = listing(path)
-    write = files._write
+    write = atomic._write
 
     def fill(file, data):
         write(file, data[: len(data) // 2])
@@ -261,7 +262,7 @@ def test_a_disk_that_fills_while_a_segment_is_written(path, monkeypatch, number)
     with Store.open(path) as store:
         info = store.documents()
         with store.writer() as writer:
-            monkeypatch.setattr(files, "_write", fill)
+            monkeypatch.setattr(atomic, "_write", fill)
             with pytest.raises(StoreFull, match="the store is as it was: free space"):
                 put(writer, document("new"))
             monkeypatch.undo()

@@ -10,8 +10,9 @@ from contextlib import closing, suppress
 import pytest
 from store_cases import document, make_store, manifest, put, text_vector
 
+from lloco_engine import atomic
 from lloco_engine.errors import StoreFull
-from lloco_engine.store import Store, files
+from lloco_engine.store import Store
 from lloco_engine.store.files import Layout
 from lloco_engine.store.room import keep_reserve, make_room
 
@@ -92,7 +93,7 @@ def test_a_catalogue_that_cannot_be_made_leaves_a_folder_that_a_store_can_be_mad
     def full(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files, "_write", full)
+    monkeypatch.setattr(atomic, "_write", full)
     with pytest.raises(StoreFull):
         Store.create(tmp_path / "s", manifest())
     monkeypatch.undo()

@@ -9,8 +9,9 @@ import torch
 from store_cases import document, make_store, segment, segment_file
 
 from lloco_engine.errors import SegmentUnavailable
-from lloco_engine.store import Store, held, segments
+from lloco_engine.store import Store, segments
 from lloco_engine.store.held import HeldSegments
+from lloco_engine.store.segments import SegmentFiles
 
 
 @pytest.fixture
@@ -83,8 +84,8 @@ def test_a_file_that_gets_shorter_while_it_is_read_is_an_error(store, monkeypatc
 
 def test_segments_are_read_once_and_held_up_to_a_number_of_bytes(store, monkeypatch):
     reads = []
-    read = segments.read
-    monkeypatch.setattr(held.segments, "read", lambda path, *rest: reads.append(path) or read(path, *rest))
+    read = SegmentFiles.read
+    monkeypatch.setattr(SegmentFiles, "read", lambda files, name: reads.append(name) or read(files, name))
     ids = [hit.segment_id for hit in store.chunks("a")]
     first = store.load_segments(ids)
     assert [id(one) for one in store.load_segments(ids)] == [id(one) for one in first] and len(reads) == len(ids)
@@ -92,10 +93,9 @@ def test_segments_are_read_once_and_held_up_to_a_number_of_bytes(store, monkeypa
     store.load_segments(ids)
     assert len(reads) == 2 * len(ids)
 
-    small = HeldSegments(most_bytes=1)
-    path = str(segment_file(store.path, ids[0]))
+    small = HeldSegments(store._files, most_bytes=1)
     for _ in range(2):
-        small.read(path, ids[0], store._form)
+        small.read(ids[0])
     assert len(reads) == 2 * len(ids) + 2 and not small._held and not small._bytes
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lloco_engine import atomic
 from lloco_engine.errors import LLoCOError
 
 __all__ = ["new_folder"]
@@ -16,7 +14,7 @@ __all__ = ["new_folder"]
 
 @contextmanager
 def new_folder(target: Path, hint: str = "nothing was left behind") -> Iterator[Path]:
-    """A draft beside ``target`` to fill with files, which are flushed to disk before it takes the name.
+    """`atomic.new_folder` for an adapter.
 
     Args:
         target: the folder, which must not exist.
@@ -25,15 +23,8 @@ def new_folder(target: Path, hint: str = "nothing was left behind") -> Iterator[
     Raises:
         LLoCOError: the file system refuses.
     """
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        for file in draft.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        os.replace(draft, target)
+        with atomic.new_folder(target) as draft:
+            yield draft
     except OSError as error:
         raise LLoCOError(f"the adapter could not be written to {target}: {error.strerror}; {hint}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lloco_engine.atomic import write_file
 from lloco_engine.baselines import keep_ends, room_for_text, text_ids
 from lloco_engine.config import GenerateConfig
 from lloco_engine.types import Answer, Prefix, Usage
@@ -65,10 +65,7 @@ class InContext:
                 pass  # of an earlier form
         answer = self._answer(question)
         self._kept[key] = {"text": answer.text, "usage": asdict(answer.usage), "finish": answer.finish}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        written = self._file.with_name(f".{self._file.name}.{os.getpid()}")
-        written.write_text(json.dumps(self._kept, indent=1), encoding="utf-8")
-        written.replace(self._file)
+        write_file(self._file, json.dumps(self._kept, indent=1))
         return answer, False
 
     def _key(self, question: str) -> str:

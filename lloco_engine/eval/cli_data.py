@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +46,7 @@ def data(
       lloco data qasper --out qasper.jsonl
       lloco data narrativeqa_csv narrativeqa --split valid --limit 20 --out narrativeqa.jsonl
     """
+    from lloco_engine.atomic import open_file
     from lloco_engine.eval.machine import check_writable
     from lloco_engine.eval.published import Bad, get
 
@@ -57,19 +57,14 @@ def data(
     check_writable(out)
     place = source if source is not None else published.fetch(split)
     documents = questions = skipped = 0
-    work = out.with_name(out.name + ".tmp")
-    try:
-        with work.open("w", encoding="utf-8") as lines:
-            for item in published.read(place, split):
-                if isinstance(item, Bad):
-                    skipped += 1
-                    typer.echo(f"skipped: {item.reason}", err=True)
-                elif limit is None or documents < limit:
-                    documents, questions = documents + 1, questions + len(item.questions)
-                    lines.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-        os.replace(work, out)
-    finally:
-        work.unlink(missing_ok=True)
+    with open_file(out) as lines:
+        for item in published.read(place, split):
+            if isinstance(item, Bad):
+                skipped += 1
+                typer.echo(f"skipped: {item.reason}", err=True)
+            elif limit is None or documents < limit:
+                documents, questions = documents + 1, questions + len(item.questions)
+                lines.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
     if as_json:
         typer.echo(json.dumps({"documents": documents, "questions": questions, "skipped": skipped, "out": str(out)}))
     else:

@@ -21,9 +21,9 @@ from lloco_engine.eval.data import Group
 from lloco_engine.eval.reading import METHODS, Encoder, Material, Reader, Remembered
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.scoring import Scorer
-from lloco_engine.eval.segments import SegmentCache
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.models import cache_folder
+from lloco_engine.segment_cache import SegmentCache
 
 __all__ = ["Evaluation"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine import __version__
+from lloco_engine.atomic import write_file
 from lloco_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -141,6 +142,4 @@ def check_writable(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, so that the file is there wholly or not at all."""
-    work = path.with_name(path.name + ".tmp")
-    work.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(work, path)
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import LocalDecoder
-    from lloco_engine.eval.segments import SegmentCache
+    from lloco_engine.segment_cache import SegmentCache
 
 __all__ = ["METHODS", "Encoder", "Material", "Method", "Reader", "Reading", "Remembered"]
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lloco_engine.atomic import write_file
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import plot, plots, tables
 from lloco_engine.eval.commands import command
@@ -106,7 +107,7 @@ def write_report(report: Report) -> list[Path]:
     for path, (result, draw) in report.pictures.items():
         if not _is_of(path, result):
             draw(path)
-    report.page.write_text(report.text, encoding="utf-8")
+    write_file(report.page, report.text)
     return [report.page, *report.pictures]
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from lloco_engine.atomic import open_file
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import results
@@ -134,11 +135,9 @@ def _write_predictions(
     path: Path, rows: Sequence[Row], groups: Sequence[Group], values: Sequence[Sequence[Mapping[str, Any]]]
 ) -> None:
     """Every question of every row, one JSON object a line."""
-    work = path.with_name(path.name + ".tmp")
-    with work.open("w", encoding="utf-8") as lines:
+    with open_file(path) as lines:
         for group, of_rows in zip(groups, values, strict=True):
             for row, value in zip(rows, of_rows, strict=True):
                 for question, scored in zip(group.questions, value["questions"], strict=True):
                     asked = {"id": question.id, "question": question.question, "answers": list(question.answers)}
                     lines.write(json.dumps(row.to_json() | asked | dict(scored), ensure_ascii=False) + "\n")
-    work.replace(path)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lloco_engine.errors import ConfigError
+from lloco_engine.journal import refuse_another_run
 from lloco_engine.store.files import write_atomic
 
 __all__ = ["State", "load", "save"]
@@ -86,8 +87,5 @@ def load(folder: Path, key: str) -> tuple[State, dict[str, dict[str, torch.Tenso
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"the checkpoint {path} cannot be read ({error}); remove {folder} to begin anew") from error
     if header.get("key") != key:
-        raise ConfigError(
-            f"{folder} holds an unfinished run with other data or settings; finish that one with the same command, "
-            "remove the folder, or name another with --work"
-        )
+        refuse_another_run(folder, "remove the folder, or name another with --work")
     return state, tensors

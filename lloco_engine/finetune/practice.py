@@ -9,14 +9,13 @@ put among the answers of others.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lloco_engine.atomic import open_file
 from lloco_engine.config import Config
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.readers.records import Question, Record
@@ -181,20 +180,16 @@ def write(path: Path, records: Iterable[Record]) -> dict[str, int]:
         LLoCOError: the file cannot be written.
     """
     report = dict.fromkeys(("documents", "questions", "facts", "choices"), 0)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with draft.open("w", encoding="utf-8") as lines:
+        with open_file(path) as lines:
             for record in records:
                 lines.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
                 report["documents"] += 1
                 report["questions"] += len(record.questions)
                 report["facts"] += sum(_FACT_ID in question.id for question in record.questions)
                 report["choices"] += sum(question.id.endswith(_CHOICE_ID) for question in record.questions)
-        os.replace(draft, path)
     except OSError as error:
         raise LLoCOError(f"the practice could not be written to {path}: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
     return report
 
 

@@ -182,7 +182,7 @@ class Finetune:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"the run's folder {work} cannot be made: {error.strerror}") from error
-        segments = Segments(self._decoder, self._compressor, work, store=self._store, tenants=(self._tenant,))
+        segments = Segments(self._decoder, self._compressor, work, store=self._store, tenant=self._tenant)
         segments.expect(example for batch in self._batches for example in batch)
         segments.expect(self._held_out)
         try:

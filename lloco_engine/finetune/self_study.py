@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lloco_engine.adapters.loading import facts_of
+from lloco_engine.atomic import write_file
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import Config, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.finetune.distill import teach
+from lloco_engine.journal import Journal
 from lloco_engine.prefix import assemble
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Hit, Prefix
@@ -104,25 +105,16 @@ class SelfStudy:
         partial = output.with_name(output.name + ".partial")
         key = self._key(chunks)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            done = _read_partial(partial, key)
-            with partial.open("w", encoding="utf-8") as lines:  # anew: a line that was cut off must not be added to
-                for line in ({"key": key}, *done):
-                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-                seen = {_normal(question["question"]) for record in done for question in record["questions"]}
-                for number in range(len(done), len(chunks)):
-                    if self._progress is not None:
-                        self._progress(number, len(chunks))
-                    record = self._study(chunks[number], number, seen)
-                    done.append(record)
-                    lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    lines.flush()
-                    os.fsync(lines.fileno())
+            journal = Journal(partial, key)
+            done = journal.done
+            seen = {_normal(question["question"]) for record in done for question in record["questions"]}
+            for number in range(len(done), len(chunks)):
+                if self._progress is not None:
+                    self._progress(number, len(chunks))
+                journal.add(self._study(chunks[number], number, seen))
             kept = [record for record in done if record["questions"]]
-            draft = output.with_name(f".{output.name}.draft")
-            draft.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
-            os.replace(draft, output)
-            partial.unlink()
+            write_file(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            journal.finish()
         except OSError as error:
             raise LLoCOError(f"{output} cannot be written: {error.strerror}; what is done is in {partial}") from error
         if self._progress is not None:
@@ -233,29 +225,6 @@ class SelfStudy:
                     "teacher": teacher.to_json(),
                 },
             )
-
-
-def _read_partial(path: Path, key: str) -> list[dict[str, Any]]:
-    """Records of the chunks that an earlier run had done."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for number, line in enumerate(lines):
-        try:
-            value = json.loads(line)
-        except ValueError:  # the process was killed while it wrote the last line
-            break
-        if number == 0:
-            if value != {"key": key}:
-                raise ConfigError(
-                    f"{path} holds an unfinished run with other chunks or settings; finish that one with the same "
-                    "command, or remove the file"
-                )
-            continue
-        records.append(value)
-    return records
 
 
 def _report(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
+from lloco_engine.atomic import FULL, flush_folder, move
 from lloco_engine.errors import StoreCorrupt, StoreError, StoreFull, StoreNotFound
 from lloco_engine.store.adapters import adapter_files
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.connecting import connect
-from lloco_engine.store.files import Layout, flush_folder
-from lloco_engine.store.lock import FULL, write_lock
+from lloco_engine.store.files import Layout
+from lloco_engine.store.lock import write_lock
 from lloco_engine.store.verify import verify_store
 
 __all__ = ["copy_store"]
@@ -62,8 +63,7 @@ def copy_store(
                         f"{len(damage)} problem(s), see `lloco verify`"
                     )
                 flush_folder(draft)
-                os.replace(draft, dest)  # over an empty folder, if there is one
-                flush_folder(dest.parent)
+                move(draft, dest)  # over an empty folder, if there is one
             finally:
                 _remove(draft)
                 with suppress(OSError):

@@ -1,18 +1,17 @@
-"""Files of a store: where they lie, and how one is written so that it is wholly there or not at all."""
+"""Files of a store: where they lie, and how one is written."""
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from lloco_engine import atomic
 from lloco_engine.errors import NotInStore, StoreError, StoreFull
-from lloco_engine.store.lock import CLAIM, FULL, is_claimed, is_locked
+from lloco_engine.store.lock import CLAIM, is_held
 
-__all__ = ["Layout", "check_segment_id", "flush_folder", "write_atomic"]
+__all__ = ["Layout", "check_segment_id", "segment_name", "write_atomic"]
 
 _SEGMENT_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -28,6 +27,15 @@ def check_segment_id(segment_id: str) -> str:
     return segment_id
 
 
+def segment_name(folder: str, segment_id: str) -> str:
+    """Path of a segment's file in a folder of such, as text: a `Path` takes as long to make as the file to open.
+
+    Raises:
+        NotInStore: the id is not one.
+    """
+    return f"{folder}/{check_segment_id(segment_id)[:2]}/{segment_id}.safetensors"
+
+
 class Layout:
     """Paths inside the folder of a store. No name comes from a document: segment ids are hex digits only."""
 
@@ -36,7 +44,6 @@ class Layout:
         self.manifest = self.root / "manifest.json"
         self.catalogue = self.root / "catalogue.sqlite"
         self.segments = self.root / "segments"
-        self._segments = str(self.segments)
         self.index = self.root / "index"
         self.adapters = self.root / "adapters"
         self.temporary = self.root / "tmp"
@@ -45,12 +52,7 @@ class Layout:
 
     def segment(self, segment_id: str) -> Path:
         """File of a segment; `NotInStore` when the id is not one."""
-        return Path(self.segment_name(segment_id))
-
-    def segment_name(self, segment_id: str) -> str:
-        """The same as text, for what opens many: a `Path` takes as long to make as its file to open."""
-        check_segment_id(segment_id)
-        return f"{self._segments}/{segment_id[:2]}/{segment_id}.safetensors"
+        return Path(segment_name(str(self.segments), segment_id))
 
     def index_file(self, generation: int) -> Path:
         """File of one generation of the search index."""
@@ -61,6 +63,11 @@ class Layout:
         if self.segments.is_dir():
             yield from (path for path in sorted(self.segments.rglob("*")) if path.is_file())
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the catalogue and of the search index on disk."""
+        catalogue = (Path(f"{self.catalogue}{suffix}") for suffix in ("", "-wal"))
+        return {"catalogue": sum(map(_size, catalogue)), "index": sum(map(_size, self.index.glob("*.faiss")))}
+
     def relative(self, path: Path) -> str:
         """``path`` as messages and `Problem` show it."""
         return path.relative_to(self.root).as_posix()
@@ -68,14 +75,21 @@ class Layout:
     def is_at_work(self) -> bool:
         """Whether somebody writes, or makes segments."""
         claims = self.temporary.glob(f"*{CLAIM}") if self.temporary.is_dir() else ()
-        return is_locked(self.lock) or any(map(is_claimed, claims))
+        return any(map(is_held, (self.lock, *claims)))
 
     def clear_temporary(self) -> None:
         """Remove what a killed writer left half written. Only the holder of the write lock may."""
         with suppress(FileNotFoundError):
             for path in self.temporary.iterdir():
-                if path.suffix != CLAIM or not is_claimed(path):
+                if path.suffix != CLAIM or not is_held(path):
                     path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def write_atomic(path: Path, data: bytes | memoryview, temporary: Path) -> None:
@@ -85,39 +99,11 @@ def write_atomic(path: Path, data: bytes | memoryview, temporary: Path) -> None:
         StoreFull: no room; ``path`` is as it was and the temporary file is gone.
         StoreError: any other refusal of the file system.
     """
-    draft = temporary / f"{path.name}.{secrets.token_hex(4)}"
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(draft, data)
-        os.replace(draft, path)
-        flush_folder(path.parent)
+        atomic.write_file(path, data, temporary)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        if error.errno in FULL:
+        if error.errno in atomic.FULL:
             raise StoreFull(
                 f"no room to write {len(data)} bytes to {path} ({error.strerror}); the store is as it was: free space"
             ) from error
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    with open(path, "xb", buffering=0) as file:
-        view = memoryview(data)
-        while view:  # a nearly full disk takes part of a write before it refuses the rest
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """See that the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

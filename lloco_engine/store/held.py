@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from lloco_engine.store import segments
+from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
@@ -25,25 +25,26 @@ class HeldSegments:
     unseen: a file that is another one than before, by its number, size or times, is read and checked anew.
     """
 
-    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, files: SegmentFiles, most_bytes: int = _MOST_BYTES) -> None:
+        self._files = files
         self._most = most_bytes
         self._bytes = 0
         self._lock = threading.Lock()
         self._held: OrderedDict[str, tuple[tuple[int, ...], AnySegment, int]] = OrderedDict()
 
-    def read(self, path: str, segment_id: str, form: segments.AnyFormat) -> AnySegment:
+    def read(self, segment_id: str) -> AnySegment:
         """A segment, read and checked now or earlier; shared with others, so its tensors must not be written to.
 
         Raises:
             SegmentUnavailable: missing or damaged.
         """
-        identity = _identity(path)
+        identity = _identity(self._files.name(segment_id))
         with self._lock:
             known = self._held.get(segment_id)
             if known is not None and known[0] == identity:
                 self._held.move_to_end(segment_id)
                 return known[1]
-        segment = segments.read(path, segment_id, form)
+        segment = self._files.read(segment_id)
         if identity is not None:
             self._keep(segment_id, identity, segment)
         return segment

@@ -1,27 +1,30 @@
-"""The write lock: one writer per store, among threads and processes; and claims on work that one should do."""
+"""The write lock: one writer per store, among threads and processes; and claims on work that one should do.
+
+Both are locks of `filelock` on a file, which the kernel lets go of when the process ends, however it ends.
+"""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import time
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout, lock_descriptor
+
+from lloco_engine.atomic import FULL
 from lloco_engine.errors import StoreError, StoreFull, StoreLocked
 
-__all__ = ["CLAIM", "FULL", "claim", "is_claimed", "is_locked", "write_lock"]
+__all__ = ["CLAIM", "claim", "is_held", "write_lock"]
 
 CLAIM = ".claim"  # the suffix of files that `claim` makes
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
 _POLL_S = 0.02
 
 
 @contextmanager
 def write_lock(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock file ``path``; the kernel lets go of it when the process ends, however it ends.
+    """Hold the lock file ``path``.
 
     Args:
         path: the lock file, made if missing. It holds the process id of the latest holder.
@@ -29,10 +32,17 @@ def write_lock(path: Path, timeout: float) -> Iterator[None]:
 
     Raises:
         StoreLocked: another writer still holds it; names its process id.
-        StoreError: this process may not write there.
+        StoreError: this process may not write there, or the file system has no locks.
     """
+    lock = _lock(path)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock.acquire(timeout=max(0.0, timeout), poll_interval=_POLL_S)
+    except Timeout as error:
+        holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+        raise StoreLocked(
+            f"another writer holds {path} (process {holder}); waited {timeout:g} s: "
+            "wait until it is done, or raise the timeout"
+        ) from error
     except OSError as error:
         if error.errno in FULL:
             raise StoreFull(f"no room to make {path} ({error.strerror}): free space") from error
@@ -41,21 +51,11 @@ def write_lock(path: Path, timeout: float) -> Iterator[None]:
             "give this user write permission, mount the folder writable, or copy the store and change the copy"
         ) from error
     try:
-        deadline = time.monotonic() + timeout
-        while not _try_lock(handle):
-            if time.monotonic() >= deadline:
-                holder = path.read_text(encoding="ascii", errors="replace").strip() or "unknown"
-                raise StoreLocked(
-                    f"another writer holds {path} (process {holder}); waited {timeout:g} s: "
-                    "wait until it is done, or raise the timeout"
-                )
-            time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
         with suppress(OSError):  # a full disk: the lock is held all the same
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode("ascii"), 0)
+            path.write_text(str(os.getpid()), encoding="ascii")
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @contextmanager
@@ -64,62 +64,32 @@ def claim(path: Path) -> Iterator[None]:
 
     Where no file can be made or locked the block runs all the same.
     """
-    handle = None
+    lock = _lock(path)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while handle is None:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            while not _try_lock(handle):
-                time.sleep(_POLL_S)
-            if not _is_at(handle, path):  # the one who held it has removed it: others may hold a new one
-                os.close(handle)
-                handle = None
+        lock.acquire(poll_interval=_POLL_S)
     try:
         yield
     finally:
-        if handle is not None:
+        if lock.is_locked:
             with suppress(OSError):
-                path.unlink()
-            os.close(handle)
+                path.unlink()  # while it is held: who waits for it sees that it is gone, and makes a new one
+            lock.release()
 
 
-def is_claimed(path: Path) -> bool:
-    """Whether somebody holds this claim now."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return not _try_lock(handle)
-    finally:
-        os.close(handle)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock file ``path`` now."""
+def is_held(path: Path) -> bool:
+    """Whether somebody holds this lock or claim now, or may: where that cannot be told. Writes nothing."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+        return stat.S_ISREG(os.fstat(handle).st_mode) and not lock_descriptor(handle, blocking=False)
+    except OSError:  # a file system without such locks
         return True
     finally:
         os.close(handle)
-    return False
 
 
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(path: Path) -> FileLock:
+    """A lock that any thread may let go of, and that is a lock of the kernel or none at all."""
+    return FileLock(path, thread_local=False, fallback_to_soft=False)

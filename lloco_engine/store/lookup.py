@@ -16,7 +16,7 @@ from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.schema import text_hash
 from lloco_engine.types import Hit, Span
 
-__all__ = ["ALSO", "current", "hits_of_text", "share"]
+__all__ = ["ALSO", "current", "hits_of_text", "neighbours", "share"]
 
 ALSO = 16  # documents with the same text that are named: a boilerplate page may be in thousands
 
@@ -39,6 +39,15 @@ def current(catalogue: Catalogue, hit: Hit) -> Hit | None:
     score = min(1.0, max(-1.0, hit.score)) if math.isfinite(hit.score) else 0.0
     others = _ids_with(catalogue, now.segment_id, hit.tenant, hit.also_in) if hit.also_in else ()
     return replace(now, score=score, windows=inside, also_in=others)
+
+
+def neighbours(catalogue: Catalogue, hit: Hit, n: int) -> list[Hit]:
+    """Up to ``n`` chunks before and after a hit in its document, score 0.0; none when that was replaced or deleted."""
+    state = catalogue.document_state(hit.doc_id, hit.tenant)
+    if state is None or state[2] != hit.version:
+        return []
+    around = catalogue.hits(state[0], hit.ordinal - n, hit.ordinal + n, score=0.0)
+    return [other for other in around if other.ordinal != hit.ordinal]
 
 
 def _ids_with(catalogue: Catalogue, segment_id: str, tenant: str, doc_ids: Sequence[str]) -> tuple[str, ...]:

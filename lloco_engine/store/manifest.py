@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,8 +11,9 @@ from typing import Any, Literal, Self
 from lloco_engine.config import Config
 from lloco_engine.errors import ConfigError, StoreCorrupt, StoreMismatch
 from lloco_engine.fingerprints import agree
+from lloco_engine.store.segments import AnyFormat, SegmentFormat, SummaryFormat, content_id
 
-__all__ = ["FORMAT_VERSION", "Manifest", "segment_id"]
+__all__ = ["FORMAT_VERSION", "Manifest"]
 
 FORMAT_VERSION = 1
 
@@ -136,6 +136,22 @@ class Manifest(Config):
                     "use what the store was made with, or make another store"
                 )
 
+    @property
+    def form(self) -> AnyFormat:
+        """What the segment files of the store have in common."""
+        if self.memory == "summary":
+            return SummaryFormat(self.summary_dim, self.dtype)
+        return SegmentFormat(self.layers, self.kv_heads, self.head_dim, self.dtype)
+
+    def segment_id(self, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
+        """Content address of a segment: 32 hex digits of what it is made from.
+
+        Same decoder, compressor, settings, tenant and tokens give the same id, so an ingest that was cut off finds its
+        work again. Tenants never share a segment. ``previous`` is the id of the segment that this one builds on.
+        """
+        made_with = {name: getattr(self, name) for name in _SEGMENT_FIELDS} | {"tenant": tenant}
+        return content_id(made_with, token_ids, previous)
+
     def _named(self, name: str) -> str:
         if name in ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint"):
             return f" (decoder {self.decoder!r})"
@@ -147,18 +163,3 @@ _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Literal": str
 
 def _as_stored(value: Any) -> Any:
     return json.loads(json.dumps(value))  # JSON has no tuples
-
-
-def segment_id(manifest: Manifest, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
-    """Content address of a segment: 32 hex digits of what it is made from.
-
-    Same decoder, compressor, settings, tenant and tokens give the same id, so an ingest that was cut off finds its
-    work again. Tenants never share a segment. ``previous`` is the id of the segment that this one builds on, so the
-    ids of a chain stand for everything before them too.
-    """
-    made_with = {name: getattr(manifest, name) for name in _SEGMENT_FIELDS} | {"tenant": tenant}
-    if previous is not None:
-        made_with["previous"] = previous
-    digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode("utf-8"))
-    digest.update(b"\0" + ",".join(map(str, token_ids)).encode("ascii"))
-    return digest.hexdigest()[:32]

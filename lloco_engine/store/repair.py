@@ -6,16 +6,18 @@ from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lloco_engine.atomic import move
 from lloco_engine.errors import StoreCorrupt, StoreNotFound
 from lloco_engine.store.adapters import remove_damaged_adapters
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, write_atomic
 from lloco_engine.store.index import SearchIndex, remove_index_files
 from lloco_engine.store.lock import write_lock
-from lloco_engine.store.making import create_catalogue, segment_format
+from lloco_engine.store.making import create_catalogue
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.salvage import Salvage
 from lloco_engine.store.seals import kept_manifest
+from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.store.verify import DAMAGE, catalogue_problems, index_problems, private_copy, segment_problems
 from lloco_engine.store.writer import Writer
 
@@ -62,12 +64,12 @@ def repair_store(
         with closing(Catalogue(layout.catalogue)) as catalogue:
             done += remove_damaged_adapters(layout, catalogue)
             with catalogue.transaction():
-                bad = list(segment_problems(layout, catalogue, segment_format(manifest)))
+                bad = list(segment_problems(layout, catalogue, SegmentFiles.of(layout, manifest.form)))
                 index = list(index_problems(layout, catalogue, manifest))
             for problem in bad:
                 file = layout.root / problem.path
                 if file.is_dir():
-                    file.rename(_aside(file))
+                    move(file, _aside(file))
                 file.unlink(missing_ok=True)
                 used_by = ", ".join(problem.doc_ids)
                 done.append(f"{problem.path} was damaged or missing: ingest {used_by} again to make it")
@@ -75,7 +77,7 @@ def repair_store(
                 remove_index_files(layout)
                 done.append(f"{index[0].path} was damaged: the index was made again")
             if not lost:
-                writer = Writer(layout, manifest, segment_format(manifest), catalogue)
+                writer = Writer(layout, manifest, catalogue)
                 if removed := writer.collect_garbage():
                     done.append(f"{removed} files that no document refers to were removed")
             SearchIndex(layout, manifest.embedder_dim, hnsw_above).publish(catalogue)
@@ -98,7 +100,7 @@ def _repair_manifest(layout: Layout, given: Manifest | None) -> tuple[list[str],
     done = []
     if layout.manifest.exists():
         aside = _aside(layout.manifest)
-        layout.manifest.rename(aside)
+        move(layout.manifest, aside)
         done.append(f"manifest.json was damaged: moved to {aside.name}")
     write_atomic(layout.manifest, text.encode("utf-8"), layout.temporary)
     return [*done, "manifest.json was written anew"], Manifest.load(layout.manifest)
@@ -118,13 +120,13 @@ def _repair_catalogue(layout: Layout, manifest: Manifest) -> tuple[list[str], bo
             if not problems:
                 return [], False
             why = problems[0].detail
-            made, lost = Salvage(layout, copy.connection, segment_format(manifest)).run(manifest.dumps())
+            made, lost = Salvage(layout, copy.connection, SegmentFiles.of(layout, manifest.form)).run(manifest.dumps())
     except StoreCorrupt as error:
         aside = _set_aside(layout)
         told = f"{error}: moved to {aside.name}, and an empty one was made; ingest the documents again"
         return [told], True
     aside = _set_aside(layout)
-    made.rename(layout.catalogue)
+    move(made, layout.catalogue)
     return [
         f"{why}: catalogue.sqlite was made anew with what is sound in it, and the former one moved to {aside.name}",
         *lost,
@@ -136,7 +138,7 @@ def _set_aside(layout: Layout) -> Path:
     aside = _aside(layout.catalogue)
     for suffix in ("", "-wal", "-shm"):
         with suppress(FileNotFoundError):
-            layout.catalogue.with_name(layout.catalogue.name + suffix).rename(f"{aside}{suffix}")
+            move(Path(f"{layout.catalogue}{suffix}"), Path(f"{aside}{suffix}"))
     remove_index_files(layout)
     return aside
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lloco_engine.errors import NotInStore, SegmentUnavailable
-from lloco_engine.store import segments
-from lloco_engine.store.catalogue import explained
 from lloco_engine.store.connecting import connect
+from lloco_engine.store.database import explained
 from lloco_engine.store.files import Layout
 from lloco_engine.store.schema import migrate
 from lloco_engine.store.seals import Seals, keep_manifest, rest_differing, seal_all
+from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.store.tables import Key, Shape
 from lloco_engine.store.terms import add_words
 from lloco_engine.store.writer import insert_metadata
@@ -31,11 +31,11 @@ class Salvage:
     Args:
         layout: of the store; the caller holds its write lock.
         old: a private copy of the damaged catalogue.
-        form: of the store's segments, whose rows can be made again from their files.
+        files: of its segments, whose rows can be made again from them.
     """
 
-    def __init__(self, layout: Layout, old: sqlite3.Connection, form: segments.AnyFormat) -> None:
-        self._layout, self._old, self._form = layout, old, form
+    def __init__(self, layout: Layout, old: sqlite3.Connection, files: SegmentFiles) -> None:
+        self._layout, self._old, self._files = layout, old, files
 
     def run(self, manifest: str) -> tuple[Path, list[str]]:
         """Make the new catalogue.
@@ -117,9 +117,8 @@ class Salvage:
     def _segment(self, new: sqlite3.Connection, made: Shape, seals: Seals, segment_id: str) -> bool:
         """Make a segment's row again from its file, and whether it is then as it was written."""
         try:
-            path = self._layout.segment(segment_id)
-            segment, checksum = segments.verify(path, segment_id, self._form)
-            size = path.stat().st_size
+            segment, checksum = self._files.verify(segment_id)
+            size = self._layout.segment(segment_id).stat().st_size
             others = self._old.execute("SELECT segment_id FROM segments").fetchall()
         except (SegmentUnavailable, NotInStore, OSError, sqlite3.Error):
             return False

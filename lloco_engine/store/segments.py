@@ -1,5 +1,8 @@
 """Segment files: one safetensors file a segment, read into memory of our own and checked there.
 
+A segment is found again by its content: its id is a hash of all that it is made of and by (`content_id`), and its file
+is ``ab/<id>.safetensors`` in a folder of such files (`SegmentFiles`).
+
 A memory map would be quicker to open, but a file that changes under it changes what was checked, and one that is cut
 ends the process by a signal. `formats` says what the tensors are. The header's strings are ``format``, ``segment_id``,
 ``source_tokens`` and ``checksum``.
@@ -12,13 +15,16 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from lloco_engine.errors import SegmentUnavailable
+from lloco_engine.store.files import Layout, segment_name, write_atomic
 from lloco_engine.store.formats import AnyFormat, SegmentFormat, SummaryFormat, Tensors
+from lloco_engine.store.records import SegmentStats
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
@@ -26,10 +32,88 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["AnyFormat", "SegmentFormat", "SummaryFormat", "checksum", "encode", "probe", "read", "verify"]
+__all__ = [
+    "AnyFormat",
+    "SegmentFiles",
+    "SegmentFormat",
+    "SummaryFormat",
+    "checksum",
+    "content_id",
+    "encode",
+    "read",
+    "verify",
+]
 
 # Types of tensors as safetensors calls them: as numpy does, and the bytes of a number.
 _TYPES = {"F16": ("<f2", 2), "F32": ("<f4", 4), "I8": ("i1", 1), "I32": ("<i4", 4)}
+
+
+def content_id(made_with: Mapping[str, Any], token_ids: Iterable[int], previous: str | None = None) -> str:
+    """Id of a segment: 32 hex digits of what it is made from.
+
+    Args:
+        made_with: everything but the tokens that its content depends on, as JSON values.
+        token_ids: of its chunk.
+        previous: id of the segment that it builds on, so that the ids of a chain stand for all before them too.
+    """
+    if previous is not None:
+        made_with = {**made_with, "previous": previous}
+    digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode("utf-8"))
+    digest.update(b"\0" + ",".join(map(str, token_ids)).encode("ascii"))
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class SegmentFiles:
+    """A folder of segment files of one form.
+
+    Args:
+        folder: of the files.
+        temporary: a folder of the same file system, for what is not written wholly yet.
+        form: what the files have in common.
+    """
+
+    folder: Path
+    temporary: Path
+    form: AnyFormat
+
+    @classmethod
+    def of(cls, layout: Layout, form: AnyFormat) -> Self:
+        """Those of a store."""
+        return cls(layout.segments, layout.temporary, form)
+
+    def name(self, segment_id: str) -> str:
+        """Path of a segment's file, as `segment_name` gives it."""
+        return segment_name(str(self.folder), segment_id)
+
+    def read(self, segment_id: str) -> AnySegment:
+        """A segment, as `read` gives it."""
+        return read(self.name(segment_id), segment_id, self.form)
+
+    def verify(self, segment_id: str) -> tuple[AnySegment, str]:
+        """A segment and its checksum, as `verify` gives them."""
+        return verify(self.name(segment_id), segment_id, self.form)
+
+    def is_usable(self, segment_id: str, size: int, checksum: str, *, verify: bool) -> bool:
+        """Whether a file has this size and a right header; with ``verify``, whether its content has this checksum."""
+        try:
+            if verify:
+                return self.verify(segment_id)[1] == checksum
+            _open(name := self.name(segment_id), segment_id, self.form)
+            return os.stat(name).st_size == size
+        except (SegmentUnavailable, OSError):
+            return False
+
+    def write(self, segment_id: str, segment: AnySegment) -> SegmentStats:
+        """Write a segment's file, wholly or not at all.
+
+        Raises:
+            StoreFull: no room; nothing was changed.
+            StoreError: the segment is of another kind or shape, or has numbers that cannot be kept.
+        """
+        data, checksum = encode(segment, segment_id, self.form)
+        write_atomic(Path(self.name(segment_id)), data, self.temporary)
+        return SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), checksum)
 
 
 def encode(segment: AnySegment, segment_id: str, form: AnyFormat) -> tuple[bytes, str]:
@@ -77,11 +161,6 @@ def verify(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[AnySegme
     if checksum(tensors, header) != header.get("checksum"):
         raise _unavailable(segment_id, path, "its content does not match its checksum")
     return form.unpack(tensors, int(header["source_tokens"])), header["checksum"]
-
-
-def probe(path: Path, segment_id: str, form: AnyFormat) -> None:
-    """What `read` would notice but for the checksum; raises `SegmentUnavailable`."""
-    _open(path, segment_id, form)
 
 
 def _open(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +13,6 @@ from lloco_engine.errors import (
     ConfigError,
     SegmentUnavailable,
     StoreCorrupt,
-    StoreError,
     StoreFull,
     StoreLocked,
     StoreMismatch,
@@ -24,25 +20,24 @@ from lloco_engine.errors import (
 )
 from lloco_engine.filters import Filters, parse_filter
 from lloco_engine.process import ProcessLock
-from lloco_engine.store import lookup, segments
-from lloco_engine.store import manifest as manifests
+from lloco_engine.store import lookup
 from lloco_engine.store.adapters import StoredAdapters
 from lloco_engine.store.backup import copy_store
 from lloco_engine.store.catalogue import Catalogue
-from lloco_engine.store.files import Layout, check_segment_id, write_atomic
+from lloco_engine.store.files import Layout, check_segment_id
 from lloco_engine.store.held import HeldSegments
 from lloco_engine.store.index import Query, SearchIndex
 from lloco_engine.store.lock import CLAIM, claim, write_lock
-from lloco_engine.store.making import create_catalogue, segment_format
+from lloco_engine.store.making import make_ready, make_store
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import DocumentInfo, Problem, SegmentStats
 from lloco_engine.store.repair import repair_store
 from lloco_engine.store.room import keep_reserve, spend_reserve
-from lloco_engine.store.schema import is_latest
-from lloco_engine.store.seals import kept_manifest
+from lloco_engine.store.searching import search_segments
+from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.store.verify import verify_store
 from lloco_engine.store.writer import Writer, stats_of
-from lloco_engine.types import AnySegment, Document, Hit, Span
+from lloco_engine.types import AnySegment, Document, Hit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,9 +59,9 @@ class Store:
         self.manifest = manifest
         self._config = config
         self._layout = Layout(path)
-        self._form = segment_format(manifest)
+        self._files = SegmentFiles.of(self._layout, manifest.form)
         self._index = SearchIndex(self._layout, manifest.embedder_dim, config.hnsw_above)
-        self._held = HeldSegments()
+        self._held = HeldSegments(self._files)
         self._lock = ProcessLock(f"the store at {path}")
         self._catalogue = Catalogue(self._layout.catalogue)
         self.adapters = StoredAdapters(self._layout, self._reading)
@@ -87,22 +82,7 @@ class Store:
         config = StoreConfig(dtype=manifest.dtype) if config is None else config
         if config.dtype != manifest.dtype:
             raise ConfigError(f"store dtype must be the manifest's, {manifest.dtype!r}, not {config.dtype!r}")
-        layout = Layout(path)
-        try:
-            layout.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot make a folder at {path}: {error.strerror}") from error
-        # What is left of a creation that was cut off is ours; the manifest comes last and makes it a store.
-        ours = {"tmp", layout.lock.name, *(layout.catalogue.name + suffix for suffix in ("", "-wal", "-shm"))}
-        ours.add(layout.reserve.name)
-        if strangers := sorted({entry.name for entry in layout.root.iterdir()} - ours):
-            kind = "a store" if layout.manifest.name in strangers else f"{strangers[0]!r} and is not a store"
-            raise StoreError(f"a store is made in a missing or empty folder; {path} already holds {kind}")
-        with write_lock(layout.lock, timeout=10.0):
-            if layout.manifest.exists():
-                raise StoreError(f"a store is made in a missing or empty folder; {path} already holds a store")
-            create_catalogue(layout, manifest.dumps())
-            write_atomic(layout.manifest, manifest.dumps().encode("utf-8"), layout.temporary)
+        make_store(Layout(path), manifest)
         return cls.open(path, config=config)
 
     @classmethod
@@ -193,20 +173,7 @@ class Store:
 
     def _ready(self) -> None:
         with self._lock:
-            self._catalogue.check()
-            with self._catalogue.errors():
-                if not is_latest(self._catalogue.connection, str(self._layout.catalogue)):
-                    with write_lock(self._layout.lock, timeout=10.0):
-                        create_catalogue(self._layout)
-                kept = kept_manifest(self._catalogue.connection)
-            try:
-                if kept is not None:
-                    self.manifest.check(Manifest.from_json(json.loads(kept)), self._layout.root)
-            except (StoreMismatch, ValueError, TypeError) as error:
-                raise StoreCorrupt(
-                    f"{self._layout.manifest} is not the one that the store was made with, of which the catalogue "
-                    f"keeps a copy ({error}); `lloco verify --repair` puts it back"
-                ) from error
+            make_ready(self._layout, self._catalogue, self.manifest)
 
     @contextmanager
     def writer(self, timeout: float = 10.0, *, publish: bool = True) -> Iterator[Writer]:
@@ -224,7 +191,7 @@ class Store:
             self._layout.clear_temporary()
             catalogue = Catalogue(self._layout.catalogue)
             try:
-                yield Writer(self._layout, self.manifest, self._form, catalogue)
+                yield Writer(self._layout, self.manifest, catalogue)
                 keep_reserve(self._layout)
             finally:
                 catalogue.close()
@@ -246,7 +213,7 @@ class Store:
 
     def segment_id(self, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
         """Content address of the segment that a tenant's tokens become in this store; see `Writer.segment_id`."""
-        return manifests.segment_id(self.manifest, tenant, token_ids, previous)
+        return self.manifest.segment_id(tenant, token_ids, previous)
 
     def segment_stats(self, segment_id: str) -> SegmentStats | None:
         """What `Writer.put_document` needs of a segment whose file is there; None when it must be made (again).
@@ -254,7 +221,7 @@ class Store:
         Reads and checks the whole file.
         """
         with self._reading() as catalogue:
-            return stats_of(segment_id, self._layout, self._form, catalogue)
+            return stats_of(segment_id, self._files, catalogue)
 
     def claim(self, segment_id: str) -> AbstractContextManager[None]:
         """Be the one who makes a segment, among threads and processes: others wait, and then find it made.
@@ -359,11 +326,7 @@ class Store:
         Their score is 0.0, for the search did not find them. None when the document was replaced or deleted since.
         """
         with self._reading() as catalogue:
-            state = catalogue.document_state(hit.doc_id, hit.tenant)
-            if state is None or state[2] != hit.version:
-                return []
-            around = catalogue.hits(state[0], hit.ordinal - n, hit.ordinal + n, score=0.0)
-        return [other for other in around if other.ordinal != hit.ordinal]
+            return lookup.neighbours(catalogue, hit, n)
 
     def missing_segments(self, doc_id: str, tenant: str = "", *, verify: bool = False) -> list[str]:
         """Ids of a document's segments that cannot be used and must be saved again, in order, each once.
@@ -376,17 +339,11 @@ class Store:
         with self._reading() as catalogue:
             wanted = dict.fromkeys(hit.segment_id for hit in catalogue.hits(catalogue.doc_key(doc_id, tenant)))
             known = catalogue.segment_rows(tuple(wanted))
-        return [segment_id for segment_id in wanted if not self._is_usable(segment_id, known[segment_id], verify)]
-
-    def _is_usable(self, segment_id: str, known: tuple[int, str], verify: bool) -> bool:
-        path = self._layout.segment(segment_id)
-        try:
-            if verify:
-                return segments.verify(path, segment_id, self._form)[1] == known[1]
-            segments.probe(path, segment_id, self._form)
-            return path.stat().st_size == known[0]
-        except (SegmentUnavailable, OSError):
-            return False
+        return [
+            segment_id
+            for segment_id in wanted
+            if not self._files.is_usable(segment_id, *known[segment_id], verify=verify)
+        ]
 
     def search(
         self,
@@ -437,16 +394,10 @@ class Store:
             raise ConfigError(f"lexical must be between 0 and 1, not {lexical!r}")
         wanted = parse_filter(filters)
         query = Query(near, question, lexical)
-        width = max(32, 4 * top_k)
         with self._reading() as catalogue:
-            while True:
-                found, reachable = self._index.search(catalogue, query, width, tenant, wanted)
-                kept = [(window, score) for window, score in found if score >= min_score]
-                groups = _by_segment(catalogue, kept)
-                if len(groups) >= top_k or width >= reachable or len(kept) < len(found):
-                    break
-                width *= 4
-            return [group.hit(catalogue) for group in groups[:top_k]]
+            return search_segments(
+                catalogue, self._index, query, top_k=top_k, tenant=tenant, wanted=wanted, min_score=min_score
+            )
 
     def load_segment(self, segment_id: str, verify: bool = False) -> AnySegment:
         """One segment on the CPU, of the store's kind of memory, its checksum compared when its file was read.
@@ -461,8 +412,7 @@ class Store:
             SegmentUnavailable: missing or damaged.
             NotInStore: not an id of a segment.
         """
-        path = self._layout.segment_name(segment_id)
-        return segments.read(path, segment_id, self._form) if verify else self._held.read(path, segment_id, self._form)
+        return self._files.read(segment_id) if verify else self._held.read(segment_id)
 
     def forget_segments(self) -> None:
         """Let go of the segments kept in memory: the next use reads and checks their files again."""
@@ -489,12 +439,7 @@ class Store:
         """
         with self._reading() as catalogue:
             counts = catalogue.counts()
-        catalogue_files = [self._layout.catalogue.with_name(self._layout.catalogue.name + s) for s in ("", "-wal")]
-        sizes = {
-            "segments": counts.pop("segment_bytes"),
-            "catalogue": sum(map(_size, catalogue_files)),
-            "index": sum(map(_size, self._layout.index.glob("*.faiss"))),
-        }
+        sizes = {"segments": counts.pop("segment_bytes"), **self._layout.sizes()}
         total = sum(sizes.values())
         tokens = counts["source_tokens"]
         return {
@@ -502,42 +447,3 @@ class Store:
             "bytes": sizes | {"total": total},
             "bytes_per_source_token": total / tokens if tokens else 0.0,
         }
-
-
-@dataclass
-class _Group:
-    """The windows of one segment that a search found: those of the best chunk, and the other chunks that have it."""
-
-    chunk_key: int
-    score: float
-    windows: list[Span] = field(default_factory=list)
-    others: dict[int, None] = field(default_factory=dict)
-
-    def hit(self, catalogue: Catalogue) -> Hit:
-        found = catalogue.chunk_hit(self.chunk_key, self.score, tuple(self.windows))
-        if not self.others:
-            return found
-        return lookup.share(
-            found, [catalogue.chunk_hit(key, 0.0, ()).doc_id for key in list(self.others)[: lookup.ALSO]]
-        )
-
-
-def _by_segment(catalogue: Catalogue, found: list[tuple[int, float]]) -> list[_Group]:
-    """The windows that were found, by segment, in the order of ``found``."""
-    homes = catalogue.window_homes([window for window, _ in found])
-    groups: dict[str, _Group] = {}
-    for window, score in found:
-        chunk_key, segment_id, span = homes[window]
-        group = groups.setdefault(segment_id, _Group(chunk_key, score))
-        if group.chunk_key == chunk_key:
-            group.windows.append(span)
-        else:
-            group.others[chunk_key] = None
-    return list(groups.values())
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0

@@ -14,16 +14,15 @@ from contextlib import closing
 from pathlib import Path
 
 from lloco_engine.errors import SegmentUnavailable, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreNotFound
-from lloco_engine.store import segments
 from lloco_engine.store.adapters import adapter_problems
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout
 from lloco_engine.store.index import SearchIndex
-from lloco_engine.store.making import segment_format
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import Problem
 from lloco_engine.store.schema import migrate
 from lloco_engine.store.seals import kept_manifest, seal_problems
+from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.store.words import word_problems
 from lloco_engine.store.writer import windows_hash
 
@@ -196,7 +195,7 @@ def _compared(
     def found() -> Iterator[Problem]:
         with catalogue.transaction():
             if manifest is not None:
-                yield from segment_problems(layout, catalogue, segment_format(manifest), paths, progress)
+                yield from segment_problems(layout, catalogue, SegmentFiles.of(layout, manifest.form), paths, progress)
                 yield from index_problems(layout, catalogue, manifest)
             if not layout.is_at_work():  # else these may be the work
                 yield from _orphans(layout, catalogue)
@@ -219,7 +218,7 @@ def _compared(
 def segment_problems(
     layout: Layout,
     catalogue: Catalogue,
-    form: segments.AnyFormat,
+    files: SegmentFiles,
     paths: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Problem]:
@@ -229,7 +228,7 @@ def segment_problems(
         path = layout.segment(segment_id)
         if paths is None or layout.relative(path) in paths:
             try:
-                if segments.verify(path, segment_id, form)[1] != checksum:
+                if files.verify(segment_id)[1] != checksum:
                     raise SegmentUnavailable(f"segment {segment_id} ({path}) is not the one that the catalogue knows")
             except SegmentUnavailable as error:
                 yield Problem("segment", layout.relative(path), str(error), catalogue.users_of(segment_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lloco_engine.documents import check_document
 from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError, StoreFull
-from lloco_engine.store import manifest as manifests
-from lloco_engine.store import segments
 from lloco_engine.store.catalogue import Catalogue, missing_document
-from lloco_engine.store.files import Layout, check_segment_id, write_atomic
+from lloco_engine.store.files import Layout, check_segment_id
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
 from lloco_engine.store.room import make_room
+from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.store.terms import add_words
 from lloco_engine.store.values import rows_of
 from lloco_engine.types import AnySegment, Chunk, Document, Span
@@ -43,10 +43,10 @@ class Writer:
     `put_document`, the commit point. A process that dies in between leaves segment files that the next try uses.
     """
 
-    def __init__(self, layout: Layout, manifest: Manifest, form: segments.AnyFormat, catalogue: Catalogue) -> None:
+    def __init__(self, layout: Layout, manifest: Manifest, catalogue: Catalogue) -> None:
         self._layout = layout
         self._manifest = manifest
-        self._form = form
+        self._files = SegmentFiles.of(layout, manifest.form)
         self._catalogue = catalogue
 
     def segment_id(self, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
@@ -54,7 +54,7 @@ class Writer:
 
         ``previous`` is the segment that it builds on.
         """
-        return manifests.segment_id(self._manifest, tenant, token_ids, previous)
+        return self._manifest.segment_id(tenant, token_ids, previous)
 
     def has_segment(self, segment_id: str) -> bool:
         """Whether the segment's file is there, readable, and matches its checksum."""
@@ -66,7 +66,7 @@ class Writer:
         Reads and checks the whole file.
         """
         with self._catalogue.transaction():
-            return stats_of(segment_id, self._layout, self._form, self._catalogue)
+            return stats_of(segment_id, self._files, self._catalogue)
 
     def save_segment(self, segment_id: str, segment: AnySegment) -> SegmentStats:
         """Write a segment's file, or write a damaged one again.
@@ -75,10 +75,7 @@ class Writer:
             StoreFull: no room; nothing was changed.
             StoreError: the segment is not of this store's kind or shape, or has numbers that are not finite.
         """
-        path = self._layout.segment(segment_id)
-        data, checksum = segments.encode(segment, segment_id, self._form)
-        write_atomic(path, data, self._layout.temporary)
-        stats = SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), checksum)
+        stats = self._files.write(segment_id, segment)
         with self._catalogue.transaction(write=True) as connection:
             connection.execute(
                 "UPDATE segments SET slots = ?, source_tokens = ?, bytes = ?, checksum = ? WHERE segment_id = ?",
@@ -331,15 +328,14 @@ def _insert_labels(connection: sqlite3.Connection, doc_key: int, document: Docum
     insert_metadata(connection, doc_key, document.metadata, document.private)
 
 
-def stats_of(segment_id: str, layout: Layout, form: segments.AnyFormat, catalogue: Catalogue) -> SegmentStats | None:
+def stats_of(segment_id: str, files: SegmentFiles, catalogue: Catalogue) -> SegmentStats | None:
     """What is to be known of a segment whose file is there, all of it read and checked; None where it is not good.
 
     The catalogue is inside a transaction.
     """
-    path = layout.segment(segment_id)
     try:
-        segment, checksum = segments.verify(path, segment_id, form)
-        size = path.stat().st_size
+        segment, checksum = files.verify(segment_id)
+        size = os.stat(files.name(segment_id)).st_size
     except (SegmentUnavailable, OSError):
         return None
     known = catalogue.segment_rows([segment_id]).get(segment_id)
