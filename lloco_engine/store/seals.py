@@ -50,7 +50,7 @@ class Sealing:
         self._connection, self._before = connection, before
         self._shape = Shape(connection)
         self._changes = 0
-        connection.execute("CREATE TEMP TABLE changed (root TEXT, key, made INTEGER, PRIMARY KEY (root, key, made))")
+        script = ["CREATE TEMP TABLE changed (root TEXT, key, made INTEGER, PRIMARY KEY (root, key, made))"]
         for root, tables in self._shape.owned.items():
             for table in tables:
                 for event, rows in {"INSERT": ("new",), "DELETE": ("old",), "UPDATE": ("old", "new")}.items():
@@ -58,15 +58,12 @@ class Sealing:
                     noted = " ".join(
                         f"INSERT OR IGNORE INTO changed SELECT '{root}', {table.key_of(row)}, {made};" for row in rows
                     )
-                    self._on(event, table.name, noted)
+                    script.append(_trigger(event, table.name, noted))
         for name in self._shape.others:
             if name not in _COUNTERS:
                 for event in ("INSERT", "DELETE", "UPDATE"):
-                    self._on(event, name, f"INSERT OR IGNORE INTO changed VALUES ('', '{name}', 0);")
-
-    def _on(self, event: str, table: str, noted: str) -> None:
-        name = quoted(f"{event} {table}".lower())
-        self._connection.execute(f"CREATE TEMP TRIGGER {name} AFTER {event} ON main.{quoted(table)} BEGIN {noted} END")
+                    script.append(_trigger(event, name, f"INSERT OR IGNORE INTO changed VALUES ('', '{name}', 0);"))
+        connection.executescript(";".join(script))
 
     def begin(self) -> None:
         """Note where a transaction begins."""
@@ -166,6 +163,11 @@ class Seals:
         mine = _weight((root, key, label, seal)) if (root, key) in self._seals else 0
         right = _weight((root, key, shape.label(root, key), parts_text(parts)))
         return [] if self._sum ^ mine ^ right == self._total else wrong
+
+
+def _trigger(event: str, table: str, noted: str) -> str:
+    name = quoted(f"{event} {table}".lower())
+    return f"CREATE TEMP TRIGGER {name} AFTER {event} ON main.{quoted(table)} BEGIN {noted} END"
 
 
 def _has_seals(connection: sqlite3.Connection) -> bool:

@@ -27,6 +27,9 @@ _BESIDE = {
     "manifest": "SELECT manifest FROM sealed",
 }
 _LABELS = {"documents": "doc_id"}  # what names a row in messages, where its key does not
+# By the statements that made a catalogue's tables: each writer asks SQLite forty times of the same ones.
+_ANSWERS: dict[tuple[tuple[str, str], ...], dict[tuple[str, str], list[Any]]] = {}
+_MOST_SCHEMAS = 8
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,11 @@ class Shape:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._infos: dict[str, list[Any]] = {}
         statements = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name")
         tables: dict[str, str] = {name: sql or "" for name, sql in statements.fetchall()}
+        self._answers = _ANSWERS.setdefault(tuple(tables.items()), {})
+        while len(_ANSWERS) > _MOST_SCHEMAS:
+            _ANSWERS.pop(next(iter(_ANSWERS)), None)
         self.virtual = tuple(name for name, sql in tables.items() if sql.upper().startswith("CREATE VIRTUAL"))
         self.plain = tuple(
             name
@@ -137,9 +142,13 @@ class Shape:
         return ", ".join(keys or [quoted(row[1]) for row in info])
 
     def _info(self, table: str) -> list[Any]:
-        if table not in self._infos:
-            self._infos[table] = self._connection.execute(f"PRAGMA table_xinfo({quoted(table)})").fetchall()
-        return self._infos[table]
+        return self._pragma("table_xinfo", table)
+
+    def _pragma(self, name: str, table: str) -> list[Any]:
+        """What SQLite says of a table, which depends on the statements that made the tables alone."""
+        if (name, table) not in self._answers:
+            self._answers[name, table] = self._connection.execute(f"PRAGMA {name}({quoted(table)})").fetchall()
+        return self._answers[name, table]
 
     def _below(self, root: str) -> Iterator[_Table]:
         key = quoted(self.key(root))
@@ -156,7 +165,7 @@ class Shape:
 
     def _parent(self, name: str, found: Iterable[str]) -> tuple[str, str, str] | None:
         """The table in ``found`` that rows of this one go with, and the columns of both that say so."""
-        for row in self._connection.execute(f"PRAGMA foreign_key_list({quoted(name)})").fetchall():
+        for row in self._pragma("foreign_key_list", name):
             parent, mine, theirs, cascades = row[2], row[3], row[4], row[6] == "CASCADE"
             if parent in found and cascades:
                 return parent, quoted(mine), quoted(theirs or self.key(parent))

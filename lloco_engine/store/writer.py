@@ -76,11 +76,14 @@ class Writer:
             StoreError: the segment is not of this store's kind or shape, or has numbers that are not finite.
         """
         stats = self._files.write(segment_id, segment)
-        with self._catalogue.transaction(write=True) as connection:
-            connection.execute(
-                "UPDATE segments SET slots = ?, source_tokens = ?, bytes = ?, checksum = ? WHERE segment_id = ?",
-                (stats.slots, stats.source_tokens, stats.bytes, stats.checksum, segment_id),
-            )
+        with self._catalogue.transaction():
+            known = self._catalogue.segment_rows([segment_id])
+        if known:
+            with self._catalogue.transaction(write=True) as connection:
+                connection.execute(
+                    "UPDATE segments SET slots = ?, source_tokens = ?, bytes = ?, checksum = ? WHERE segment_id = ?",
+                    (stats.slots, stats.source_tokens, stats.bytes, stats.checksum, segment_id),
+                )
         return stats
 
     def put_document(
