@@ -81,7 +81,7 @@ def test_what_is_written_is_read_again_and_a_failure_leaves_nothing(tmp_path):
     report = write(tmp_path / "out.jsonl", practise(RECORDS))
     assert read_records(tmp_path / "out.jsonl") == list(practise(RECORDS))
     assert report["documents"] == 12 and report["facts"] == 12 and report["choices"] > 0
-    with pytest.raises(LLoCOError, match="could not be written to .*no-folder"):
+    with pytest.raises(LLoCOError, match=r"could not be written to .*no-folder"):
         write(tmp_path / "out.jsonl" / "no-folder", practise(RECORDS))
 
     def broken():

@@ -100,8 +100,7 @@ class Sealing:
         if renewed:
             with closing(self._before()) as before:
                 renewed -= set(rest_differing(before, Shape(before)))
-        kept = _kept_rest(self._connection)
-        return kept | {name: digest for name, digest in self._shape.rest().items() if name in (*renewed, *_COUNTERS)}
+        return _kept_rest(self._connection) | self._shape.rest({*renewed, *_COUNTERS})
 
     def _take_back(self, doubted: list[tuple[str, Key]]) -> int:
         """Give those their seals back that did not have the right ones before; what that changes in the total."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,15 +111,19 @@ class Shape:
             made[table.name] = digest.hexdigest()[:32]
         return made
 
-    def rest(self) -> Parts:
-        """The hashes of the tables that belong to no root, of the schema, and of the text of the manifest."""
+    def rest(self, names: Collection[str] | None = None) -> Parts:
+        """The hashes of the tables that belong to no root, of the schema, and of the text of the manifest.
+
+        Args:
+            names: of those that are wanted; None for all.
+        """
         made = {}
-        for name in self.others:
+        for name in self.others if names is None else [name for name in self.others if name in names]:
             columns = self.columns(name)
             listed = ", ".join(map(quoted, columns))
             query = f"SELECT {listed} FROM {quoted(name)} ORDER BY {self._order(name)}"
             made[name] = self._hash(query, columns)
-        return made | {name: self.beside(name) for name in _BESIDE}
+        return made | {name: self.beside(name) for name in _BESIDE if names is None or name in names}
 
     def beside(self, name: str) -> str:
         """The hash of one of the things that are in no table of their own."""
