@@ -13,6 +13,7 @@ from lloco_engine.chunking import Chunker
 from lloco_engine.documents import file_of, is_older_note, printable
 from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
 from lloco_engine.metadata import same_metadata
+from lloco_engine.process import give_back_memory
 from lloco_engine.readers import Identities, Reader
 from lloco_engine.store import DocumentInfo, SegmentStats, Store, Writer
 from lloco_engine.types import AnySegment, Chunk, Document, Failure, IngestReport
@@ -28,6 +29,7 @@ __all__ = ["Ingest", "Progress", "Source"]
 
 Source = Document | str | Path
 Outcome = Literal["added", "replaced", "unchanged", "repaired", "moved"]
+_LARGE = 1_000_000  # characters of a document that takes many times its size, which then is free but not given back
 _TRIES = 100  # each of them is spoilt only by a writer that was quicker
 
 
@@ -143,6 +145,8 @@ class Ingest:
             for item in reader.read(source):
                 self._take(item)
                 tally.documents += 1
+                if isinstance(item, Document) and len(item.text) > _LARGE:
+                    give_back_memory()
         vanished, removable, doubts = find_vanished(self._store, tenant, reader.areas, self._identities)
         tally.vanished += [place.doc_id for place in vanished]
         if prune:

@@ -1,18 +1,27 @@
-"""Locks that know their process: what was opened before a fork is not used after it, for it would wait for ever.
+"""What a process is to the engine: locks that know theirs, and memory that goes back.
 
-A forked child has a copy of the memory and none of the threads. A lock that another thread held stays held in it, and
-OpenMP and SQLite go on with what their threads and locks in the parent know.
+What was opened before a fork is not used after it, for it would wait for ever. A forked child has a copy of the memory
+and none of the threads. A lock that another thread held stays held in it, and OpenMP and SQLite go on with what their
+threads and locks in the parent know.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 from typing import Self
 
 from lloco_engine.errors import WrongProcess
 
-__all__ = ["ProcessLock"]
+__all__ = ["ProcessLock", "give_back_memory"]
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed: glibc keeps it otherwise, in pieces between what is still used."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class ProcessLock:

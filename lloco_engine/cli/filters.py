@@ -65,6 +65,8 @@ def _term(term: str) -> dict[str, Any]:
         values = [value for listed in _listed(found["values"]) for value in _alternatives(listed)]
         return {key: {"$in" if found["list"] == "in" else "$nin": values}}
     sign, text = found["sign"], found["value"].strip()
+    if sign not in _SIGNS and text.startswith(("<", ">")):
+        raise typer.BadParameter(f"must have >= or <=, or double quotes around a value that begins so, not {term!r}")
     if sign in _SIGNS:
         if not text:
             raise typer.BadParameter(f"{sign} must have a value to compare with, and {term!r} has none")
