@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -73,3 +74,26 @@ def ragged(seed: int, lengths: Sequence[Sequence[int]], dim: int = 8, source_tok
     count = int(sizes.sum())
     keys, values = (torch.randn(count, dim, generator=generator) for _ in range(2))
     return Segment(keys, values, torch.randn(count, generator=generator), sizes, source_tokens)
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+def save_adapter(folder, seed: int, *, targets=TARGETS, **changes):
+    """A LoRA adapter of random weights, saved; returns the model with it merged in."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(spiced(tiny_decoder(**changes)), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.2)
+        model.train(False)
+        with warnings.catch_warnings():  # PEFT says so when it saves an embedding or head along
+            warnings.simplefilter("ignore", UserWarning)
+            model.save_pretrained(str(folder))
+        return model.merge_and_unload().requires_grad_(False)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
 import torch
+from adapter_cases import adapter
 from safetensors.torch import load_file
 from store_cases import set_back
-from test_decoder import save_adapter
 from typer.testing import CliRunner
 
-from lloco_engine import Document, Engine, __version__
+from lloco_engine import Document, Engine
 from lloco_engine.adapters import loading, routing
 from lloco_engine.adapters.interpolate import average
-from lloco_engine.adapters.manifest import FORMAT_VERSION, WEIGHTS, AdapterManifest
+from lloco_engine.adapters.manifest import WEIGHTS, AdapterManifest
 from lloco_engine.adapters.registry import Registry
 from lloco_engine.adapters.routing import group_of
 from lloco_engine.cli import app
@@ -46,29 +44,6 @@ def decoder_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def decoder(decoder_folder) -> LocalDecoder:
     return LocalDecoder.load(str(decoder_folder))
-
-
-def adapter(folder: Path, decoder: LocalDecoder, seed: int = 1, **changes) -> Path:
-    """A folder such as finetune writes, of random weights."""
-    save_adapter(folder, seed)
-    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    manifest = AdapterManifest(
-        format_version=FORMAT_VERSION,
-        group="law",
-        decoder="tiny",
-        **loading.facts_of(decoder),
-        memory="compact_kv",
-        compressor="attention_matching",
-        compressor_settings={},
-        ratios=[16.0],
-        data=[{"name": "qa.jsonl", "questions": 12}],
-        config={},
-        weights_sha256=digest,
-        metrics={"held_out_loss_before": 2.0, "held_out_loss": 1.0},
-        versions={"lloco": __version__},
-    )
-    (folder / "lloco.json").write_text(replace(manifest, **changes).dumps(), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -454,7 +454,7 @@ def test_no_tensor_of_a_segment_holds_on_to_more_than_itself():
 
 
 def test_an_adapter_does_not_change_a_segment(tmp_path):
-    from test_decoder import save_adapter
+    from decoder_cases import save_adapter
 
     save_adapter(tmp_path, 1)
     decoder = tiny()

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from decoder_cases import OTHERS, SHAPES, TEXT, place, spiced, tiny, tokens, whole
+from decoder_cases import OTHERS, SHAPES, TARGETS, TEXT, place, save_adapter, spiced, tiny, tokens, whole
 from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
@@ -476,28 +476,6 @@ def test_in_sequence_keys_are_those_computed_at_these_positions(family):
 
 
 # -- adapters -------------------------------------------------------------------------------------------------------
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-
-
-def save_adapter(folder, seed: int, *, targets=TARGETS, **changes):
-    """A LoRA adapter of random weights, saved; returns the model with it merged in."""
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-        with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(spiced(tiny_decoder(**changes)), config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.2)
-        model.train(False)
-        with warnings.catch_warnings():  # PEFT says so when it saves an embedding or head along
-            warnings.simplefilter("ignore", UserWarning)
-            model.save_pretrained(str(folder))
-        return model.merge_and_unload().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

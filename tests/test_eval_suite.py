@@ -299,7 +299,7 @@ def test_text_is_read_with_the_adapter_that_answers(data, decoder, tmp_path, mon
 
 def test_full_text_with_an_adapter_is_the_text_in_the_prompt(data, tmp_path):
     """The slow, obvious way: every question alone, the text before it, the adapter over all of it."""
-    from test_decoder import save_adapter
+    from decoder_cases import save_adapter
 
     save_adapter(tmp_path / "adapter", 1)
     decoder = LocalDecoder(tiny_decoder(), tiny_tokenizer(), "tiny")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_adapters import adapter
+from adapter_cases import adapter
 from victim import CHUNK
 
 from lloco_engine.adapters.registry import Registry
