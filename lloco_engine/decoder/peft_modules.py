@@ -20,7 +20,7 @@ from lloco_engine.pretrained import quiet, read_adapter_config
 
 __all__ = ["KINDS", "PeftModules"]
 
-# kinds of adapter that tests compare with PEFT's own model (tests/test_peft_kinds.py)
+# kinds of adapter that tests compare with PEFT's own model (tests/decoder/test_peft_kinds.py)
 KINDS = (
     *("LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA"),
     *("HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SUPERTUNING", "WAVEFT"),
