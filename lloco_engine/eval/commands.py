@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lloco_engine.config import HINTS
 from lloco_engine.eval import tasks
+from lloco_engine.eval.tables import hints_of
 
 __all__ = ["command"]
 
@@ -23,7 +25,11 @@ def command(kind: str, name: str, result: Mapping[str, Any]) -> str:
         result: what was read from it.
     """
     config = dict(result.get("config") or result.get("details", {}).get("config") or result)
-    settings = _evaluated(config) if kind == "eval" else config
+    if kind == "eval":
+        used = dict.fromkeys(hint for row in result["results"] for hint in hints_of(row, config))
+        settings = _evaluated(config | {"hints": list(used)})
+    else:
+        settings = config
     return _wrapped(["lloco", kind, *_flags(kind, settings | {"json_out": f"results/{name}.json"})])
 
 
@@ -33,6 +39,9 @@ def _evaluated(config: dict[str, Any]) -> dict[str, Any]:
     own = tasks.get(task)
     settings = {name: value for name, value in config.items() if getattr(own, name, None) != value}
     settings = {name: value for name, value in settings.items() if name not in _TASKS_OWN or value is not None}
+    for hint, weight in HINTS.items():
+        if hint not in config["hints"] or settings.get(hint) == weight:
+            settings.pop(hint, None)
     settings |= {name: config[name]["name"] for name in ("decoder", "compressor")}
     settings["task"] = task
     if task == "plain":
@@ -45,7 +54,7 @@ def _evaluated(config: dict[str, Any]) -> dict[str, Any]:
     settings["ratios"] = ",".join(f"{ratio:g}" for ratio in config["ratios"])
     for name, value in config.get("task_settings", {}).items():
         if value != getattr(own, name, value):
-            settings[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+            settings[name] = value
     return settings
 
 
@@ -65,7 +74,9 @@ def _flags(kind: str, settings: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for parameter in parameters:
         value = settings.get(parameter.name)
-        if value is None or value == parameter.default:
+        if isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
+        if value in (None, "", parameter.default):
             continue
         if isinstance(value, bool):
             flags.append((parameter.opts if value else parameter.secondary_opts)[0])

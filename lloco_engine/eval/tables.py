@@ -105,7 +105,9 @@ def hints_of(row: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[str]
     searched = row["method"].endswith("_guided") or (row["method"].endswith("_retrieved") and row["ratio"] is not None)
     if not searched or row["method"].startswith("text") or not config.get("answers") or config.get("beams", 1) > 1:
         return ()
-    return ("spelling", "pointing") if config.get("pointing", 1) else ("spelling",)
+    if "hints" in config:
+        return tuple(config["hints"])
+    return ("spelling", "pointing") if config.get("pointing", 1) else ("spelling",)  # always on, once
 
 
 def adapter_of(name: str) -> str:

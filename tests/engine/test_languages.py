@@ -1,6 +1,7 @@
 """Notices in five languages, each with one question: how many are found first, and among the four that are read.
 
-``python tests/engine/test_languages.py`` prints the figures of docs/languages.md: made-up notices, the embedded embedder.
+``python tests/engine/test_languages.py`` prints the figures of docs/languages.md: made-up notices and the embedded
+embedder.
 """
 
 from __future__ import annotations
