@@ -1,69 +1,61 @@
-"""What LLoCO is compared with: the same decoder, its base weights, reading raw text instead of segments."""
+"""What LLoCO is compared with: the same decoder reading raw text instead of segments.
+
+Whoever compares gives a baseline what LLoCO had: its adapter and its settings, hints among them, which raw text takes
+from itself. Without an adapter it answers with the base weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.types import Answer, Hit
+from lloco_engine.types import Answer, Hit, Prefix
 from lloco_engine.usage import usage_of
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
 
-__all__ = ["in_context", "keep_ends", "room_for_text", "text_ids", "text_retrieval"]
+__all__ = ["Text", "in_context", "of_hits", "read_once", "room_for_text", "text_retrieval", "whole"]
+
+_JOINT = "\n\n"  # between texts that are read as one
 
 
-def in_context(
-    decoder: LocalDecoder, texts: Sequence[str], question: str, config: GenerateConfig | None = None
-) -> Answer:
-    """Answer with whole documents in the prompt.
+@dataclass(frozen=True)
+class Text:
+    """Raw text as far as it fits: the token ids of what is kept, how many were left out, and of which part."""
 
-    Text beyond the decoder's window is cut out of the middle, half kept at each end, as SCROLLS and LongBench do; a
-    warning says how much.
+    ids: list[int]
+    left_out: int
+    part: Literal["middle", "end"]
 
-    Args:
-        decoder: reads and answers.
-        texts: the documents' texts, joined by blank lines.
-        question: the question.
-        config: how tokens are chosen.
+    def warnings(self, decoder: LocalDecoder) -> tuple[str, ...]:
+        """What is to be said about what does not fit."""
+        if not self.left_out:
+            return ()
+        return (
+            f"the text has {len(self.ids) + self.left_out} tokens and the decoder's window of {decoder.shape.window} "
+            f"leaves room for {len(self.ids)}: {self.left_out} tokens of the {self.part} were left out",
+        )
 
-    Raises:
-        PromptTooLong: the question and the answer alone do not fit the window.
+
+def whole(decoder: LocalDecoder, texts: Sequence[str], room: int) -> Text:
+    """Whole texts, joined by blank lines, in at most ``room`` tokens: both ends are kept, as SCROLLS and LongBench do.
+
+    The tokens are those of untrusted text: control tokens written in it are plain text.
     """
-    config = config or GenerateConfig()
-    ids = text_ids(decoder, "\n\n".join(texts))
-    kept = keep_ends(ids, room_for_text(decoder, question, config))
-    return _read(decoder, kept, len(ids), "of the middle ", question, config)
+    ids = decoder.template.text_ids(_JOINT.join(texts))
+    if len(ids) <= room:
+        return Text(ids, 0, "middle")
+    tail = room // 2
+    return Text(ids[: room - tail] + ids[len(ids) - tail :], len(ids) - room, "middle")
 
 
-def text_retrieval(
-    decoder: LocalDecoder, hits: Sequence[Hit], question: str, config: GenerateConfig | None = None
-) -> Answer:
-    """Answer with the text of the retrieved chunks in the prompt, best first.
-
-    Text beyond the decoder's window is cut at the end, where the worst hits are; a warning says how much.
-
-    Args:
-        decoder: reads and answers.
-        hits: whose text is read.
-        question: the question.
-        config: how tokens are chosen.
-
-    Raises:
-        PromptTooLong: the question and the answer alone do not fit the window.
-    """
-    config = config or GenerateConfig()
-    ids = text_ids(decoder, "\n\n".join(hit.text.strip() for hit in hits))
-    kept = ids[: room_for_text(decoder, question, config)]
-    return replace(_read(decoder, kept, len(ids), "of the end ", question, config), hits=tuple(hits))
-
-
-def text_ids(decoder: LocalDecoder, text: str) -> list[int]:
-    """Token ids of untrusted text right after the template prefix; control tokens written in it are plain text."""
-    return decoder.template.text_ids(text)
+def of_hits(decoder: LocalDecoder, hits: Sequence[Hit], room: int) -> Text:
+    """The text of hits, best first, in at most ``room`` tokens: what is left out is the end, where the worst are."""
+    ids = decoder.template.text_ids(_JOINT.join(hit.text.strip() for hit in hits))
+    return Text(ids[:room], max(0, len(ids) - room), "end")
 
 
 def room_for_text(decoder: LocalDecoder, question: str, config: GenerateConfig) -> int:
@@ -72,36 +64,89 @@ def room_for_text(decoder: LocalDecoder, question: str, config: GenerateConfig) 
     return max(0, decoder.shape.window - decoder.template_tokens - asked - config.max_new_tokens)
 
 
-def keep_ends(ids: list[int], most: int) -> list[int]:
-    """At most ``most`` ids: all of them, or those of both ends, without the middle."""
-    if len(ids) <= most:
-        return ids
-    tail = most // 2
-    return ids[: most - tail] + ids[len(ids) - tail :]
+def read_once(decoder: LocalDecoder, ids: Sequence[int], adapter: str | None = None) -> Prefix:
+    """Text as a prefix that any number of questions can follow: its whole KV cache, as the answering weights make it.
+
+    Args:
+        decoder: reads it.
+        ids: its tokens.
+        adapter: that answers.
+    """
+    import torch
+
+    from lloco_engine.compress.eviction import keep_slots
+
+    everything = torch.ones(decoder.shape.layers, decoder.shape.kv_heads, len(ids), dtype=torch.bool)
+    segment = keep_slots(decoder.prefill(ids, adapter=adapter), decoder.template_tokens, everything)
+    return Prefix((segment,), (0,), decoder.template_tokens + len(ids))
 
 
-def _read(
-    decoder: LocalDecoder, kept: list[int], total: int, where: str, question: str, config: GenerateConfig
+def in_context(
+    decoder: LocalDecoder,
+    texts: Sequence[str],
+    question: str,
+    config: GenerateConfig | None = None,
+    *,
+    adapter: str | None = None,
 ) -> Answer:
+    """Answer with whole documents in the prompt.
+
+    Text beyond the decoder's window is cut out of the middle; a warning says how much.
+
+    Args:
+        decoder: reads and answers.
+        texts: the documents' texts.
+        question: the question.
+        config: how tokens are chosen.
+        adapter: a loaded one to read and answer with; None and "none" are the base weights.
+
+    Raises:
+        PromptTooLong: the question and the answer alone do not fit the window.
+    """
+    config = config or GenerateConfig()
+    text = whole(decoder, texts, room_for_text(decoder, question, config))
+    return _answer(decoder, text, question, config, adapter)
+
+
+def text_retrieval(
+    decoder: LocalDecoder,
+    hits: Sequence[Hit],
+    question: str,
+    config: GenerateConfig | None = None,
+    *,
+    adapter: str | None = None,
+) -> Answer:
+    """Answer with the text of the retrieved chunks in the prompt, best first: text retrieval.
+
+    Text beyond the decoder's window is cut at the end; a warning says how much.
+
+    Args:
+        decoder, question, config, adapter: as `in_context` takes them.
+        hits: whose text is read.
+
+    Raises:
+        PromptTooLong: the question and the answer alone do not fit the window.
+    """
+    config = config or GenerateConfig()
+    text = of_hits(decoder, hits, room_for_text(decoder, question, config))
+    return replace(_answer(decoder, text, question, config, adapter), hits=tuple(hits))
+
+
+def _answer(decoder: LocalDecoder, text: Text, question: str, config: GenerateConfig, adapter: str | None) -> Answer:
     from lloco_engine.decoder.local import Prompt
 
     # The sources stand in the prompt: guesses and hints from there give raw text the same help with decoding.
-    draft = decoder.tokenizer.decode(kept)
-    generation, pieces = decoder.stream(Prompt(question, context=kept or None, draft=draft), config)
+    draft = decoder.tokenizer.decode(text.ids)
+    generation, pieces = decoder.stream(Prompt(question, context=text.ids or None, draft=draft), config, adapter)
     for _ in pieces:
         pass
-    warnings = list(generation.warnings)
-    if len(kept) < total:
-        warnings.append(
-            f"the text has {total} tokens and the decoder's window of {decoder.shape.window} leaves room for "
-            f"{len(kept)}: {total - len(kept)} tokens {where}were left out"
-        )
     return Answer(
         generation.text,
         usage=usage_of(decoder, generation),
         finish=generation.finish or "stop",
-        warnings=tuple(warnings),
+        warnings=(*generation.warnings, *text.warnings(decoder)),
         reasoning=generation.reasoning,
         token_ids=tuple(generation.token_ids),
         hints=generation.hints,
+        adapter=adapter or "none",
     )

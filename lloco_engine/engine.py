@@ -27,9 +27,9 @@ from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
-from lloco_engine.recall import AskOptions, Found, Recall, Recalled, Wanted
+from lloco_engine.recall import AskOptions, Found, Prepared, Recall, Recalled, Wanted
 from lloco_engine.relevance import NOTHING, doubt, floor_of
-from lloco_engine.retrieve import Retriever, SearchOptions, with_history, with_options
+from lloco_engine.retrieve import Retriever, SearchOptions, best_windows, with_history, with_options
 from lloco_engine.store import DocumentInfo, Manifest, Problem, Store
 from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
 from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Usage
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from lloco_engine.decoder.local import Generation, LocalDecoder
 
 __all__ = ["AnswerStream", "AskOptions", "AsyncAnswerStream", "Engine", "Progress"]
-
-_WINDOWS = 4  # search windows whose text the decoder may find its next words in
 
 
 class Engine:
@@ -90,6 +88,7 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         template: str | None = None,
+        compressor: Compressor | None = None,
     ) -> Self:
         """Open a store, or make one. What is left out is as the store was made, or the default for a new one.
 
@@ -104,6 +103,8 @@ class Engine:
             device, dtype: of the models; by default what suits the machine.
             template: the prompt's fixed text, of `lloco_engine.decoder.template.NAMES`, for a decoder by name; by
                 default what suits the decoder.
+            compressor: one that is made already, which then need not be registered, instead of that which ``compress``
+                names. Whoever opens the store again gives it again.
 
         Raises:
             StoreNotFound: there is no store, and ``create`` is False.
@@ -125,6 +126,7 @@ class Engine:
             store=store_config,
             device=device,
             template=template,
+            compressor=compressor,
         )
         opened = open_store(path, setup, stored=stored, create=create)
         return cls(
@@ -372,41 +374,26 @@ class Engine:
         Segments are found and placed, and everything that can be refused is refused, before this returns. Where no
         document seems to answer and ``when_nothing`` is ``"refuse"``, the decoder is not even loaded.
         """
-        from lloco_engine.decoder.local import Prompt
         from lloco_engine.usage import usage_of
 
-        _check("ask", question, options, AskOptions)
-        if not question.strip():
-            raise ConfigError(f"a question must not be empty, not {question!r}")
         wanted = self._wanted(question, options)
-        if wanted.hits is None:
-            _ = self.embedder.dim  # loads it: no cost of one question
-        found = self._recall.find(wanted, self.retrieve)
-        context, history = options.get("context", ""), tuple(wanted.history)
-        verbatim = options.get("verbatim", False)
-        if wanted.config.when_nothing == "refuse" and not (context or verbatim) and (found.nothing or not found.hits):
+        found = self._find(wanted)
+        beside = options.get("context", "") or options.get("verbatim", False)
+        if wanted.config.when_nothing == "refuse" and not beside and (found.nothing or not found.hits):
             return _refusal(found)
-        decoder = self.decoder
-        asked_adapter = options.get("adapter", "auto")
-        self.adapters.check(asked_adapter, wanted.tenant)
+        prepared = self._prepared(wanted, found, options)
+        memory, adapter = prepared.memory, prepared.adapter
         began = time.perf_counter()
-        generate = options.get("generate") or GenerateConfig()
-        text = Prompt(question, context=context or None, history=history, verbatim=verbatim)
-        room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
-        memory = self._recall.place(found, decoder, options.get("prefix") or self.prefix, room)
-        windows = _best_windows(memory.hits)
-        prompt = replace(text, prefix=memory.prefix, draft=windows)
-        adapter = self.adapters.choose(asked_adapter, memory.hits, wanted.tenant)
-        generation, pieces = decoder.stream(prompt, generate, adapter)
-        before = found.seconds + time.perf_counter() - began
+        generation, pieces = self.decoder.stream(prepared.prompt, prepared.generate, adapter)
+        before = prepared.seconds + time.perf_counter() - began
 
         def finish() -> Answer:
             usage = usage_of(
-                decoder,
+                self.decoder,
                 generation,
                 prefix=memory.prefix,
                 texts=(hit.text for hit in memory.hits),
-                retrieve_s=found.seconds,
+                retrieve_s=prepared.retrieve_s,
                 load_s=memory.load_s,
                 before_s=before,
             )
@@ -414,8 +401,60 @@ class Engine:
 
         return AnswerStream(pieces, memory.hits, finish)
 
+    def prepare(self, question: str, **options: Unpack[AskOptions]) -> Prepared:
+        """What `ask` would give to the decoder, which is not asked: hits, placed segments, prompt, adapter.
+
+        For those who do with it what `ask` does not, such as several questions together; arguments and errors are
+        those of `ask`. ``when_nothing`` has no say in it.
+        """
+        wanted = self._wanted(question, options)
+        return self._prepared(wanted, self._find(wanted), options)
+
+    def score(self, question: str, answers: Sequence[str], **options: Unpack[AskOptions]) -> list[tuple[float, int]]:
+        """How likely the decoder thinks answers to a question, over what `ask` would read for it.
+
+        Args:
+            question, options: as `ask` takes them, and its errors.
+            answers: texts that an answer may be.
+
+        Returns:
+            of each, the sum over its tokens, and the end token, of their negative log-likelihood in nats; and the
+            number of these tokens.
+        """
+        asked = self.prepare(question, **options)
+        return self.decoder.answer_losses([asked.prompt] * len(answers), answers, asked.adapter)
+
+    def _find(self, wanted: Wanted) -> Found:
+        if wanted.hits is None:
+            _ = self.embedder.dim  # loads it: no cost of one question
+        return self._recall.find(wanted, self.retrieve)
+
+    def _prepared(self, wanted: Wanted, found: Found, options: AskOptions) -> Prepared:
+        from lloco_engine.decoder.local import Prompt
+
+        decoder = self.decoder
+        asked_adapter = options.get("adapter", "auto")
+        self.adapters.check(asked_adapter, wanted.tenant)
+        began = time.perf_counter()
+        generate = options.get("generate") or GenerateConfig()
+        text = Prompt(
+            wanted.question,
+            context=options.get("context") or None,
+            history=tuple(wanted.history),
+            verbatim=options.get("verbatim", False),
+        )
+        room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
+        memory = self._recall.place(found, decoder, options.get("prefix") or self.prefix, room)
+        prompt = replace(text, prefix=memory.prefix, draft=best_windows(memory.hits))
+        adapter = self.adapters.choose(asked_adapter, memory.hits, wanted.tenant)
+        spent = found.seconds + time.perf_counter() - began
+        return Prepared(prompt, generate, adapter, memory, found.seconds, spent)
+
     def _wanted(self, question: str, options: AskOptions) -> Wanted:
-        """What is to be read for a question."""
+        """What is to be read for a question, once it is known that it may be asked."""
+        _check("ask", question, options, AskOptions)
+        if not question.strip():
+            raise ConfigError(f"a question must not be empty, not {question!r}")
         self._lock.check()
         names = ("hits", "whole_document", "filters", "tenant", "history")
         given: dict[str, Any] = {name: options[name] for name in names if name in options}  # type: ignore[literal-required]
@@ -424,6 +463,8 @@ class Engine:
     def compare(self, question: str, **options: Unpack[AskOptions]) -> dict[str, Answer]:
         """The answer of `ask` beside those of the same decoder reading raw text; see `lloco_engine.baselines`.
 
+        All three answer with the same adapter and settings, hints among them.
+
         Returns:
             ``"lloco"``; ``"in_context"``, from the whole documents that the hits come from, cut to the window; and
             ``"text_retrieval"``, from the text of the same hits.
@@ -431,15 +472,15 @@ class Engine:
         from lloco_engine import baselines
 
         ours = self.ask(question, **options)
-        generate = options.get("generate")
         documents = dict.fromkeys((hit.doc_id, hit.tenant) for hit in ours.hits)
         texts = [self.store.document_text(doc_id, tenant) for doc_id, tenant in documents]
-        by_text = baselines.text_retrieval(self.decoder, ours.hits, question, generate)
+        generate, adapter = options.get("generate"), ours.adapter
+        by_text = baselines.text_retrieval(self.decoder, ours.hits, question, generate, adapter=adapter)
         found_s = ours.usage.retrieve_s
         usage = replace(by_text.usage, retrieve_s=found_s, ttft_s=by_text.usage.ttft_s + found_s)
         return {
             "lloco": ours,
-            "in_context": baselines.in_context(self.decoder, texts, question, generate),
+            "in_context": baselines.in_context(self.decoder, texts, question, generate, adapter=adapter),
             "text_retrieval": replace(by_text, usage=usage),
         }
 
@@ -494,12 +535,6 @@ class Engine:
     async def adelete(self, doc_id: str, tenant: str = "") -> None:
         """`delete` in a thread."""
         await asyncio.to_thread(self.delete, doc_id, tenant)
-
-
-def _best_windows(hits: Sequence[Hit]) -> str:
-    """Text that an answer may repeat: the best search window of the best hits."""
-    ranked = sorted(hits, key=lambda hit: -hit.score)
-    return "\n".join(hit.quote(hit.windows[0]) for hit in ranked[:_WINDOWS] if hit.windows)
 
 
 def _check(call: str, question: str, options: Mapping[str, Any], known: type) -> None:

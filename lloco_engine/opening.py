@@ -123,6 +123,7 @@ class Setup:
         store: how segments are kept.
         device: for an embedder by name.
         template: as `LocalDecoder` takes it.
+        compressor: one that is made already, instead of that which ``compress`` or the store names.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Setup:
         store: StoreConfig | None,
         device: str | None,
         template: str | None = None,
+        compressor: Compressor | None = None,
     ) -> None:
         from lloco_engine.compress import registry
         from lloco_engine.embedder import Embedder
@@ -154,7 +156,7 @@ class Setup:
         self.compress = compress or CompressConfig()
         self._chunk = chunk
         self.store = store or StoreConfig()
-        self.compressor: Compressor = registry.get(self.compress.name, **self.compress.settings)
+        self.compressor = compressor or registry.get(self.compress.name, **self.compress.settings)
 
     @cached_property
     def facts(self) -> DecoderFacts:

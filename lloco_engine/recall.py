@@ -18,10 +18,10 @@ from lloco_engine.store import Store
 from lloco_engine.types import AnySegment, Hit, Prefix, Turn
 
 if TYPE_CHECKING:
-    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.local import LocalDecoder, Prompt
     from lloco_engine.opening import Setup
 
-__all__ = ["AskOptions", "Found", "Recall", "Recalled", "Wanted"]
+__all__ = ["AskOptions", "Found", "Prepared", "Recall", "Recalled", "Wanted"]
 
 _NO_HIT = "no segment matched the question"
 
@@ -31,7 +31,7 @@ class AskOptions(SearchOptions, total=False):
 
     hits: segments to read, best first, from `Engine.retrieve`; None (the default) searches for them. They are looked
         up again: of a hit only where it points to is believed, and one that is not there any more is left out.
-    whole_document: id of a document to read all of, instead of a search.
+    whole_document: id of a document to read all of, instead of a search; or several, to be read together.
     adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.routing` says;
         "none" answers with the base weights; else a group, or the name of a loaded adapter.
     generate: how tokens are chosen.
@@ -43,7 +43,7 @@ class AskOptions(SearchOptions, total=False):
     """
 
     hits: Sequence[Hit] | None
-    whole_document: str | None
+    whole_document: str | Sequence[str] | None
     adapter: str | None
     generate: GenerateConfig | None
     prefix: PrefixConfig | None
@@ -53,12 +53,12 @@ class AskOptions(SearchOptions, total=False):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be read for a question: given hits, a whole document, or what a search finds."""
+    """What is to be read for a question: given hits, whole documents, or what a search finds."""
 
     question: str
     config: RetrieveConfig
     hits: Sequence[Hit] | None = None
-    whole_document: str | None = None
+    whole_document: str | Sequence[str] | None = None
     filters: Filters | None = None
     tenant: str = ""
     history: Sequence[Turn] = ()
@@ -85,6 +85,21 @@ class Recalled:
     prefix: Prefix | None
     load_s: float
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question ready for the decoder: what `Engine.ask` gives to it, and what was done until then.
+
+    ``seconds`` are those from the question on.
+    """
+
+    prompt: Prompt
+    generate: GenerateConfig
+    adapter: str | None
+    memory: Recalled
+    retrieve_s: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,8 @@ class Recall:
             hits = self._given(wanted.hits, wanted.tenant, warnings)
             nothing = doubt(hits, self._floor(wanted.config))
         elif wanted.whole_document is not None:
-            hits = self._whole(wanted.question, wanted.whole_document, wanted.tenant, search)
+            ids = wanted.whole_document
+            hits = self._whole(wanted.question, [ids] if isinstance(ids, str) else ids, wanted.tenant, search)
         else:
             hits = self._searched(wanted, search)
             nothing = doubt(hits, self._floor(wanted.config)) if hits else _NO_HIT
@@ -212,13 +228,13 @@ class Recall:
         used = tuple(read[number].hit for number in sorted(assembly.kept))
         return Recalled(used, assembly.prefix, time.perf_counter() - began, tuple(warnings))
 
-    def _whole(self, question: str, doc_id: str, tenant: str, search: Callable[..., list[Hit]]) -> list[Hit]:
-        """Every segment of a document, in order, with what search thinks of it: 0 where it has no window to find."""
-        hits = self._store.chunks(doc_id, tenant)
-        if len(hits) == 1:
+    def _whole(self, question: str, doc_ids: Sequence[str], tenant: str, search: Callable[..., list[Hit]]) -> list[Hit]:
+        """Every segment of documents, in order, with what search thinks of it: 0 where it has no window to find."""
+        hits = [hit for doc_id in dict.fromkeys(doc_ids) for hit in self._store.chunks(doc_id, tenant)]
+        if len(hits) < 2:
             return hits
         options = {"neighbours": 0, "min_score": -1.0}
-        found = search(question, top_k=len(hits), filters={"doc_id": doc_id}, tenant=tenant, **options)
+        found = search(question, top_k=len(hits), filters={"doc_id": tuple(doc_ids)}, tenant=tenant, **options)
         of = {hit.segment_id: hit for hit in found}
         return [
             replace(hit, score=of[hit.segment_id].score, windows=of[hit.segment_id].windows)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Encoder", "Retriever", "SearchOptions", "searched_for", "with_history", "with_options"]
+__all__ = ["Encoder", "Retriever", "SearchOptions", "best_windows", "searched_for", "with_history", "with_options"]
+
+_WINDOWS = 4  # search windows whose text an answer may repeat
 
 
 class SearchOptions(TypedDict, total=False):
@@ -138,6 +140,12 @@ def with_history(
     best = [hit for hit in ranked if hit.windows][:top_k]
     beside = (hit for hit in ranked if not hit.windows and any(_is_near(hit, one, neighbours) for one in best))
     return [*best, *beside]
+
+
+def best_windows(hits: Sequence[Hit]) -> str:
+    """Text that an answer may repeat, for guesses and hints: the best search window of the best hits."""
+    ranked = sorted(hits, key=lambda hit: -hit.score)
+    return "\n".join(hit.quote(hit.windows[0]) for hit in ranked[:_WINDOWS] if hit.windows)
 
 
 def _is_near(hit: Hit, other: Hit, distance: int) -> bool:

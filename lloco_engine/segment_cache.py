@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lloco_engine.adapters.loading import facts_of
 from lloco_engine.compress.base import Compressor
 from lloco_engine.errors import SegmentUnavailable
-from lloco_engine.store.segments import SegmentFiles, SegmentFormat, SummaryFormat, content_id
+from lloco_engine.store.segments import SegmentFiles, SegmentFormat, SummaryFormat, checksum, content_id
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
@@ -65,49 +65,51 @@ class SegmentCache:
         }
         self.made = 0  # chunks compressed by this object
 
-    def get(self, token_ids: Sequence[int], ratio: float, together: Sequence[float] = ()) -> AnySegment:
+    def get(
+        self,
+        token_ids: Sequence[int],
+        ratio: float,
+        together: Sequence[float] = (),
+        before: Sequence[AnySegment] = (),
+    ) -> AnySegment:
         """A chunk's segment at a ratio; where it is not kept yet, those of the other ratios are made along with it.
+
+        Args:
+            token_ids: of the chunk.
+            ratio, together: source tokens per slot.
+            before: the segments that it builds on, in document order.
 
         Raises:
             ConfigError: as `Compressor.compress` does.
             StoreFull: no room in the folder.
         """
-        if (found := self._found(token_ids, ratio)) is not None:
+        previous = self._digest(before) if before else None
+        if (found := self._found(token_ids, ratio, previous)) is not None:
             return found
-        ratios = [ratio, *(other for other in together if other != ratio and self._found(token_ids, other) is None)]
+        others = (other for other in together if other != ratio and self._found(token_ids, other, previous) is None)
+        ratios = [ratio, *others]
         self.made += 1
-        for each, segment in zip(ratios, self.compressor.compress(self.decoder, token_ids, ratios), strict=True):
-            self._files.write(self._id(token_ids, each), segment)
-        return self._files.read(self._id(token_ids, ratio))
+        made = self.compressor.compress(self.decoder, token_ids, ratios, before)
+        for each, segment in zip(ratios, made, strict=True):
+            self._files.write(self._id(token_ids, each, previous), segment)
+        return self._files.read(self._id(token_ids, ratio, previous))
 
-    def chain(self, chunks: Sequence[Sequence[int]], ratio: float) -> list[AnySegment]:
-        """The segments of chunks that follow each other, each made after those before it."""
-        made: list[AnySegment] = []
-        previous: str | None = None
-        for chunk in chunks:
-            previous = self._id(chunk, ratio, previous)
-            if (kept := self._kept(previous)) is None:
-                self.made += 1
-                (segment,) = self.compressor.compress(self.decoder, chunk, [ratio], made)
-                self._files.write(previous, segment)
-                kept = self._files.read(previous)
-            made.append(kept)
-        return made
-
-    def _found(self, token_ids: Sequence[int], ratio: float) -> AnySegment | None:
+    def _found(self, token_ids: Sequence[int], ratio: float, previous: str | None) -> AnySegment | None:
         """The segment, if it is somewhere with every byte as it was written."""
-        if self._store is not None and self._store.manifest.ratio == ratio:
+        if self._store is not None and self._store.manifest.ratio == ratio and previous is None:
             with suppress(SegmentUnavailable):
                 return self._store.load_segment(self._store.segment_id(self._tenant, token_ids))
-        return self._kept(self._id(token_ids, ratio))
-
-    def _kept(self, segment_id: str) -> AnySegment | None:
         with suppress(SegmentUnavailable):
-            return self._files.read(segment_id)
+            return self._files.read(self._id(token_ids, ratio, previous))
         return None
 
     def _id(self, token_ids: Sequence[int], ratio: float, previous: str | None = None) -> str:
         return content_id(self._made_with | {"ratio": float(ratio)}, token_ids, previous)
+
+    def _digest(self, segments: Sequence[AnySegment]) -> str:
+        """What segments that others build on say, for the ids of these."""
+        said = (checksum(self._files.form.pack(segment, ""), {}) for segment in segments)
+        return hashlib.sha256("".join(said).encode()).hexdigest()
 
 
 def _source_hash(compressor: Compressor) -> str:

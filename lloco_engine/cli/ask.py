@@ -212,7 +212,7 @@ def compare(
 
     Three answers: from the retrieved segments; by the same decoder from the
     raw text in context, cut to its window; and from the retrieved segments'
-    own text (text retrieval).
+    own text (text retrieval). All have the same adapter and settings.
 
     \b
     Examples:
@@ -246,7 +246,7 @@ def compare(
         typer.echo(f"== {name.replace('_', ' ')}\n{safe(answer.text).strip()}\n   ({usage_line(answer.usage)})\n")
         for warning in answer.warnings:
             typer.echo(f"warning: {name}: {safe(warning)}", err=True)
-    columns = ["", "prompt tokens>", "slots>", "source tokens>", "first token>", "tokens/s>"]
+    columns = ["", "adapter", "prompt tokens>", "slots>", "source tokens>", "first token>", "tokens/s>"]
     print_table(columns, [_row(name, answer) for name, answer in answers.items()])
 
 
@@ -254,7 +254,7 @@ def _row(name: str, answer: Answer) -> tuple[object, ...]:
     usage = answer.usage
     speed = f"{usage.tokens_per_s:.1f}"
     tokens, slots = usage.prompt_tokens, usage.prompt_slots
-    return name.replace("_", " "), tokens, slots, usage.source_tokens, f"{usage.ttft_s:.2f} s", speed
+    return name.replace("_", " "), answer.adapter, tokens, slots, usage.source_tokens, f"{usage.ttft_s:.2f} s", speed
 
 
 def _wanted(

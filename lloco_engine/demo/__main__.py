@@ -1,4 +1,7 @@
-"""``python -m lloco_engine.demo``: LLoCO's answers beside those of the same decoder reading the text itself."""
+"""``python -m lloco_engine.demo``: LLoCO's answers beside those of the same decoder reading the text itself.
+
+All answer with the same adapter, but for LLoCO's without it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine import Engine
+from lloco_engine.baselines import text_retrieval
 from lloco_engine.config import CompressConfig, GenerateConfig
 from lloco_engine.demo import Question, documents_folder, questions
 from lloco_engine.errors import LLoCOError, StoreMismatch
@@ -30,6 +34,7 @@ __all__ = ["main", "run"]
 _RATIO = 16.0
 _GENERATE = GenerateConfig(max_new_tokens=48)
 _QUOTE_CHARS = 300
+_INDENT = " " * 19
 _SOURCES = 2  # segments read, and shown with their text: so small a decoder mixes up more (docs/log.md)
 
 
@@ -43,6 +48,7 @@ class _Row:
     question: Question
     lloco: Answer
     untuned: Answer | None
+    text_retrieval: Answer
     in_context: Answer
     kept: bool
 
@@ -198,34 +204,37 @@ def _ask(
     in_context = InContext(
         engine.decoder, texts, [question.question for question in asked], _GENERATE, kept_file, console.print
     )
-    if len(in_context.ids) < in_context.total_tokens:
+    held, cut = len(in_context.text.ids), in_context.text.left_out
+    if cut:
         console.print(
-            f"In context, the decoder's window of {engine.decoder.shape.window:,} holds {len(in_context.ids):,} of the "
-            f"text's {in_context.total_tokens:,} tokens: the middle is cut out",
+            f"In context, the decoder's window of {engine.decoder.shape.window:,} holds {held:,} of the text's "
+            f"{held + cut:,} tokens: the middle is cut out",
             soft_wrap=True,
         )
     rows = []
     for number, question in enumerate(asked, 1):
         answer = engine.ask(question.question, top_k=_SOURCES, filters=filters, generate=_GENERATE)
         console.print(f"\n[{number}] {question.question}", style="bold", soft_wrap=True)
-        console.print(f"    expected    {question.answers[0]}", soft_wrap=True)
+        console.print(f"    {'expected':<14} {question.answers[0]}", soft_wrap=True)
         _print_answer(console, "LLoCO", answer, f", adapter {answer.adapter}")
         _print_sources(console, answer)
         untuned = None
         if answer.adapter != "none":
             untuned = engine.ask(question.question, hits=answer.hits, generate=_GENERATE, adapter="none")
             _print_answer(console, "no adapter", untuned, "")
-        other, kept = in_context.ask(question.question)
+        text = text_retrieval(engine.decoder, answer.hits, question.question, _GENERATE, adapter=answer.adapter)
+        _print_answer(console, "text retrieval", text, ", of the same sources")
+        other, kept = in_context.ask(question.question, answer.adapter)
         _print_answer(console, "in context", other, ", from the first run" if kept else "")
-        rows.append(_Row(question, answer, untuned, other, kept))
+        rows.append(_Row(question, answer, untuned, text, other, kept))
     return rows
 
 
 def _print_answer(console: Console, name: str, answer: Answer, remark: str) -> None:
-    console.print(f"    {name:<11} {' '.join(answer.text.split())}", soft_wrap=True)
-    console.print(f"                ({_cost(answer.usage)}{remark})", style="dim", soft_wrap=True)
+    console.print(f"    {name:<14} {' '.join(answer.text.split())}", soft_wrap=True)
+    console.print(f"{_INDENT}({_cost(answer.usage)}{remark})", style="dim", soft_wrap=True)
     for warning in answer.warnings:
-        console.print(f"                warning: {warning}", soft_wrap=True)
+        console.print(f"{_INDENT}warning: {warning}", soft_wrap=True)
 
 
 def _cost(usage: Usage) -> str:
@@ -241,8 +250,10 @@ def _print_sources(console: Console, answer: Answer) -> None:
         span = hit.windows[0] if hit.windows else hit.span
         quote = " ".join(hit.quote(span).split())
         shown = quote if len(quote) <= _QUOTE_CHARS else quote[:_QUOTE_CHARS].rsplit(None, 1)[0] + " [...]"
-        console.print(f"    source      {hit.doc_id}, characters {span.start:,} to {span.end:,}, score {hit.score:.2f}")
-        console.print(f'                "{shown}"', style="dim", soft_wrap=True)
+        console.print(
+            f"    {'source':<14} {hit.doc_id}, characters {span.start:,} to {span.end:,}, score {hit.score:.2f}"
+        )
+        console.print(f'{_INDENT}"{shown}"', style="dim", soft_wrap=True)
 
 
 def _print_table(console: Console, rows: Sequence[_Row]) -> None:
@@ -254,6 +265,7 @@ def _print_table(console: Console, rows: Sequence[_Row]) -> None:
     sides: dict[str, _Side] = {"LLoCO": [(row.question, row.lloco) for row in rows]}
     if untuned := [(row.question, row.untuned) for row in rows if row.untuned is not None]:
         sides["no adapter"] = untuned
+    sides["text retrieval"] = [(row.question, row.text_retrieval) for row in rows]
     sides[f"in context{kept}"] = [(row.question, row.in_context) for row in rows]
     for name in sides:
         table.add_column(name, justify="right")
@@ -275,7 +287,12 @@ def _median(read: Callable[[Usage], float], form: str) -> Callable[[_Side], str]
     return lambda side: form.format(statistics.median(read(answer.usage) for _, answer in side))
 
 
+def _adapters(side: _Side) -> str:
+    return ", ".join(dict.fromkeys(answer.adapter for _, answer in side))
+
+
 _LINES: tuple[tuple[str, Callable[[_Side], str]], ...] = (
+    ("adapter", _adapters),
     ("expected answer given", _right),
     ("prompt tokens", _median(lambda usage: usage.prompt_tokens, "{:,.0f}")),
     ("prompt slots", _median(lambda usage: usage.prompt_slots, "{:,.0f}")),

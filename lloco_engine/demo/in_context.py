@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.atomic import write_file
-from lloco_engine.baselines import keep_ends, room_for_text, text_ids
+from lloco_engine.baselines import read_once, room_for_text, whole
 from lloco_engine.config import GenerateConfig
 from lloco_engine.types import Answer, Prefix, Usage
 from lloco_engine.usage import usage_of
@@ -25,9 +25,9 @@ __all__ = ["InContext"]
 class InContext:
     """Answers from raw text, as `lloco_engine.baselines.in_context` would give them, many over one text.
 
-    Reading a full window takes longer than all the rest of the demo. The text is therefore read once, into an
-    uncompressed segment, and the seconds of that count in every question's time to first token, as they would if each
-    question came alone. Answers are kept in a file, with the times that were measured when they were made.
+    Reading a full window takes longer than all the rest of the demo. The text is therefore read once with each adapter,
+    as a prefix, and the seconds of that count in every question's time to first token, as they would if each question
+    came alone. Answers are kept in a file, with the times that were measured when they were made.
 
     Args:
         decoder: the decoder that LLoCO's answers come from.
@@ -48,57 +48,52 @@ class InContext:
         say: Callable[[str], None],
     ) -> None:
         self._decoder, self._generate, self._file, self._say = decoder, generate, file, say
-        ids = text_ids(decoder, "\n\n".join(texts))
-        self.ids = keep_ends(ids, min(room_for_text(decoder, question, generate) for question in questions))
-        self.total_tokens = len(ids)
+        self.text = whole(decoder, texts, min(room_for_text(decoder, question, generate) for question in questions))
         self._kept = _read(file)
-        self._read_once: tuple[Prefix, float] | None = None
+        self._prefixes: dict[str, tuple[Prefix, float]] = {}  # by adapter
 
-    def ask(self, question: str) -> tuple[Answer, bool]:
-        """The answer, and whether it was kept from an earlier run."""
-        key = self._key(question)
+    def ask(self, question: str, adapter: str = "none") -> tuple[Answer, bool]:
+        """The answer with an adapter, and whether it was kept from an earlier run."""
+        key = self._key(question, adapter)
         if key in self._kept:
             try:
                 kept = dict(self._kept[key])
-                return Answer(kept["text"], usage=Usage(**kept["usage"]), finish=kept["finish"]), True
+                usage = Usage(**kept["usage"])
+                return Answer(kept["text"], usage=usage, finish=kept["finish"], adapter=adapter), True
             except (KeyError, TypeError, ValueError):
                 pass  # of an earlier form
-        answer = self._answer(question)
+        answer = self._answer(question, adapter)
         self._kept[key] = {"text": answer.text, "usage": asdict(answer.usage), "finish": answer.finish}
         write_file(self._file, json.dumps(self._kept, indent=1))
         return answer, False
 
-    def _key(self, question: str) -> str:
+    def _key(self, question: str, adapter: str) -> str:
         decoder = self._decoder
-        parts = [decoder.fingerprint, decoder.template.fingerprint, str(decoder.runner.device), str(self.ids), question]
-        parts.append(json.dumps(self._generate.to_json()))
+        parts = [decoder.fingerprint, decoder.template.fingerprint, str(decoder.runner.device), str(self.text.ids)]
+        parts += [question, adapter, json.dumps(self._generate.to_json())]
         return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:32]
 
-    def _answer(self, question: str) -> Answer:
+    def _answer(self, question: str, adapter: str) -> Answer:
         from lloco_engine.decoder.local import Prompt
 
         decoder = self._decoder
-        prefix, read_s = self._prefix()
-        draft = decoder.tokenizer.decode(self.ids)
-        generation, pieces = decoder.stream(Prompt(question, prefix, draft=draft), self._generate)
+        prefix, read_s = self._prefix(adapter)
+        prompt = Prompt(question, prefix, draft=decoder.tokenizer.decode(self.text.ids))
+        generation, pieces = decoder.stream(prompt, self._generate, adapter)
         for _ in pieces:
             pass
         usage = usage_of(decoder, generation, before_s=read_s)
-        usage = replace(usage, prompt_tokens=usage.prompt_tokens + len(self.ids))
-        return Answer(generation.text, usage=usage, finish=generation.finish or "stop")
+        usage = replace(usage, prompt_tokens=usage.prompt_tokens + len(self.text.ids))
+        return Answer(generation.text, usage=usage, finish=generation.finish or "stop", adapter=adapter)
 
-    def _prefix(self) -> tuple[Prefix, float]:
-        """The text as a segment of which nothing was left out, and the seconds that reading it took."""
-        if self._read_once is None:
-            from lloco_engine.compress import registry
-
-            self._say(f"reading {len(self.ids):,} tokens of text in context, once for all questions ...")
+    def _prefix(self, adapter: str) -> tuple[Prefix, float]:
+        """The text read with an adapter, and the seconds that it took."""
+        if adapter not in self._prefixes:
+            self._say(f"reading {len(self.text.ids):,} tokens of text in context, once for all questions ...")
             began = time.perf_counter()
-            (segment,) = registry.get("uncompressed").compress(self._decoder, self.ids, [1])
-            seconds = time.perf_counter() - began
-            start = self._decoder.template_tokens + len(self.ids)
-            self._read_once = Prefix((segment,), (0,), start), seconds
-        return self._read_once
+            prefix = read_once(self._decoder, self.text.ids, adapter)
+            self._prefixes[adapter] = prefix, time.perf_counter() - began
+        return self._prefixes[adapter]
 
 
 def _read(file: Path) -> dict[str, Any]:

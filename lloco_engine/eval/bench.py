@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,20 +16,26 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, CompressConfig, Config
+from lloco_engine.compress.base import Compressor
+from lloco_engine.config import ChunkConfig, CompressConfig, Config, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
-from lloco_engine.errors import ConfigError
-from lloco_engine.eval.corpus import Corpus, CorpusSizes, Encoder
+from lloco_engine.engine import Engine, Progress
+from lloco_engine.errors import ConfigError, StoreError
+from lloco_engine.eval.corpus import parts, source_ids
 from lloco_engine.eval.costs import SLOW, QuestionCosts
+from lloco_engine.eval.engines import KeptSegments, Remembered, filled
 from lloco_engine.eval.machine import PeakMemory, circumstances
 from lloco_engine.eval.reference import against_transformers
-from lloco_engine.eval.timing import median_ratio, never_ending, seconds
-from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER
+from lloco_engine.eval.timing import median_ratio, seconds
+from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER, cache_folder
+from lloco_engine.segment_cache import SegmentCache
 from lloco_engine.store import Store
+from lloco_engine.types import Document
 
 if TYPE_CHECKING:
     from lloco_engine.eval.progress import Report
+    from lloco_engine.opening import Encodes
 
 __all__ = ["BenchConfig", "run"]
 
@@ -85,7 +96,7 @@ def run(
     config: BenchConfig,
     *,
     decoder: LocalDecoder | None = None,
-    embedder: Encoder | None = None,
+    embedder: Encodes | None = None,
     folder: Path | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
@@ -105,15 +116,20 @@ def run(
     """
     began = time.perf_counter()
     decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
-    embedder = embedder or Embedder(config.embedder, config.device)
+    embedder = Remembered(embedder or Embedder(config.embedder, config.device))
     compressor = registry.get(config.compressor)
     memory = PeakMemory(decoder.runner.device)
-    sizes = CorpusSizes(config.segment_tokens, config.ratio, config.whole_ratio, config.lengths)
     tell = progress or (lambda what, done, total: None)
-    with Corpus(decoder, compressor, embedder, sizes, folder=folder, progress=progress) as corpus:
-        costs = QuestionCosts(config, decoder, embedder, corpus, memory, tell)
-        with never_ending(decoder):
-            retrieved, whole, in_context = costs.retrieved(), costs.whole(), costs.in_context()
+    source = parts(decoder.tokenizer, config.lengths)
+    if folder is None:
+        folder = cache_folder() / "bench" / _fingerprint(config, decoder, embedder, compressor, source)
+    with ExitStack() as opened:
+        (engine, whole), built_s = _engines(config, decoder, embedder, compressor, source, folder, tell)
+        opened.enter_context(engine)
+        opened.enter_context(whole)
+        costs = QuestionCosts(config, engine, whole, source, memory, tell)
+        settings = costs.settings()
+        retrieved, of_lengths, in_context = costs.retrieved(), costs.whole(), costs.in_context(settings["adapter"])
         with memory.phase("transformers_generate"):
             generate = against_transformers(
                 decoder,
@@ -123,12 +139,12 @@ def run(
                 progress=tell,
             )
         with memory.phase("compress"):
-            compress = _compress(decoder, corpus, config, tell)
-        size = _bytes(corpus)
-        built_s = corpus.compress_s
+            compress = _compress(decoder, compressor, config, tell)
+        size = _bytes(engine)
     details = {
+        "settings": settings,
         "retrieved": retrieved,
-        "whole": whole,
+        "whole": of_lengths,
         "in_context": in_context,
         "transformers_generate": generate,
         "compress": compress,
@@ -148,6 +164,71 @@ def run(
     return {name: _rounded(value) for name, value in keys.items()}
 
 
+def _engines(
+    config: BenchConfig,
+    decoder: LocalDecoder,
+    embedder: Encodes,
+    compressor: Compressor,
+    source: Mapping[int, Document],
+    folder: Path,
+    tell: Report,
+) -> tuple[list[Engine], float]:
+    """The engine of retrieved segments and that of whole sources, the source in both; and seconds of compressing it.
+
+    Raises:
+        StoreError: what is there cannot be used; says which folder to remove.
+    """
+    ratios = (config.ratio, config.whole_ratio)
+    made = folder / "made"  # one pass over a chunk serves both stores; kept until they hold all
+    kept = KeptSegments(SegmentCache(made, decoder, compressor), ratios)
+    window = min(ChunkConfig.window_tokens, config.segment_tokens)
+    chunk = ChunkConfig(config.segment_tokens, window, min(ChunkConfig.window_overlap, window - 1))
+    begins = dict(zip((document.doc_id for document in source.values()), (0, *source), strict=False))
+    ends = {document.doc_id: length for length, document in source.items()}
+
+    def show(state: Progress) -> None:
+        begin, end = begins[state.document], ends[state.document]
+        share = state.done_segments / max(1, state.total_segments_of_document)
+        tell("compressing the source (once)", begin + share * (end - begin), config.source_tokens)
+
+    opened: list[Engine] = []
+    began = time.perf_counter()
+    try:
+        for name, ratio in zip(("retrieved", "whole"), ratios, strict=True):
+            engine = Engine.open(
+                folder / name,
+                decoder=decoder,
+                embedder=embedder,
+                compressor=kept,
+                compress=CompressConfig(ratio=ratio),
+                chunk=chunk,
+                retrieve=RetrieveConfig(top_k=config.top_k),
+            )
+            opened.append(filled(engine, source.values(), progress=show))
+    except StoreError as error:
+        raise type(error)(
+            f"{error} (the bench keeps its source there; remove {folder} to have it made again)"
+        ) from error
+    shutil.rmtree(made, ignore_errors=True)
+    return opened, time.perf_counter() - began if kept.cache.made else 0.0
+
+
+def _fingerprint(
+    config: BenchConfig,
+    decoder: LocalDecoder,
+    embedder: Encodes,
+    compressor: Compressor,
+    source: Mapping[int, Document],
+) -> str:
+    """16 hex digits of everything that the stores are made from."""
+    made_of = [
+        [decoder.fingerprint, decoder.tokenizer_fingerprint, decoder.template.fingerprint, embedder.fingerprint],
+        [compressor.name, compressor.settings, config.segment_tokens, config.ratio, config.whole_ratio],
+        [document.content_hash for document in source.values()],
+    ]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _keys(details: dict[str, Any]) -> dict[str, Any]:
     """The numbers that stand for the measurements."""
     retrieved, whole, in_context = details["retrieved"], details["whole"], details["in_context"]
@@ -163,16 +244,18 @@ def _keys(details: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compress(decoder: LocalDecoder, corpus: Corpus, config: BenchConfig, tell: Report) -> dict[str, Any]:
+def _compress(decoder: LocalDecoder, compressor: Compressor, config: BenchConfig, tell: Report) -> dict[str, Any]:
     """Compressing chunks at the default ratio beside plainly prefilling them."""
-    chunks = corpus.chunk_ids()[: max(2, min(config.repeats, SLOW))]
-    pairs: list[tuple[float, float]] = []
-    for number, ids in enumerate([chunks[0], *chunks]):
-        tell("compressing beside prefilling", number, len(chunks) + 1)
-        prefill_s = seconds(partial(decoder.prefill, ids))
-        pairs.append((prefill_s, seconds(partial(corpus.compressor.compress, decoder, ids, [config.ratio]))))
-    del pairs[0]  # it warmed up
     tokens = config.segment_tokens
+    count = min(config.source_tokens // tokens, max(2, min(config.repeats, SLOW)))
+    ids = source_ids(decoder.tokenizer, count * tokens)
+    chunks: Sequence[list[int]] = [ids[at : at + tokens] for at in range(0, len(ids), tokens)]
+    pairs: list[tuple[float, float]] = []
+    for number, chunk in enumerate([chunks[0], *chunks]):
+        tell("compressing beside prefilling", number, len(chunks) + 1)
+        prefill_s = seconds(partial(decoder.prefill, chunk))
+        pairs.append((prefill_s, seconds(partial(compressor.compress, decoder, chunk, [config.ratio]))))
+    del pairs[0]  # it warmed up
     return {
         "ratio": median_ratio(pairs),
         "prefill_tokens_per_s": tokens / median(prefill for prefill, _ in pairs),
@@ -182,17 +265,15 @@ def _compress(decoder: LocalDecoder, corpus: Corpus, config: BenchConfig, tell: 
     }
 
 
-def _bytes(corpus: Corpus) -> dict[str, Any]:
+def _bytes(engine: Engine) -> dict[str, Any]:
     """Bytes on disk per source token: of the whole store, catalogue and index too, and of its segments alone."""
-    stats = corpus.retrieved.stats()
+    kept, stats = engine.store, engine.stats()
     tokens, beside = stats["source_tokens"], stats["bytes"]["total"] - stats["bytes"]["segments"]
-    identities = dict.fromkeys(
-        hit.segment_id for info in corpus.retrieved.documents() for hit in corpus.retrieved.chunks(info.doc_id)
-    )
+    identities = dict.fromkeys(hit.segment_id for info in kept.documents() for hit in kept.chunks(info.doc_id))
     with TemporaryDirectory() as folder:
-        manifest = replace(corpus.retrieved.manifest, dtype="int8")
+        manifest = replace(kept.manifest, dtype="int8")
         with Store.create(Path(folder) / "int8", manifest) as store, store.writer() as writer:
-            small = sum(writer.save_segment(each, corpus.retrieved.load_segment(each)).bytes for each in identities)
+            small = sum(writer.save_segment(each, kept.load_segment(each)).bytes for each in identities)
     return {
         dtype: {"store": (size + beside) / tokens, "segments": size / tokens}
         for dtype, size in (("float16", stats["bytes"]["segments"]), ("int8", small))
@@ -205,6 +286,6 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
     return value

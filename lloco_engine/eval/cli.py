@@ -135,17 +135,17 @@ def evaluate(
     """Measure answers over questions about documents.
 
     Prints, for each method, ratio and adapter: the gold answer's loss per
-    token, the share of the full text's worth that is recovered, and the scores
-    of greedy answers. The JSON adds confidence intervals (bootstrap over
-    documents) and paired differences.
+    token, the share of the full text's worth that is recovered, the scores of
+    greedy answers, and which hints they had. The JSON adds confidence intervals
+    (bootstrap over documents) and paired differences.
 
     \b
     Methods:
       none             no context
       full             the whole text in the prompt; beyond the window its middle is cut
-      text_slots       the best search windows, as much text as kv has slots
+      text_slots       the best passages of 200 tokens, as much text as kv has slots
       kv               every segment of the document, compressed
-      kv_guided        the same, search saying which of them count for more
+      kv_guided        the same as a whole document is read, search weighing in
       kvzip, snapkv    the same, evicted by another's rule
       text_retrieved, text_slots_retrieved, kv_retrieved, kvzip_retrieved,
       snapkv_retrieved  the same, of the --top-k best chunks only
@@ -273,9 +273,10 @@ def _print_results(result: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     scores = [name for name in _SCORES if any(row.get(name) is not None for row in rows)] or ["f1", "rouge_l"]
     adapter = ["adapter"] if len({row["adapter"] for row in rows}) > 1 else []
-    names = ("method", *adapter, "ratio", "loss", "recovered", *scores, *_COSTS)
+    hints = ["hints"] if any(row["hints"] for row in rows) else []
+    names = ("method", *adapter, *hints, "ratio", "loss", "recovered", *scores, *_COSTS)
     for name in names:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("method", "adapter") else "right")
+        table.add_column(name.replace("_", " "), justify="left" if name in ("method", "adapter", "hints") else "right")
     for row in rows:
         table.add_row(*(_shown(row.get(name), 3 if name in ("loss", "recovered", *scores) else 0) for name in names))
     console = Console()
@@ -292,6 +293,8 @@ def _print_results(result: dict[str, Any]) -> None:
 
 
 def _shown(value: Any, digits: int) -> str:
+    if isinstance(value, list):
+        return ",".join(value) or "-"
     if isinstance(value, int | float):
         return f"{value:,.{digits}f}" if value != int(value) or digits else f"{value:,.0f}"
     return "-" if value is None else str(value)
@@ -304,6 +307,12 @@ def _print_bench(result: dict[str, Any]) -> None:
         by_length = value.items() if isinstance(value, dict) else ()
         shown = ", ".join(f"{int(length):,}: {_ratio(ratio)}" for length, ratio in by_length) or _ratio(value)
         typer.echo(f"{name:36} {shown}")
+    made = result["details"]["settings"]
+    generate, prefix = made["generate"], made["prefix"]
+    typer.echo(
+        f"answered as by default: adapter {made['adapter']}, guesses ahead {'on' if generate['lookup'] else 'off'}, "
+        f"hints {', '.join(generate['hints']) or 'none'}, focus {prefix['focus']}, relevance {prefix['relevance']:g}"
+    )
 
 
 def _ratio(value: Any) -> str:

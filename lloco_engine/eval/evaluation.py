@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
-from lloco_engine.config import CompressConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, CompressConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.eval import tasks
-from lloco_engine.eval.data import Group
-from lloco_engine.eval.reading import METHODS, Encoder, Material, Reader, Remembered
+from lloco_engine.eval.engines import Engines, GroupEngines, KeptSegments, Remembered
+from lloco_engine.eval.reading import METHODS, Reader
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.scoring import Scorer
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.models import cache_folder
+from lloco_engine.opening import Encodes
 from lloco_engine.segment_cache import SegmentCache
 
 __all__ = ["Evaluation"]
@@ -46,7 +46,7 @@ class Evaluation:
         self,
         config: EvalConfig,
         decoder: LocalDecoder | None = None,
-        embedder: Encoder | None = None,
+        embedder: Encodes | None = None,
         cache: Path | None = None,
     ) -> None:
         self.task = tasks.get(config.task, **config.task_settings)
@@ -54,7 +54,7 @@ class Evaluation:
         compressor = registry.get(config.compressor)
         if compressor.memory == "summary":  # its number of slots cannot be chosen
             config = replace(config, ratios=(compressor.ratio(decoder, CompressConfig.ratio, config.segment_tokens),))
-        self.config, self._given = config, embedder
+        self.config = config
         self.groups = self.task.groups(
             Path(config.data) if config.data else None,
             decoder,
@@ -76,32 +76,33 @@ class Evaluation:
         folder = (cache or cache_folder() / "eval") / "segments"
         self.segments = {kind: SegmentCache(folder, decoder, each) for kind, each in self.compressors.items()}
         self._generate = config.generation
-        reader = Reader(decoder, self.segments, config.ratios, config.placing)
-        self._scorer = Scorer(self.task, reader, self._generate, answers=config.answers)
-        self._longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
+        self._scorer = Scorer(self.task, Reader(decoder, self._generate), self._generate, answers=config.answers)
+        longest = min(each.longest_chunk(decoder) for each in self.compressors.values())
         if config.passages_per_chunk == 1:  # else the caller has said what a chunk is
-            self._longest = min(self._longest, config.segment_tokens)
-
-    @cached_property
-    def _embedder(self) -> Encoder:
-        return Remembered(self._given or Embedder(self.config.embedder, self.config.device))
-
-    def material(self, group: Group) -> Material:
-        """A group's chunks, not compressed yet."""
-        return Material(group, self.decoder, self._longest, self._embedder, self.config.top_k)
+            longest = min(longest, config.segment_tokens)
+        window = min(ChunkConfig.window_tokens, longest)
+        self.engines = Engines(
+            decoder,
+            Remembered(embedder or Embedder(config.embedder, config.device)),
+            {kind: KeptSegments(each, config.ratios) for kind, each in self.segments.items()},
+            ChunkConfig(longest, window, min(ChunkConfig.window_overlap, window - 1)),
+            RetrieveConfig(top_k=config.top_k),
+            config.placing,
+        )
 
     def measured(self, todo: Mapping[int, Sequence[int]]) -> Generator[tuple[int, int, dict[str, Any]]]:
         """Rows of groups, by the numbers of both, each with what was measured."""
         for number, ats in todo.items():
-            material = self.material(self.groups[number])
-            for at in ats:
-                yield number, at, self.measure(material, self.rows[at])
+            with self.engines.about(self.groups[number]) as about:
+                for at in ats:
+                    yield number, at, self.measure(about, self.rows[at])
 
-    def measure(self, material: Material, row: Row) -> dict[str, Any]:
+    def measure(self, about: GroupEngines, row: Row) -> dict[str, Any]:
         """What `Scorer.measure` gives, and how many chunks of the group had to be split where that mattered."""
         method = METHODS[row.method]
-        value = self._scorer.measure(material, method, row.ratio, None if row.adapter == "none" else row.adapter)
-        return value | {"split": material.split if method.compresses else 0}
+        value = self._scorer.measure(about, method, row.ratio, None if row.adapter == "none" else row.adapter)
+        split = about.split(about.memory(method.memory, row.ratio)) if method.compresses and row.ratio else 0
+        return value | {"split": split}
 
     def facts(self) -> dict[str, Any]:
         """Everything that the numbers depend on, JSON-ready."""

@@ -51,7 +51,7 @@ def rows(about: Sequence[Row], groups: Sequence[Group], values: Sequence[Sequenc
     documents = sum(group.documents for group in groups)
     sums = _sums(about, values)
     made = []
-    for row, parts in zip(about, sums, strict=True):
+    for number, (row, parts) in enumerate(zip(about, sums, strict=True)):
         total = {name: sum(part.get(name, 0.0) for part in parts) for name in {name for part in parts for name in part}}
         scores = {name: _average(total, name) for name in (*_ALWAYS, *_MORE) if name in total or name in _ALWAYS}
         drawn = {name: sample.ratio(parts, name, "questions") for name, value in scores.items() if value is not None}
@@ -63,6 +63,7 @@ def rows(about: Sequence[Row], groups: Sequence[Group], values: Sequence[Sequenc
             if share is not None:
                 drawn["recovered"] = (none - drawn["loss"]) / _not_zero(none - full)
         value = row.to_json() | {
+            "hints": max((list(of_rows[number].get("hints", ())) for of_rows in values), key=len),
             "documents": documents,
             "questions": int(total["questions"]),
             "loss": float(drawn["loss"][0]),

@@ -17,10 +17,10 @@ from lloco_engine.eval.data import Group
 from lloco_engine.eval.evaluation import Evaluation
 from lloco_engine.eval.machine import check_writable, circumstances, write_json
 from lloco_engine.eval.partial import Partial
-from lloco_engine.eval.reading import Encoder
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.eval.workers import beside
+from lloco_engine.opening import Encodes
 
 __all__ = ["EvalConfig", "run"]
 
@@ -31,7 +31,7 @@ def run(
     output: Path | None = None,
     predictions: Path | None = None,
     decoder: LocalDecoder | None = None,
-    embedder: Encoder | None = None,
+    embedder: Encodes | None = None,
     cache: Path | None = None,
     workers: int = 1,
     progress: Callable[[str, float, float], None] | None = None,

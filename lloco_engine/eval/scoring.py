@@ -11,11 +11,12 @@ from lloco_engine.decoder.local import Prompt
 from lloco_engine.errors import DocumentError
 from lloco_engine.eval import metrics
 from lloco_engine.eval.data import Question
-from lloco_engine.eval.reading import Material, Method, Reader, Reading
+from lloco_engine.eval.reading import Method, Reader, Reading
 from lloco_engine.eval.tasks.base import Task
 from lloco_engine.tokenizing import encode
 
 if TYPE_CHECKING:
+    from lloco_engine.eval.engines import GroupEngines
     from lloco_engine.types import Prefix
 
 __all__ = ["Scorer"]
@@ -38,39 +39,41 @@ class Scorer:
         self.task, self.reader, self.decoder = task, reader, reader.decoder
         self.generate, self.answers = generate, answers
 
-    def measure(self, material: Material, method: Method, ratio: float | None, adapter: str | None) -> dict[str, Any]:
+    def measure(self, about: GroupEngines, method: Method, ratio: float | None, adapter: str | None) -> dict[str, Any]:
         """A row's values of every question, JSON-ready.
 
         Returns:
             ``questions``: of each its ``loss`` (sum over the ``tokens`` of the gold answer, in nats), the scores of
             its answer, what its prompt held, and the answer's ``text``; ``left_out``: the tokens of text that did not
-            fit, of each prompt with text; ``seconds``.
+            fit, of each prompt with text; ``hints``: the names of those that answers had; ``seconds``.
         """
         began = time.perf_counter()
-        questions = material.group.questions
+        questions = about.group.questions
         values: list[dict[str, Any]] = [{} for _ in questions]
         left_out = []
-        tails = [self._tail(question) for question in questions]
-        for reading in self.reader.readings(material, method, ratio, adapter, tails):
+        hinted = False
+        asked, tails = [self.task.ask(question) for question in questions], [self._tail(each) for each in questions]
+        for reading in self.reader.readings(about, method, ratio, adapter, asked, tails):
             if reading.text_tokens:
                 left_out.append(reading.left_out)
-            size = self._rows([questions[n] for n in reading.numbers], reading.prefix)
+            hinted = hinted or any(prompt.draft for prompt in reading.prompts)
+            size = self._rows([questions[n] for n in reading.numbers], reading.prompts[0].prefix)
             for at in range(0, len(reading.numbers), size):
-                numbers = reading.numbers[at : at + size]
-                spelling = [material.spelling(n, reading.searched) if reading.searched else "" for n in numbers]
-                batch = self._score([questions[n] for n in numbers], reading, spelling, adapter)
+                numbers, prompts = reading.numbers[at : at + size], reading.prompts[at : at + size]
+                batch = self._score([questions[n] for n in numbers], prompts, reading, adapter)
                 for number, value in zip(numbers, batch, strict=True):
                     values[number] = value
-        return {"questions": values, "left_out": left_out, "seconds": time.perf_counter() - began}
+        return {
+            "questions": values,
+            "left_out": left_out,
+            "hints": list(self.generate.hint_weights) if hinted and self.answers else [],
+            "seconds": time.perf_counter() - began,
+        }
 
     def _score(
-        self, questions: Sequence[Question], reading: Reading, spelling: Sequence[str], adapter: str | None
+        self, questions: Sequence[Question], prompts: Sequence[Prompt], reading: Reading, adapter: str | None
     ) -> list[dict[str, Any]]:
-        prefix = reading.prefix
-        prompts = [
-            Prompt(self.task.ask(question), prefix, draft=text)
-            for question, text in zip(questions, spelling, strict=True)
-        ]
+        prefix = prompts[0].prefix
         values = [
             {
                 "prompt_tokens": len(self.decoder.template.question_ids(prompt.question)) + reading.text_tokens,

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from lloco_engine.decoder.local import LocalDecoder
-
-__all__ = ["forget_files", "median_ratio", "never_ending", "seconds"]
+__all__ = ["forget_files", "median_ratio", "seconds"]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -24,16 +21,6 @@ def seconds(work: Callable[[], object]) -> float:
 def median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
     """The median of second over first; each pair was measured one after the other."""
     return median(second / first for first, second in pairs)
-
-
-@contextmanager
-def never_ending(decoder: LocalDecoder) -> Iterator[None]:
-    """No token ends an answer in this block, so that all answers have the same number of tokens."""
-    kept, decoder.eos = decoder.eos, set()
-    try:
-        yield
-    finally:
-        decoder.eos = kept
 
 
 def forget_files(folder: Path) -> bool:

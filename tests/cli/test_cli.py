@@ -350,7 +350,17 @@ def test_compare_shows_three_answers_and_their_cost(engine):
     assert engine.calls[0][0] == "compare"
     for heading in ("== lloco\nAnna Vogt", "== in context\nNo idea.", "== text retrieval"):
         assert heading in result.stdout
-    assert result.stdout.splitlines()[-1].split() == ["text", "retrieval", "6,000", "0", "1,536", "0.25", "s", "8.0"]
+    assert result.stdout.splitlines()[-1].split() == [
+        "text",
+        "retrieval",
+        "none",
+        "6,000",
+        "0",
+        "1,536",
+        "0.25",
+        "s",
+        "8.0",
+    ]
 
 
 def test_compare_as_json_has_one_entry_per_method(engine):

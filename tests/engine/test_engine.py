@@ -680,6 +680,63 @@ async def test_a_cancelled_ingest_stops_and_can_go_on(empty, monkeypatch):
     assert empty.verify() == []
 
 
+# -- what `ask` does, in parts --------------------------------------------------------------------------------------
+
+
+def test_what_is_prepared_is_what_ask_gives_to_the_decoder(engine, decoder):
+    question = "Where stands crane number 3?"
+    prepared = engine.prepare(question, top_k=2, generate=SHORT)
+    answer = engine.ask(question, top_k=2, generate=SHORT)
+    assert prepared.memory.hits == answer.hits and len(answer.hits) == 2
+    assert answer.token_ids == tuple(decoder.generate([prepared.prompt], SHORT, prepared.adapter)[0].token_ids)
+    assert prepared.seconds >= prepared.retrieve_s > 0
+
+
+def test_scores_are_those_of_the_tokens_that_ask_would_give(engine, decoder):
+    """The slow, obvious way: one pass over prompt and answer, the logits of each token of the answer."""
+    question, options = "Where stands crane number 3?", {"top_k": 2, "generate": SHORT}
+    (loss, tokens), other = engine.score(question, ["hall 3", "x"], **options)
+    prompt = engine.prepare(question, **options).prompt
+    ids, gold = decoder.prompt_ids(prompt), [*decoder.tokenizer("hall 3")["input_ids"], decoder.end]
+    with torch.inference_mode():
+        cache = decoder.start_cache(1, len(ids) + len(gold), None, prefix=prompt.prefix)
+        position = decoder.position(prompt) - cache.length
+        hidden = decoder.step([ids + gold], position, cache, decoder.memory([prompt.prefix]), None)
+        logits = decoder.runner.logits(hidden[0, len(ids) - 1 : -1]).log_softmax(-1)
+    assert tokens == len(gold) and loss == pytest.approx(
+        -sum(float(logits[n, t]) for n, t in enumerate(gold)), rel=1e-4
+    )
+    assert other[1] == 2 and other[0] != loss
+
+
+def test_several_documents_are_read_whole_together(engine):
+    names = ["cranes.md", "pumps.md"]
+    prepared = engine.prepare("Where stands crane number 3?", whole_document=names, generate=SHORT)
+    chunks = [hit for name in names for hit in engine.store.chunks(name)]
+    assert [hit.segment_id for hit in prepared.memory.hits] == [hit.segment_id for hit in chunks]
+    best = max(prepared.memory.hits, key=lambda hit: hit.score)
+    assert best.doc_id == "cranes.md" and max(prepared.memory.prefix.prior) == 0.0
+    with pytest.raises(NotInStore):
+        engine.ask("Where?", whole_document=[*names, "mills.md"])
+
+
+def test_a_compressor_that_is_made_already_need_not_be_registered(tmp_path, opened):
+    class Half(Uncompressed):
+        name = "half"
+
+        def make(self, decoder, token_ids, ratios):
+            return super().make(decoder, token_ids[::2], ratios)
+
+    with opened(tmp_path / "store", compressor=Half()) as made:
+        made.ingest([CRANES])
+        assert made.manifest.compressor == "half"
+        assert made.documents()[0].slots < 0.6 * made.documents()[0].source_tokens
+    with opened(tmp_path / "store", compressor=Half()) as again:
+        assert again.ingest([CRANES]).unchanged == ("cranes.md",)
+    with pytest.raises(StoreMismatch, match="half"):
+        opened(tmp_path / "store")
+
+
 # -- compare ---------------------------------------------------------------------------------------------------------
 
 
@@ -697,12 +754,30 @@ def test_compare_reads_the_same_text_three_ways(engine, decoder):
     assert full.usage.prompt_slots == text.usage.prompt_slots == 0
 
 
-def test_text_over_the_window_is_cut_and_said(engine, decoder):
-    from lloco_engine.baselines import in_context, keep_ends, text_retrieval
+def test_compare_gives_the_baselines_what_lloco_has(engine, decoder, tmp_path, monkeypatch):
+    asked = []
+    stream = LocalDecoder.stream
+    monkeypatch.setattr(
+        LocalDecoder, "stream", lambda self, prompt, *rest: asked.append((prompt, *rest)) or stream(self, prompt, *rest)
+    )
+    monkeypatch.setattr(LocalDecoder, "adapters", ("law",))
+    monkeypatch.setattr(decoder, "_use", lambda adapter: None)  # answers as the base does
+    hinted = GenerateConfig(max_new_tokens=8, hints=("spelling",))
+    answers = engine.compare("Where stands crane number 3?", top_k=2, generate=hinted, adapter="law")
+    assert [(answer.adapter, answer.hints) for answer in answers.values()] == [("law", ("spelling",))] * 3
+    assert [(config, adapter) for _, config, adapter in asked] == [(hinted, "law")] * 3
+    plain = engine.compare("Where stands crane number 3?", top_k=2, generate=SHORT)
+    assert [(answer.adapter, answer.hints) for answer in plain.values()] == [("none", ())] * 3
 
-    assert keep_ends(list(range(10)), 5) == [0, 1, 2, 8, 9]
-    assert keep_ends([1, 2], 2) == [1, 2]
-    assert keep_ends([1, 2, 3], 0) == []
+
+def test_text_over_the_window_is_cut_and_said(engine, decoder):
+    from lloco_engine.baselines import in_context, text_retrieval, whole
+
+    ids = decoder.template.text_ids("0123456789")
+    cut = whole(decoder, ["0123456789"], 5)
+    assert (cut.ids, cut.left_out) == (ids[:3] + ids[-2:], len(ids) - 5)
+    assert whole(decoder, ["0123456789"], len(ids)).ids == ids
+    assert whole(decoder, ["0123456789"], 0).ids == []
     answer = in_context(decoder, [PUMPS.text * 9], "Where?", SHORT)
     assert answer.usage.prompt_tokens + answer.usage.template_tokens + 8 == 1024
     assert "of the middle were left out" in answer.warnings[0]

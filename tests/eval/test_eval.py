@@ -21,12 +21,13 @@ from lloco_engine.eval import metrics
 from lloco_engine.eval.data import Group, Question, Record, group_records, read_records
 from lloco_engine.eval.evaluation import Evaluation
 from lloco_engine.eval.partial import Partial
-from lloco_engine.eval.reading import METHODS, Material, Reading
+from lloco_engine.eval.reading import METHODS, Reading
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.run import EvalConfig
 from lloco_engine.eval.run import run as run_eval
 from lloco_engine.models import cache_folder
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
+from lloco_engine.types import Hit
 
 KEYS = {
     "method", "ratio", "adapter", "documents", "questions", "loss", "recovered", "f1", "rouge_l",
@@ -174,18 +175,20 @@ def evaluation(settings: EvalConfig, decoder: LocalDecoder) -> Evaluation:
     return Evaluation(settings, decoder, HashingEmbedder(), cache_folder())
 
 
-def material(settings: EvalConfig, decoder: LocalDecoder) -> Material:
-    """The first group of a run."""
-    groups = group_records(read_records(settings.data), settings.passages_per_chunk, settings.segments)
-    return evaluation(settings, decoder).material(groups[0])
+def chunks(settings: EvalConfig, decoder: LocalDecoder) -> list[Hit]:
+    """Those of the first group."""
+    made = evaluation(settings, decoder)
+    with made.engines.about(made.groups[0]) as about:
+        return about.chunks(about.search)
 
 
 def readings(settings: EvalConfig, decoder: LocalDecoder, row: Row) -> list[Reading]:
     """What the first group's questions are read with in a row."""
-    first = material(settings, decoder)
-    tails = [40] * len(first.group.questions)
-    reader = evaluation(settings, decoder)._scorer.reader
-    return list(reader.readings(first, METHODS[row.method], row.ratio, None, tails))
+    made = evaluation(settings, decoder)
+    asked = [question.question for question in made.groups[0].questions]
+    with made.engines.about(made.groups[0]) as about:
+        reader = made._scorer.reader
+        return list(reader.readings(about, METHODS[row.method], row.ratio, None, asked, [40] * len(asked)))
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
@@ -251,11 +254,12 @@ def test_answers_are_those_of_the_decoder(data, decoder, monkeypatch):
 def test_segments_are_placed_together_in_parallel(data, decoder):
     settings = config(data, passages_per_chunk=2, segments=2, ratios=(4,))
     (reading,) = readings(settings, decoder, Row("kv", 4, "none"))
-    assert reading.numbers == tuple(range(8)) and len(reading.prefix.segments) == 2
-    assert reading.prefix.offsets == (0, 0)
+    (prefix,) = {prompt.prefix for prompt in reading.prompts}
+    assert reading.numbers == tuple(range(8)) and len(prefix.segments) == 2
+    assert prefix.offsets == (0, 0)
     group = group_records(read_records(data), 2, 2)[0]
     lengths = [len(decoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in group.chunks]
-    assert reading.prefix.start == decoder.template_tokens + max(lengths)
+    assert prefix.start == decoder.template_tokens + max(lengths)
     result = run(settings, decoder=decoder)
     kv = result["results"][-1]
     last = [len(decoder.tokenizer(each.text, add_special_tokens=False)["input_ids"]) for each in read_records(data)][4]
@@ -266,11 +270,11 @@ def test_a_long_document_becomes_segments_and_a_joined_chunk_does_not(tmp_path, 
     text = " ".join(f"Sentence {n} is here." for n in range(18))
     data = write(tmp_path / "data.jsonl", record(0, text), record(1, text))
     alone = config(data, segment_tokens=64, limit=1)
-    pieces = material(alone, decoder).chunks
-    assert len(pieces) > 1 and max(len(piece.token_ids) for piece in pieces) <= 64
+    pieces = chunks(alone, decoder)
+    assert len(pieces) > 1 and max(piece.source_tokens for piece in pieces) <= 64
     result = run(alone, decoder=decoder)
     assert any("1 chunks were longer" in note for note in result["config"]["notes"])
-    assert len(material(config(data, segment_tokens=64, passages_per_chunk=2), decoder).chunks) == 1
+    assert len(chunks(config(data, segment_tokens=64, passages_per_chunk=2), decoder)) == 1
 
 
 def test_full_text_beyond_the_window_loses_its_middle_and_says_so(tmp_path, decoder, monkeypatch):

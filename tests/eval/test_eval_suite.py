@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from typer.testing import CliRunner
 
 from lloco_engine.cli import app
 from lloco_engine.compress import registry
+from lloco_engine.config import ChunkConfig, GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import metrics, results, tasks
 from lloco_engine.eval.data import Group, Question, group_records, read_records
-from lloco_engine.eval.reading import METHODS, Material, Reader, Reading
+from lloco_engine.eval.engines import Engines, GroupEngines, KeptSegments
+from lloco_engine.eval.reading import METHODS, Reader, Reading
 from lloco_engine.eval.results import Row
 from lloco_engine.eval.run import EvalConfig, run
 from lloco_engine.eval.statistics import DRAWS, Sample, interval
@@ -224,77 +227,109 @@ def test_a_grid_gives_a_cell_for_each_length_and_depth(decoder):
 # -- what each method reads -------------------------------------------------------------------------------------------
 
 
-def first(data: Path, decoder: LocalDecoder, tmp_path: Path) -> tuple[Material, Reader]:
-    material = Material(group_records(read_records(data))[0], decoder, 96, HashingEmbedder(), 2)
-    cache = {kind: SegmentCache(tmp_path, decoder, registry.get("uncompressed")) for kind in ("kv", "kvzip")}
-    return material, Reader(decoder, cache, (2, 8))
+SHORT = GenerateConfig(max_new_tokens=4)
 
 
-def readings(material: Material, reader: Reader, method: str, ratio: float | None = None) -> list[Reading]:
-    return list(reader.readings(material, METHODS[method], ratio, None, [40] * len(material.group.questions)))
+@pytest.fixture
+def about(data, decoder) -> Iterator[GroupEngines]:
+    """Engines of the first document, which is five chunks or more."""
+    kept = {kind: registry.get("uncompressed") for kind in ("kv", "kvzip")}
+    common = Engines(decoder, HashingEmbedder(), kept, ChunkConfig(96, 96, 0), RetrieveConfig(top_k=2), PrefixConfig())
+    with common.about(group_records(read_records(data))[0]) as made:
+        yield made
 
 
-def test_a_question_retrieves_the_chunks_of_its_best_windows(data, decoder, tmp_path):
-    material, reader = first(data, decoder, tmp_path)
-    assert len(material.chunks) >= 5
-    embedder = HashingEmbedder()
-    for number, question in enumerate(material.group.questions):
-        asked = embedder.encode([question.question])[0]
-        scores = [
-            max(float(embedder.encode([chunk.text[w.start - chunk.span.start : w.end - chunk.span.start]])[0] @ asked)
-                for w in chunk.windows)
-            for chunk in material.chunks
-        ]  # fmt: skip
-        hits = material.hits(number)
-        assert len(hits) == 2
-        assert [scores[hit] for hit in hits] == pytest.approx(sorted(scores, reverse=True)[:2], abs=1e-6)
-    for reading in readings(material, reader, "kv_retrieved", 2):
-        for number in reading.numbers:
-            assert len(reading.prefix.segments) == 2
-            assert reading.prefix.source_tokens == sum(len(material.chunks[h].token_ids) for h in material.hits(number))
+def questions(about: GroupEngines) -> list[str]:
+    return [question.question for question in about.group.questions]
 
 
-def test_text_retrieval_reads_the_same_chunks_and_the_same_source_tokens(data, decoder, tmp_path, monkeypatch):
-    material, reader = first(data, decoder, tmp_path)
+def readings(about: GroupEngines, decoder: LocalDecoder, method: str, ratio: float | None = None,
+             adapter: str | None = None) -> list[Reading]:  # fmt: skip
+    asked = questions(about)
+    reader = Reader(decoder, SHORT)
+    return list(reader.readings(about, METHODS[method], ratio, adapter, asked, [40] * len(asked)))
+
+
+@pytest.mark.parametrize("method", ["kv", "kv_guided", "kv_retrieved"])
+def test_a_method_asks_what_the_engine_would_be_asked(about, decoder, method):
+    """Prompt, hits, tokens and losses are those of `Engine.ask` and `Engine.score` with the same options."""
+    engine = about.memory("kv", 2)
+    options = {
+        "kv": {"hits": engine.store.chunks("0")},
+        "kv_guided": {"whole_document": "0"},
+        "kv_retrieved": {},
+    }[method]
+    made = readings(about, decoder, method, 2)
+    assert sorted(number for reading in made for number in reading.numbers) == list(range(5))
+    for reading in made:
+        losses = decoder.answer_losses(reading.prompts, ["1907"] * len(reading.prompts))
+        tokens = [generation.token_ids for generation in decoder.generate(reading.prompts, SHORT)]
+        for number, prompt, loss, ids in zip(reading.numbers, reading.prompts, losses, tokens, strict=True):
+            question = questions(about)[number]
+            asked = engine.prepare(question, generate=SHORT, **options)
+            assert (prompt.question, prompt.draft) == (asked.prompt.question, asked.prompt.draft)
+            assert bool(prompt.draft) == (method != "kv")
+            for part in ("offsets", "start", "placement", "focus", "prior"):
+                assert getattr(prompt.prefix, part) == getattr(asked.prompt.prefix, part)
+            pairs = zip(prompt.prefix.segments, asked.prompt.prefix.segments, strict=True)
+            assert all(bool((mine.keys == theirs.keys).all()) for mine, theirs in pairs)
+            answer = engine.ask(question, generate=SHORT, **options)
+            assert list(answer.token_ids) == ids and answer.usage.prompt_slots == prompt.prefix.slots
+            assert engine.score(question, ["1907"], generate=SHORT, **options) == [pytest.approx(loss, rel=1e-4)]
+    if method == "kv_retrieved":
+        assert [hit.segment_id for hit in answer.hits] == [hit.segment_id for hit in engine.retrieve(question)]
+        assert len(answer.hits) == 2
+
+
+def test_what_reads_the_same_is_read_together(about, decoder):
+    (reading,) = readings(about, decoder, "kv", 2)
+    assert reading.numbers == tuple(range(5)) and len({id(prompt.prefix) for prompt in reading.prompts}) == 1
+    assert len(readings(about, decoder, "kv_guided", 2)) == 5, "search thinks something else of each chunk"
+
+
+def test_text_retrieval_reads_the_same_chunks_and_the_same_source_tokens(about, decoder, monkeypatch):
+    compressed = about.memory("kv", 2)
     texts: list[str] = []
     prefill = decoder.prefill
     monkeypatch.setattr(
         decoder, "prefill", lambda ids, **more: texts.append(decoder.tokenizer.decode(ids)) or prefill(ids, **more)
     )
-    made = readings(material, reader, "text_retrieved")
+    made = readings(about, decoder, "text_retrieved")
     assert len(texts) == len(made)
     for reading, text in zip(made, texts, strict=True):
-        chosen = [material.chunks[hit] for hit in material.hits(reading.numbers[0])]
-        assert text == "\n\n".join(chunk.text.strip() for chunk in chosen)
-        assert reading.text_tokens == reading.prefix.source_tokens
-        assert abs(reading.text_tokens - sum(len(chunk.token_ids) for chunk in chosen)) <= 4
+        question = questions(about)[reading.numbers[0]]
+        chosen = compressed.retrieve(question)
+        assert text == "\n\n".join(hit.text.strip() for hit in chosen)
+        assert reading.text_tokens == reading.prompts[0].prefix.source_tokens
+        assert abs(reading.text_tokens - sum(hit.source_tokens for hit in chosen)) <= 4
         assert reading.left_out == 0
+        assert reading.prompts[0].draft == compressed.prepare(question).prompt.draft != "", "the same hints"
 
 
 @pytest.mark.parametrize(("method", "memory"), [("text_slots", "kv"), ("text_slots_retrieved", "kv_retrieved")])
-def test_text_by_slots_costs_as_many_tokens_as_the_memory_has_slots(data, decoder, tmp_path, method, memory):
-    material, reader = first(data, decoder, tmp_path)
-    lengths = [len(chunk.token_ids) for chunk in material.chunks]
-    made = {number: each for each in readings(material, reader, method, 8) for number in each.numbers}
-    for number in range(5):
-        scope = material.hits(number) if memory == "kv_retrieved" else range(len(lengths))
-        assert made[number].text_tokens == sum(math.ceil(lengths[n] / 8) for n in scope)
-        ids = decoder.tokenizer(material.ranked[number][0][1].strip(), add_special_tokens=False)["input_ids"]
-        assert made[number].prefix.source_tokens == made[number].text_tokens
-        assert made[number].text_tokens <= len(ids) or memory == "kv"
+def test_text_by_slots_costs_as_many_tokens_as_the_memory_has_slots(about, decoder, method, memory):
+    made = {number: each for each in readings(about, decoder, method, 8) for number in each.numbers}
+    for number, question in enumerate(questions(about)):
+        search = about.search
+        scope = search.retrieve(question) if memory == "kv_retrieved" else about.chunks(search)
+        assert made[number].text_tokens == sum(math.ceil(hit.source_tokens / 8) for hit in scope)
+        assert made[number].prompts[0].prefix.source_tokens == made[number].text_tokens
+        best = about.passages.retrieve(question, top_k=1)[0].text.strip()
+        assert made[number].text_tokens <= len(decoder.template.text_ids(best)) or memory == "kv"
 
 
-def test_text_is_read_with_the_adapter_that_answers(data, decoder, tmp_path, monkeypatch):
-    material, reader = first(data, decoder, tmp_path)
+def test_text_is_read_with_the_adapter_that_answers(about, decoder, monkeypatch):
     used = []
     prefill = decoder.prefill
+    monkeypatch.setattr(type(decoder), "adapters", ("law",))
     monkeypatch.setattr(
         decoder, "prefill", lambda ids, adapter=None, **more: used.append(adapter) or prefill(ids, **more)
     )
     for method in ("full", "text_retrieved", "kv"):
-        list(reader.readings(material, METHODS[method], 2 if method == "kv" else None, "law", [40] * 5))
-    assert set(used[: -len(material.chunks)]) == {"law"}
-    assert set(used[-len(material.chunks) :]) == {None}, "segments are the base weights' own"
+        readings(about, decoder, method, 2 if method == "kv" else None, "law")
+    chunks = len(about.chunks(about.search))
+    assert set(used[:-chunks]) == {"law"}
+    assert set(used[-chunks:]) == {None}, "segments are the base weights' own"
 
 
 def test_full_text_with_an_adapter_is_the_text_in_the_prompt(data, tmp_path):
@@ -360,14 +395,16 @@ def test_segments_are_made_once_for_all_runs(data, decoder, monkeypatch):
 
 
 def test_a_damaged_segment_is_made_anew(decoder, tmp_path):
-    cache = SegmentCache(tmp_path, decoder, registry.get("kvzip"))
-    kept = cache.get(range(40, 80), 4, (2, 4, 8))
+    cache, ids = SegmentCache(tmp_path, decoder, registry.get("kvzip")), list(range(40, 80))
+    kept = KeptSegments(cache, (2, 4, 8))
+    (first,) = kept.compress(decoder, ids, [4])
     assert cache.made == 1 and len(list(tmp_path.rglob("*.safetensors"))) == 3
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-9] + b"x" * 9)
-    again = cache.get(range(40, 80), 4)
-    assert cache.made == 2 and bool((again.keys == kept.keys).all())
-    assert cache.get(range(40, 80), 4).lengths.tolist() == kept.lengths.tolist() and cache.made == 2
+    (again,) = kept.compress(decoder, ids, [4])
+    assert cache.made == 2 and bool((again.keys == first.keys).all())
+    assert kept.compress(decoder, ids, [4])[0].lengths.tolist() == first.lengths.tolist() and cache.made == 2
+    assert [one.slots for one in kept.compress(decoder, ids, [8, 2])] == [5, 20] and cache.made == 2
 
 
 def test_other_settings_or_another_method_share_nothing(decoder, tmp_path):
