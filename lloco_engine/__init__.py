@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         RetrieveConfig,
         StoreConfig,
     )
-    from lloco_engine.engine import AskOptions, Engine
+    from lloco_engine.engine import Engine
     from lloco_engine.errors import (
         AdapterError,
         ConfigError,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
     from lloco_engine.metadata import plain_metadata
     from lloco_engine.reasoning import without_thoughts
+    from lloco_engine.request import AskRequest
     from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
     from lloco_engine.types import (
         Answer,
@@ -81,7 +82,7 @@ _HOMES = {
         "RetrieveConfig",
         "StoreConfig",
     ),
-    "engine": ("AskOptions", "Engine"),
+    "engine": ("Engine",),
     "errors": (
         "AdapterError",
         "ConfigError",
@@ -103,6 +104,7 @@ _HOMES = {
     "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
     "metadata": ("plain_metadata",),
     "reasoning": ("without_thoughts",),
+    "request": ("AskRequest",),
     "types": (
         "Answer",
         "Chunk",
@@ -125,7 +127,7 @@ __all__ = [
     "And",
     "Answer",
     "AnswerStream",
-    "AskOptions",
+    "AskRequest",
     "AsyncAnswerStream",
     "Chunk",
     "ChunkConfig",

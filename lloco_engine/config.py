@@ -6,7 +6,7 @@ A value outside its rule raises `ConfigError` when the object is made, so no sta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from lloco_engine.errors import ConfigError
@@ -28,8 +28,51 @@ __all__ = [
 HINTS = {"spelling": 3.0, "pointing": 8.0}
 
 
+def setting(default: Any, help: str, **how: Any) -> Any:
+    """A setting of a question: a field whose flag and parameters in frameworks are made from what is said here.
+
+    Args:
+        default: its value where nothing is said.
+        help: what it does, in a line.
+        how: ``least`` and ``most``, its bounds; ``metavar``, what stands for a value in a flag's help; ``flags``, other
+            names of its flag; ``switch``, the value that a flag of this name sets, where there are two; ``only``,
+            ``"search"`` or ``"answer"`` where it says nothing of the other.
+    """
+    return field(default=default, metadata={"help": help, **how})
+
+
 class Config:
     """Mixin of every stage's dataclass: JSON out, JSON in, rules checked."""
+
+    def but(self, given: Mapping[str, Any]) -> Self:
+        """The settings, with those that are given in place of theirs. None says nothing, and other names are let be.
+
+        Raises:
+            ConfigError: a value breaks its rule.
+        """
+        names = {one.name for one in fields(self)}  # type: ignore[arg-type]
+        own = {name: value for name, value in given.items() if name in names and value is not None}
+        return replace(self, **own) if own else self  # type: ignore[type-var]
+
+    def check_bounds(self) -> None:
+        """Check every `setting` against its bounds.
+
+        Raises:
+            ConfigError: a value is outside of them.
+        """
+        for one in fields(self):  # type: ignore[arg-type]
+            least, most, value = one.metadata.get("least"), one.metadata.get("most"), getattr(self, one.name)
+            if value is None or (least is None and most is None):
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ConfigError(f"{one.name} must be a number, not {value!r}")
+            least = 0 if least is None else least
+            if most is not None:
+                _require(least <= value <= most, f"{one.name} must be between {least} and {most}", value)
+            elif least:
+                _require(value >= least, f"{one.name} must be at least {least}", value)
+            else:
+                _require(value >= 0, f"{one.name} must not be negative", value)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
@@ -177,20 +220,28 @@ class RetrieveConfig(Config):
             ``"refuse"``, which says that no document answers and does not ask the decoder.
     """
 
-    top_k: int = 4
-    neighbours: int = 0
-    min_score: float = -1.0
-    lexical: float = 0.5
-    floor: float | None = None
-    when_nothing: Literal["answer", "refuse"] = "answer"
+    top_k: int = setting(4, "Segments to retrieve.", least=1, flags=("-k",), only="search")
+    neighbours: int = setting(0, "Segments to add before and after each hit.", least=0, only="search")
+    min_score: float = setting(-1.0, "Cut hits with a lower score; -1: none.", least=-1.0, most=1.0, metavar="X")
+    lexical: float = setting(
+        0.5, "Share of the question's own words in a score.", least=0.0, most=1.0, metavar="X", only="search"
+    )
+    floor: float | None = setting(
+        None,
+        "Warn where the best score is lower; -1: never. Default: the one measured for the embedder.",
+        least=-1.0,
+        most=1.0,
+        metavar="X",
+    )
+    when_nothing: Literal["answer", "refuse"] = setting(
+        "answer",
+        "Say that no document answers where none seems to, instead of answering.",
+        switch="refuse",
+        only="answer",
+    )
 
     def __post_init__(self) -> None:
-        _require(self.top_k >= 1, "top_k must be at least 1", self.top_k)
-        _require(self.neighbours >= 0, "neighbours must not be negative", self.neighbours)
-        _require(-1 <= self.min_score <= 1, "min_score must be between -1 (none) and 1", self.min_score)
-        _require(0 <= self.lexical <= 1, "lexical must be between 0 and 1", self.lexical)
-        floor = self.floor is None or -1 <= self.floor <= 1
-        _require(floor, "floor must be between -1 (none) and 1, or None for the embedder's own", self.floor)
+        self.check_bounds()
         _require(
             self.when_nothing in ("answer", "refuse"), "when_nothing must be 'answer' or 'refuse'", self.when_nothing
         )
@@ -209,18 +260,18 @@ class PrefixConfig(Config):
             score in search (0: search has no say in it).
     """
 
-    placement: Literal["parallel", "sequence"] = "parallel"
-    max_slots: int = 0
-    focus: int = 2
-    relevance: float = 20.0
+    placement: Literal["parallel", "sequence"] = setting("parallel", "How segments are placed: parallel or sequence.")
+    max_slots: int = setting(0, "Most slots in a prompt; 0: as many as the window holds.", least=0, metavar="N")
+    focus: int = setting(2, "Segments that each query of attention reads; 0: all of them.", least=0, metavar="K")
+    relevance: float = setting(
+        20.0, "How much search weighs in where queries choose segments; 0: nothing.", least=0.0, metavar="X"
+    )
 
     def __post_init__(self) -> None:
+        self.check_bounds()
         _require(
             self.placement in ("parallel", "sequence"), "placement must be 'parallel' or 'sequence'", self.placement
         )
-        _require(self.max_slots >= 0, "max_slots must not be negative (0 is no limit)", self.max_slots)
-        _require(self.focus >= 0, "focus must not be negative (0 is all segments)", self.focus)
-        _require(self.relevance >= 0, "relevance must not be negative (0 is none)", self.relevance)
 
 
 @dataclass(frozen=True)
@@ -249,21 +300,21 @@ class GenerateConfig(Config):
             its thoughts are ended, and it answers (0: no thoughts).
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    sample_top_k: int = 0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    lookup: bool = True
-    hints: tuple[str, ...] = ()
-    spelling: float | None = None
-    pointing: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    min_new_tokens: int = 0
-    beams: int = 1
-    reasoning_tokens: int = 1024
+    max_new_tokens: int = setting(128, "Longest answer.", least=1)
+    temperature: float = setting(0.0, "0 is greedy.", least=0.0)
+    top_p: float = setting(1.0, "Share of probability to sample from.", least=0.0, most=1.0)
+    sample_top_k: int = setting(0, "Likeliest tokens to sample from; 0: all.", least=0, metavar="N")
+    stop: tuple[str, ...] = setting((), "End the answer here; repeatable.", metavar="TEXT")
+    seed: int | None = setting(None, "Makes sampling repeatable.")
+    lookup: bool = setting(True, "Guess ahead in the sources' text, which is quicker and changes nothing.")
+    hints: tuple[str, ...] = setting((), "Hints that are on, with commas between: spelling,pointing.", metavar="NAMES")
+    spelling: float | None = setting(None, "Prefer words as the sources spell them; 0: not.", least=0.0, metavar="NATS")
+    pointing: float | None = setting(None, "Prefer words beside the question's; 0: not.", least=0.0, metavar="NATS")
+    repetition_penalty: float = setting(1.0, "Above 1, what was said is less likely.", least=0.0, metavar="X")
+    no_repeat_ngram: int = setting(0, "No run of N tokens comes twice; 0: it may.", least=0, metavar="N")
+    min_new_tokens: int = setting(0, "Shortest answer.", least=0)
+    beams: int = setting(1, "Answers followed side by side; the likeliest is given.", least=1, metavar="N")
+    reasoning_tokens: int = setting(1024, "A decoder's thoughts, besides; 0: it does not think.", least=0, metavar="N")
 
     @property
     def hint_weights(self) -> dict[str, float]:
@@ -275,20 +326,15 @@ class GenerateConfig(Config):
         object.__setattr__(self, "stop", _texts(self.stop))
         parts = (part.strip() for names in _texts(self.hints) for part in names.split(","))
         object.__setattr__(self, "hints", tuple(dict.fromkeys(part for part in parts if part)))
-        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
+        self.check_bounds()
         most = f"min_new_tokens must be from 0 to max_new_tokens ({self.max_new_tokens})"
-        _require(0 <= self.min_new_tokens <= self.max_new_tokens, most, self.min_new_tokens)
-        _require(self.reasoning_tokens >= 0, "reasoning_tokens must not be negative", self.reasoning_tokens)
-        _require(self.temperature >= 0, "temperature must not be negative", self.temperature)
-        _require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p)
-        _require(self.sample_top_k >= 0, "sample_top_k must not be negative (0 is all tokens)", self.sample_top_k)
+        _require(self.min_new_tokens <= self.max_new_tokens, most, self.min_new_tokens)
+        _require(self.top_p > 0, "top_p must be above 0 and at most 1", self.top_p)
         _require(self.repetition_penalty > 0, "repetition_penalty must be above 0 (1: none)", self.repetition_penalty)
         _require(all(self.stop), "a stop string must not be empty", self.stop)
-        self._check_hints()
-        _require(self.beams >= 1, "beams must be at least 1", self.beams)
         greedy = self.beams == 1 or self.temperature == 0
         _require(greedy, "temperature must be 0 where there are several beams", self.temperature)
-        _require(self.no_repeat_ngram >= 0, "no_repeat_ngram must not be negative (0: it may)", self.no_repeat_ngram)
+        self._check_hints()
 
     def _check_hints(self) -> None:
         names = ", ".join(HINTS)
@@ -296,6 +342,5 @@ class GenerateConfig(Config):
             _require(name in HINTS, f"hints must be some of {names}", name)
         for name in HINTS:
             weight = getattr(self, name)
-            _require(weight is None or weight >= 0, f"{name} must not be negative (0 is not at all)", weight)
             on = not weight or name in self.hints
             _require(on, f"{name} is the weight of a hint that must be on (add {name!r} to hints) or 0", weight)

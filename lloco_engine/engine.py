@@ -9,38 +9,36 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self
 
 from lloco_engine.adapters.routing import Adapters
 from lloco_engine.config import (
     ChunkConfig,
     CompressConfig,
-    GenerateConfig,
     PrefixConfig,
     ReadConfig,
     RetrieveConfig,
     StoreConfig,
 )
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
-from lloco_engine.filters import parse_filter
 from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
-from lloco_engine.recall import AskOptions, Found, Prepared, Recall, Recalled, Wanted
+from lloco_engine.recall import Found, Prepared, Recall, Recalled
 from lloco_engine.relevance import NOTHING, doubt, floor_of
-from lloco_engine.retrieve import Retriever, SearchOptions, best_windows, with_history, with_options
+from lloco_engine.request import AskRequest
+from lloco_engine.retrieve import best_windows
 from lloco_engine.store import DocumentInfo, Manifest, Problem, Store
 from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
 from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Usage
-from lloco_engine.unicode import require_unicode
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.local import Generation, LocalDecoder
 
-__all__ = ["AnswerStream", "AskOptions", "AsyncAnswerStream", "Engine", "Progress"]
+__all__ = ["AnswerStream", "AsyncAnswerStream", "Engine", "Progress"]
 
 
 class Engine:
@@ -324,18 +322,19 @@ class Engine:
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def retrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
-        """The segments that a question needs, best first; `SearchOptions` says what the arguments are."""
-        self._lock.check()
-        _check("retrieve", question, options, SearchOptions)
-        config = with_options(self.retrieval, options)
-        filters, tenant = options.get("filters"), options.get("tenant", "")
-        retriever = Retriever(self.store, self.embedder)
+    def retrieve(self, question: str | AskRequest, **options: Any) -> list[Hit]:
+        """The segments that a question needs, best first.
 
-        def search(text: str) -> list[Hit]:
-            return retriever.retrieve(text, config, filters, tenant)
+        Args:
+            question: text, or a request.
+            options: what a search takes of `AskRequest`: ``filters``, ``tenant``, ``history``, ``retrieve``, and the
+                settings of `RetrieveConfig` by name. None of any says nothing: it is as the engine was opened.
 
-        return with_history(search, question, options.get("history", ()), config.top_k, config.neighbours)
+        Raises:
+            ConfigError: the question is empty, or a setting breaks its rule.
+            StoreMismatch: the embedder's vectors are not of the store's length.
+        """
+        return self._recall.search(self._request(question, options, "retrieve"))
 
     def doubt(self, hits: Sequence[Hit], floor: float | None = None) -> str | None:
         """Why no document seems to answer the question that hits were retrieved for: the warning of an answer.
@@ -347,28 +346,30 @@ class Engine:
         Returns:
             None where the best score is not below the floor, or there is no floor.
         """
-        return doubt(hits, floor_of(with_options(self.retrieval, {"floor": floor}), self.manifest.embedder_fingerprint))
+        return doubt(hits, floor_of(self.retrieval.but({"floor": floor}), self.manifest.embedder_fingerprint))
 
-    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+    def ask(self, question: str | AskRequest, **options: Any) -> Answer:
         """Answer a question from the store.
 
         Args:
-            question: text, not empty.
-            options: see `AskOptions`.
+            question: text, or a request.
+            options: the fields of `AskRequest` by name, and the settings of `RetrieveConfig`, `PrefixConfig` and
+                `GenerateConfig` by theirs. None of any says nothing: it is as the engine was opened, or its default.
 
         Raises:
             PromptTooLong: question, segments and answer do not fit the decoder's window; gives the numbers.
             SegmentUnavailable: every segment that was found is damaged, or no hit that was given is there any more.
             NotInStore: there is no such document to read whole.
             AdapterError: there is no such adapter, or it was made for something else.
-            ConfigError: the question is empty, a setting breaks its rule, or the hits are another tenant's.
+            ConfigError: the question is empty, a setting breaks its rule, the hits are another tenant's, or filters
+                are given where nothing is searched.
         """
         with self.stream(question, **options) as stream:
             for _ in stream:
                 pass
             return stream.answer
 
-    def stream(self, question: str, **options: Unpack[AskOptions]) -> AnswerStream:
+    def stream(self, question: str | AskRequest, **options: Any) -> AnswerStream:
         """Like `ask`, text by text: iterate over what comes back, then take its ``answer``.
 
         Segments are found and placed, and everything that can be refused is refused, before this returns. Where no
@@ -376,12 +377,12 @@ class Engine:
         """
         from lloco_engine.usage import usage_of
 
-        wanted = self._wanted(question, options)
-        found = self._find(wanted)
-        beside = options.get("context", "") or options.get("verbatim", False)
-        if wanted.config.when_nothing == "refuse" and not beside and (found.nothing or not found.hits):
+        request = self._request(question, options)
+        found = self._find(request)
+        refuses = request.retrieve.when_nothing == "refuse" and not (request.context or request.verbatim)
+        if refuses and (found.nothing or not found.hits):
             return _refusal(found)
-        prepared = self._prepared(wanted, found, options)
+        prepared = self._prepared(request, found)
         memory, adapter = prepared.memory, prepared.adapter
         began = time.perf_counter()
         generation, pieces = self.decoder.stream(prepared.prompt, prepared.generate, adapter)
@@ -401,16 +402,16 @@ class Engine:
 
         return AnswerStream(pieces, memory.hits, finish)
 
-    def prepare(self, question: str, **options: Unpack[AskOptions]) -> Prepared:
+    def prepare(self, question: str | AskRequest, **options: Any) -> Prepared:
         """What `ask` would give to the decoder, which is not asked: hits, placed segments, prompt, adapter.
 
         For those who do with it what `ask` does not, such as several questions together; arguments and errors are
         those of `ask`. ``when_nothing`` has no say in it.
         """
-        wanted = self._wanted(question, options)
-        return self._prepared(wanted, self._find(wanted), options)
+        request = self._request(question, options)
+        return self._prepared(request, self._find(request))
 
-    def score(self, question: str, answers: Sequence[str], **options: Unpack[AskOptions]) -> list[tuple[float, int]]:
+    def score(self, question: str | AskRequest, answers: Sequence[str], **options: Any) -> list[tuple[float, int]]:
         """How likely the decoder thinks answers to a question, over what `ask` would read for it.
 
         Args:
@@ -424,43 +425,38 @@ class Engine:
         asked = self.prepare(question, **options)
         return self.decoder.answer_losses([asked.prompt] * len(answers), answers, asked.adapter)
 
-    def _find(self, wanted: Wanted) -> Found:
-        if wanted.hits is None:
+    def _find(self, request: AskRequest) -> Found:
+        if request.hits is None:
             _ = self.embedder.dim  # loads it: no cost of one question
-        return self._recall.find(wanted, self.retrieve)
+        return self._recall.find(request)
 
-    def _prepared(self, wanted: Wanted, found: Found, options: AskOptions) -> Prepared:
+    def _prepared(self, request: AskRequest, found: Found) -> Prepared:
         from lloco_engine.decoder.local import Prompt
 
         decoder = self.decoder
-        asked_adapter = options.get("adapter", "auto")
-        self.adapters.check(asked_adapter, wanted.tenant)
+        self.adapters.check(request.adapter, request.tenant)
         began = time.perf_counter()
-        generate = options.get("generate") or GenerateConfig()
         text = Prompt(
-            wanted.question,
-            context=options.get("context") or None,
-            history=tuple(wanted.history),
-            verbatim=options.get("verbatim", False),
+            request.question,
+            context=request.context or None,
+            history=tuple(request.history),
+            verbatim=request.verbatim,
         )
-        room = len(decoder.prompt_ids(text)) + generate.max_new_tokens
-        memory = self._recall.place(found, decoder, options.get("prefix") or self.prefix, room)
+        room = len(decoder.prompt_ids(text)) + request.generate.max_new_tokens
+        memory = self._recall.place(found, decoder, request.prefix, room)
         prompt = replace(text, prefix=memory.prefix, draft=best_windows(memory.hits))
-        adapter = self.adapters.choose(asked_adapter, memory.hits, wanted.tenant)
+        adapter = self.adapters.choose(request.adapter, memory.hits, request.tenant)
         spent = found.seconds + time.perf_counter() - began
-        return Prepared(prompt, generate, adapter, memory, found.seconds, spent)
+        return Prepared(prompt, request.generate, adapter, memory, found.seconds, spent)
 
-    def _wanted(self, question: str, options: AskOptions) -> Wanted:
-        """What is to be read for a question, once it is known that it may be asked."""
-        _check("ask", question, options, AskOptions)
-        if not question.strip():
-            raise ConfigError(f"a question must not be empty, not {question!r}")
+    def _request(self, question: str | AskRequest, options: Mapping[str, Any], call: str = "ask") -> AskRequest:
+        """What is asked: as the engine was opened, but for what is given."""
         self._lock.check()
-        names = ("hits", "whole_document", "filters", "tenant", "history")
-        given: dict[str, Any] = {name: options[name] for name in names if name in options}  # type: ignore[literal-required]
-        return Wanted(question, with_options(self.retrieval, options), **given)
+        if isinstance(question, AskRequest):
+            return question.but(options, call)
+        return AskRequest(question, self.retrieval, self.prefix).but(options, call)
 
-    def compare(self, question: str, **options: Unpack[AskOptions]) -> dict[str, Answer]:
+    def compare(self, question: str | AskRequest, **options: Any) -> dict[str, Answer]:
         """The answer of `ask` beside those of the same decoder reading raw text; see `lloco_engine.baselines`.
 
         All three answer with the same adapter and settings, hints among them.
@@ -471,16 +467,17 @@ class Engine:
         """
         from lloco_engine import baselines
 
-        ours = self.ask(question, **options)
+        request = self._request(question, options)
+        ours = self.ask(request)
         documents = dict.fromkeys((hit.doc_id, hit.tenant) for hit in ours.hits)
         texts = [self.store.document_text(doc_id, tenant) for doc_id, tenant in documents]
-        generate, adapter = options.get("generate"), ours.adapter
-        by_text = baselines.text_retrieval(self.decoder, ours.hits, question, generate, adapter=adapter)
+        asked = request.question, request.generate
+        by_text = baselines.text_retrieval(self.decoder, ours.hits, *asked, adapter=ours.adapter)
         found_s = ours.usage.retrieve_s
         usage = replace(by_text.usage, retrieve_s=found_s, ttft_s=by_text.usage.ttft_s + found_s)
         return {
             "lloco": ours,
-            "in_context": baselines.in_context(self.decoder, texts, question, generate, adapter=adapter),
+            "in_context": baselines.in_context(self.decoder, texts, *asked, adapter=ours.adapter),
             "text_retrieval": replace(by_text, usage=usage),
         }
 
@@ -513,40 +510,28 @@ class Engine:
             cancelled.set()
             raise
 
-    async def aretrieve(self, question: str, **options: Unpack[SearchOptions]) -> list[Hit]:
+    async def aretrieve(self, question: str | AskRequest, **options: Any) -> list[Hit]:
         """`retrieve` in a thread."""
         return await asyncio.to_thread(lambda: self.retrieve(question, **options))
 
-    async def aask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
+    async def aask(self, question: str | AskRequest, **options: Any) -> Answer:
         """`ask` in a thread, which stops at its next piece of text when the task is cancelled."""
         async with self.astream(question, **options) as stream:
             async for _ in stream:
                 pass
             return stream.answer
 
-    def astream(self, question: str, **options: Unpack[AskOptions]) -> AsyncAnswerStream:
+    def astream(self, question: str | AskRequest, **options: Any) -> AsyncAnswerStream:
         """`stream` for asyncio: ``async for piece in engine.astream(...)``."""
         return AsyncAnswerStream(lambda: self.stream(question, **options))
 
-    async def acompare(self, question: str, **options: Unpack[AskOptions]) -> dict[str, Answer]:
+    async def acompare(self, question: str | AskRequest, **options: Any) -> dict[str, Answer]:
         """`compare` in a thread."""
         return await asyncio.to_thread(lambda: self.compare(question, **options))
 
     async def adelete(self, doc_id: str, tenant: str = "") -> None:
         """`delete` in a thread."""
         await asyncio.to_thread(self.delete, doc_id, tenant)
-
-
-def _check(call: str, question: str, options: Mapping[str, Any], known: type) -> None:
-    """What Python itself does where arguments are named one by one; and that every text is one."""
-    if unknown := sorted(set(options) - set(known.__annotations__)):
-        raise TypeError(
-            f"{call}() got an unexpected keyword argument {unknown[0]!r}; it takes {sorted(known.__annotations__)}"
-        )
-    parse_filter(options.get("filters"))
-    texts = ("tenant", "whole_document", "context", "adapter")
-    require_unicode(question=question, **{name: options.get(name) for name in texts})
-    require_unicode(history=[turn.text for turn in options.get("history") or ()])
 
 
 def _refusal(found: Found) -> AnswerStream:

@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.errors import ConfigError, SegmentUnavailable
-from lloco_engine.filters import Filters
 from lloco_engine.prefix import assemble
 from lloco_engine.relevance import doubt, floor_of
-from lloco_engine.retrieve import SearchOptions, with_history
+from lloco_engine.request import AskRequest
+from lloco_engine.retrieve import Retriever, with_history
 from lloco_engine.store import Store
-from lloco_engine.types import AnySegment, Hit, Prefix, Turn
+from lloco_engine.types import AnySegment, Hit, Prefix
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder, Prompt
     from lloco_engine.opening import Setup
 
-__all__ = ["AskOptions", "Found", "Prepared", "Recall", "Recalled", "Wanted"]
+__all__ = ["Found", "Prepared", "Recall", "Recalled"]
 
 _NO_HIT = "no segment matched the question"
-
-
-class AskOptions(SearchOptions, total=False):
-    """What every way of asking takes besides the question and what a search takes.
-
-    hits: segments to read, best first, from `Engine.retrieve`; None (the default) searches for them. They are looked
-        up again: of a hit only where it points to is believed, and one that is not there any more is left out.
-    whole_document: id of a document to read all of, instead of a search; or several, to be read together.
-    adapter: "auto" (the default, and None) takes that of the hits' group, as `lloco_engine.adapters.routing` says;
-        "none" answers with the base weights; else a group, or the name of a loaded adapter.
-    generate: how tokens are chosen.
-    prefix: placement and budget of the segments; None takes the engine's own.
-    context: raw text to read after the segments, "" by default.
-    verbatim: the question brings its own instructions, so the engine writes none before it; False by default.
-
-    The segments stand before ``history``, the earlier turns.
-    """
-
-    hits: Sequence[Hit] | None
-    whole_document: str | Sequence[str] | None
-    adapter: str | None
-    generate: GenerateConfig | None
-    prefix: PrefixConfig | None
-    context: str
-    verbatim: bool
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be read for a question: given hits, whole documents, or what a search finds."""
-
-    question: str
-    config: RetrieveConfig
-    hits: Sequence[Hit] | None = None
-    whole_document: str | Sequence[str] | None = None
-    filters: Filters | None = None
-    tenant: str = ""
-    history: Sequence[Turn] = ()
 
 
 @dataclass(frozen=True)
@@ -122,13 +84,23 @@ class Recall:
 
     def __init__(self, store: Store, setup: Setup) -> None:
         self._store, self._setup = store, setup
+        self._retriever = Retriever(store, setup.embedder)
 
-    def find(self, wanted: Wanted, search: Callable[..., list[Hit]]) -> Found:
-        """The hits for a question, each segment once.
+    def search(self, request: AskRequest) -> list[Hit]:
+        """What a search for a request's question finds, in its conversation.
 
-        Args:
-            wanted: what is asked, and of what.
-            search: `Engine.retrieve`, for when no hits are given.
+        Raises:
+            StoreMismatch: the embedder's vectors are not of the store's length.
+        """
+        config = request.retrieve
+
+        def search(text: str) -> list[Hit]:
+            return self._retriever.retrieve(text, config, request.filters, request.tenant)
+
+        return with_history(search, request.question, request.history, config.top_k, config.neighbours)
+
+    def find(self, request: AskRequest) -> Found:
+        """The hits for a question, each segment once: those that were given, a document's, or what a search finds.
 
         Raises:
             NotInStore: there is no such document to read whole.
@@ -138,15 +110,13 @@ class Recall:
         began = time.perf_counter()
         warnings: list[str] = []
         nothing = None
-        if wanted.hits is not None:
-            hits = self._given(wanted.hits, wanted.tenant, warnings)
-            nothing = doubt(hits, self._floor(wanted.config))
-        elif wanted.whole_document is not None:
-            ids = wanted.whole_document
-            hits = self._whole(wanted.question, [ids] if isinstance(ids, str) else ids, wanted.tenant, search)
+        if request.whole_document is not None:
+            ids = request.whole_document
+            hits = self._whole(request, [ids] if isinstance(ids, str) else ids)
         else:
-            hits = self._searched(wanted, search)
-            nothing = doubt(hits, self._floor(wanted.config)) if hits else _NO_HIT
+            given = request.hits is not None
+            hits = self.search(request) if request.hits is None else self._given(request, request.hits, warnings)
+            nothing = doubt(hits, self._floor(request.retrieve)) if hits or given else _NO_HIT
         once: dict[str, Hit] = {}
         for hit in hits:
             first = once.setdefault(hit.segment_id, hit)
@@ -157,12 +127,15 @@ class Recall:
     def _floor(self, config: RetrieveConfig) -> float:
         return floor_of(config, self._store.manifest.embedder_fingerprint)
 
-    def _given(self, hits: Sequence[Hit], tenant: str, warnings: list[str]) -> list[Hit]:
+    def _given(self, request: AskRequest, hits: Sequence[Hit], warnings: list[str]) -> list[Hit]:
+        tenant, least = request.tenant, request.retrieve.min_score
         if strangers := [hit for hit in hits if hit.tenant != tenant]:
             raise ConfigError(
                 f"hits must be of the tenant that asks, {tenant!r}, and one is of {strangers[0].tenant!r}"
             )
-        return self._still_there(hits, warnings)
+        if low := [hit for hit in hits if hit.windows and hit.score < least]:  # a neighbour has no score of its own
+            warnings.append(f"{len(low)} of {len(hits)} segments scored below min_score ({least}) and were not read")
+        return self._still_there([hit for hit in hits if hit not in low], warnings)
 
     def _still_there(self, hits: Sequence[Hit], warnings: list[str]) -> list[Hit]:
         """The hits as the store has them now, with a warning about those that it has no more."""
@@ -175,15 +148,6 @@ class Recall:
                 raise SegmentUnavailable(warning)
             warnings.append(warning)
         return [hit for hit in now if hit is not None]
-
-    def _searched(self, wanted: Wanted, search: Callable[..., list[Hit]]) -> list[Hit]:
-        config = wanted.config
-        options = {field.name: getattr(config, field.name) for field in fields(config)}
-
-        def search_for(text: str) -> list[Hit]:
-            return search(text, filters=wanted.filters, tenant=wanted.tenant, **options)
-
-        return with_history(search_for, wanted.question, wanted.history, config.top_k, config.neighbours)
 
     def place(self, found: Found, decoder: LocalDecoder, config: PrefixConfig, room: int) -> Recalled:
         """Read the segments of what was found, and place them.
@@ -228,13 +192,15 @@ class Recall:
         used = tuple(read[number].hit for number in sorted(assembly.kept))
         return Recalled(used, assembly.prefix, time.perf_counter() - began, tuple(warnings))
 
-    def _whole(self, question: str, doc_ids: Sequence[str], tenant: str, search: Callable[..., list[Hit]]) -> list[Hit]:
+    def _whole(self, request: AskRequest, doc_ids: Sequence[str]) -> list[Hit]:
         """Every segment of documents, in order, with what search thinks of it: 0 where it has no window to find."""
-        hits = [hit for doc_id in dict.fromkeys(doc_ids) for hit in self._store.chunks(doc_id, tenant)]
+        hits = [hit for doc_id in dict.fromkeys(doc_ids) for hit in self._store.chunks(doc_id, request.tenant)]
         if len(hits) < 2:
             return hits
-        options = {"neighbours": 0, "min_score": -1.0}
-        found = search(question, top_k=len(hits), filters={"doc_id": tuple(doc_ids)}, tenant=tenant, **options)
+        config = replace(request.retrieve, top_k=len(hits), neighbours=0, min_score=-1.0)
+        of_these = {"doc_id": tuple(doc_ids)}
+        # what the question itself finds, whatever was said before
+        found = self.search(replace(request, retrieve=config, whole_document=None, filters=of_these, history=()))
         of = {hit.segment_id: hit for hit in found}
         return [
             replace(hit, score=of[hit.segment_id].score, windows=of[hit.segment_id].windows)

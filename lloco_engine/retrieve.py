@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from lloco_engine.config import RetrieveConfig
 from lloco_engine.errors import ConfigError
@@ -16,39 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Encoder", "Retriever", "SearchOptions", "best_windows", "searched_for", "with_history", "with_options"]
+__all__ = ["Encoder", "Retriever", "best_windows", "searched_for", "with_history"]
 
 _WINDOWS = 4  # search windows whose text an answer may repeat
-
-
-class SearchOptions(TypedDict, total=False):
-    """What every search takes besides the question. None of a setting is the engine's own (`Engine.open`).
-
-    top_k, neighbours, min_score, lexical, floor, when_nothing: as in `RetrieveConfig`.
-    filters: which documents may be found, as `lloco_engine.filters` says.
-    tenant: whose documents, "" by default.
-    history: earlier turns of the conversation, oldest first: what the user said last counts in the search.
-    """
-
-    top_k: int | None
-    neighbours: int | None
-    min_score: float | None
-    lexical: float | None
-    floor: float | None
-    when_nothing: Literal["answer", "refuse"] | None
-    filters: Filters | None
-    tenant: str
-    history: Sequence[Turn]
-
-
-def with_options(config: RetrieveConfig, options: Mapping[str, Any]) -> RetrieveConfig:
-    """The settings, with those that a call gives in place of theirs.
-
-    Raises:
-        ConfigError: a value breaks its rule.
-    """
-    names = (field.name for field in fields(RetrieveConfig))
-    return replace(config, **{name: options[name] for name in names if options.get(name) is not None})
 
 
 class Encoder(Protocol):

@@ -21,20 +21,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from lloco_engine import (
     Answer,
     AnswerStream,
-    AskOptions,
     AsyncAnswerStream,
     Engine,
-    GenerateConfig,
     Hit,
-    PrefixConfig,
     SegmentUnavailable,
     StoreLocked,
     Turn,
@@ -116,8 +113,6 @@ class Asker:
             as raw, ``"error"`` refuses.
         frames: templates to take apart, besides those of system prompts.
         system: system prompts to leave out or take apart.
-        prefix: placement and budget of the segments; None takes the engine's own.
-        floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own.
         retries: how often to try again where another process holds the store.
     """
 
@@ -129,9 +124,6 @@ class Asker:
         on_missing: OnMissing = "raw",
         frames: Sequence[Frame] = (),
         system: Sequence[Frame] = (),
-        prefix: PrefixConfig | None = None,
-        floor: float | None = None,
-        when_nothing: Literal["answer", "refuse"] | None = None,
         retries: int = 2,
     ) -> None:
         self.engine = engine
@@ -139,9 +131,6 @@ class Asker:
         self.on_missing = on_missing
         self._frames = tuple(frames)
         self._system = tuple(system)
-        self._prefix = prefix
-        self._floor = floor
-        self._when_nothing = when_nothing
         self._retries = retries
 
     def read(self, messages: Sequence[Message], tenant: str = "") -> Ask:
@@ -214,35 +203,26 @@ class Asker:
             )
         return neutralise(hit.text.strip())  # a signed handle has none
 
-    def options(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> AskOptions:
-        """What `Engine.ask` takes for an ask, besides its question."""
-        return AskOptions(
-            hits=ask.hits,
-            tenant=ask.tenant,
-            adapter=adapter,
-            generate=generate,
-            prefix=self._prefix,
-            context=ask.context,
-            history=ask.history,
-            verbatim=ask.verbatim,
-            floor=self._floor,
-            when_nothing=self._when_nothing,
-        )
-
-    def start(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> AnswerStream:
+    def start(self, ask: Ask, **settings: Any) -> AnswerStream:
         """Begin to answer. Damaged segments follow ``on_missing``.
+
+        Args:
+            ask: from `read`.
+            settings: of `Engine.ask`: adapter, generate, prefix and single settings.
 
         Raises:
             SegmentUnavailable: a segment is damaged, and ``on_missing`` is ``"error"``.
             LLoCOError: as `Engine.stream`.
         """
-        return self._retrying(lambda: self._start(ask, generate, adapter))
+        return self._retrying(lambda: self._start(ask, settings))
 
-    def _start(self, ask: Ask, generate: GenerateConfig | None, adapter: str | None) -> AnswerStream:
+    def _start(self, ask: Ask, settings: Mapping[str, Any]) -> AnswerStream:
         damaged = self.engine.unusable(ask.hits)
         if damaged:
             ask = self._mend(ask, damaged)
-        return self.engine.stream(ask.question, **self.options(ask, generate, adapter)).note(ask.warnings)
+        names = ("hits", "tenant", "context", "history", "verbatim")
+        asked = {name: getattr(ask, name) for name in names}
+        return self.engine.stream(ask.question, **asked, **settings).note(ask.warnings)
 
     def _mend(self, ask: Ask, damaged: Sequence[Hit]) -> Ask:
         if self.on_missing == "error":
@@ -269,13 +249,13 @@ class Asker:
             warnings=(*ask.warnings, warning),
         )
 
-    def reply(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> Reply:
-        """Begin to answer, as pieces of text in which nothing reads as a handle."""
-        return Reply(self.start(ask, generate, adapter))
+    def reply(self, ask: Ask, **settings: Any) -> Reply:
+        """Begin to answer as `start` does, as pieces of text in which nothing reads as a handle."""
+        return Reply(self.start(ask, **settings))
 
-    def areply(self, ask: Ask, generate: GenerateConfig | None = None, adapter: str | None = None) -> AsyncReply:
+    def areply(self, ask: Ask, **settings: Any) -> AsyncReply:
         """`reply` for asyncio, in a thread that starts when the first piece is asked for."""
-        return AsyncReply(AsyncAnswerStream(lambda: self.start(ask, generate, adapter)))
+        return AsyncReply(AsyncAnswerStream(lambda: self.start(ask, **settings)))
 
 
 class Reply:

@@ -52,24 +52,24 @@ class Adapters:
         self._lock = threading.Lock()
         self._ships: bool | None = None  # whether the shipped adapter is for this decoder
 
-    def check(self, wanted: str | None, tenant: str = "") -> None:
+    def check(self, wanted: str, tenant: str = "") -> None:
         """Refuse, before anything is read, an adapter that a tenant does not have."""
         loaded = [name for name in self._decoder().adapters if name not in self._of_store]
-        if wanted in (None, "auto", "none", DEFAULT, *loaded):
+        if wanted in ("auto", "none", DEFAULT, *loaded):
             return
-        if wanted is None or self.registry.current(wanted, tenant) is None:
+        if self.registry.current(wanted, tenant) is None:
             known = dict.fromkeys(["none", *self.registry.groups(tenant), *loaded])
             raise AdapterError(
                 f"an adapter is 'auto', 'none', a group with an adapter in the store, or one that was loaded, and "
                 f"{wanted!r} is none of them; there is {', '.join(known)}"
             )
 
-    def choose(self, wanted: str | None, hits: Sequence[Hit], tenant: str = "") -> str | None:
+    def choose(self, wanted: str, hits: Sequence[Hit], tenant: str = "") -> str | None:
         """The adapter to answer with, loaded; None for the base weights.
 
         Args:
-            wanted: a group, the name of a loaded adapter, ``"default"`` or ``"none"``; ``"auto"`` and None leave it to
-                the hits: their `group_of`, else the tenant's ``default``, else the shipped one if it fits.
+            wanted: a group, the name of a loaded adapter, ``"default"`` or ``"none"``; ``"auto"`` leaves it to the
+                hits: their `group_of`, else the tenant's ``default``, else the shipped one if it fits.
             hits: what is read.
             tenant: who asks; only adapters of its own answer, besides those that the caller loaded.
 
@@ -79,12 +79,11 @@ class Adapters:
         if wanted == "none":
             return None
         with self._lock:
-            if wanted in (None, "auto"):
+            if wanted == "auto":
                 for group in dict.fromkeys((group_of(hits), DEFAULT)):
                     if (found := self._stored(group, tenant)) is not None:
                         return found
                 return self._shipped()
-            assert wanted is not None
             return self._stored(wanted, tenant) or load_named(self._decoder(), wanted, self._memory)
 
     def _stored(self, group: str, tenant: str) -> str | None:

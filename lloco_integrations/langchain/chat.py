@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from lloco_engine import Answer
+from lloco_engine import Answer, Engine
 from lloco_integrations.asking import usage_dict
 from lloco_integrations.langchain.messages import plain, text_of
 from lloco_integrations.langchain.model import LLoCOModel, Read
@@ -41,6 +41,10 @@ class ChatLLoCO(LLoCOModel, BaseChatModel):
     ``usage_metadata`` counts what was read as text tokens and slots together; ``cache_read`` is the part of it that
     had been computed before: slots and template. ``response_metadata["lloco"]`` holds the sources, as character spans.
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, engine: Engine, **settings: Any) -> None: ...
 
     @property
     def _llm_type(self) -> str:

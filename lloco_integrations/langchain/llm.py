@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -13,7 +13,7 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from lloco_engine import Answer
+from lloco_engine import Answer, Engine
 from lloco_integrations.asking import Message, usage_dict
 from lloco_integrations.langchain.model import PER_CALL, LLoCOModel, Read
 
@@ -34,6 +34,10 @@ class LLoCOLLM(LLoCOModel, BaseLLM):
     A prompt's handles are taken out of it, and their segments are placed before it. What an answer cost and where it
     comes from is in its ``generation_info``, and the sum over a call in ``llm_output["token_usage"]``.
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, engine: Engine, **settings: Any) -> None: ...
 
     @property
     def _llm_type(self) -> str:

@@ -6,22 +6,22 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SecretStr, create_model, model_validator
 
-from lloco_engine import Answer, Engine, GenerateConfig, PrefixConfig
+from lloco_engine import Answer, Engine, PrefixConfig
 from lloco_integrations.asking import Ask, Asker, AsyncReply, Frame, Message, Reply
-from lloco_integrations.generating import SETTINGS, generate_config
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.frames import SYSTEM, USER, frames_of
 from lloco_integrations.sentinel import SENTINEL
+from lloco_integrations.settings import ANSWER, ask_options, pydantic_fields
 
 __all__ = ["PER_CALL", "LLoCOModel", "Read"]
 
-PER_CALL = tuple(sorted(("adapter", "timeout", *SETTINGS)))
+PER_CALL = tuple(sorted({"adapter", "timeout", *ANSWER} - {"stop"}))
 _PASSED_OVER = ("model", "stream", "stream_usage")  # read by LangChain, or checked apart
 
 
@@ -46,7 +46,17 @@ class Read:
         return f"Read({self.key()}, segments={self._segments()})"
 
 
-class LLoCOModel(BaseModel):
+if TYPE_CHECKING:
+
+    class _Settings(BaseModel):
+        temperature: float
+        max_tokens: int
+
+else:
+    _Settings = create_model("_Settings", **pydantic_fields(ANSWER))
+
+
+class LLoCOModel(_Settings):
     """Settings of a language model on an engine.
 
     Args:
@@ -59,26 +69,16 @@ class LLoCOModel(BaseModel):
             and adapters were made with; prompts of LangChain's documentation are known without. Any other prompt is
             kept word for word.
         prefix: placement and budget of the segments; None takes the engine's own.
-        adapter: name of a LoRA adapter that the engine has loaded.
-        temperature: 0 is greedy.
-        max_tokens: of the answer.
-        reasoning_tokens: that a decoder that thinks aloud may take for it besides; 0: it does not think.
-        min_tokens: before which no answer ends by itself.
-        no_repeat_ngram: tokens of which no run comes twice in an answer, which keeps a small decoder's summaries from
-            going round in circles; 0: it may.
-        beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
-        top_p: share of the probability that tokens are drawn from.
-        seed: of the sampling.
+        adapter: as in `AskRequest`: a LoRA adapter's name, ``"auto"`` or ``"none"``.
         stop: texts that end the answer; they are left out of it.
         timeout: seconds after which an answer is given up; `TimeoutError`.
-        hints: those that are on, of ``"spelling"`` and ``"pointing"``: words of the sources, and those that are asked
-            for, are made likelier.
-        spelling, pointing: by how much, in nats; None is a hint's own weight.
-        floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own. With ``"refuse"`` a prompt whose
-            documents do not seem to answer it gets "No document answers this.", without asking the decoder.
         max_retries: how often to try again where another process holds the store.
         api_key: taken, and needed by nobody: the model runs here.
         streaming: whether ``invoke`` sends pieces to callbacks too.
+        settings: those of `GenerateConfig`, by their names but for ``max_tokens`` and ``min_tokens``; and those of
+            `PrefixConfig` and `RetrieveConfig` that an answer has, of which None takes the engine's own. With
+            ``when_nothing="refuse"`` a prompt whose documents do not seem to answer it gets "No document answers
+            this.", without asking the decoder.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -91,21 +91,8 @@ class LLoCOModel(BaseModel):
         default=None, exclude=True, repr=False
     )
     prefix: PrefixConfig | None = Field(default=None, exclude=True, repr=False)
-    adapter: str | None = None
-    temperature: float = 0.0
-    max_tokens: int = 128
-    reasoning_tokens: int = GenerateConfig.reasoning_tokens
-    min_tokens: int = 0
-    no_repeat_ngram: int = 0
-    beams: int = 1
-    top_p: float = 1.0
-    seed: int | None = None
-    hints: tuple[str, ...] | str = ()
-    spelling: float | None = None
-    pointing: float | None = None
+    adapter: str = "auto"
     stop: list[str] | None = None
-    floor: float | None = None
-    when_nothing: Literal["answer", "refuse"] | None = None
     timeout: float | None = None
     max_retries: int = 2
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
@@ -115,7 +102,7 @@ class LLoCOModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        self._generate_config(None, {})
+        self._settings(None, {})
         self._frames = frames_of(self.prompt)
         return self
 
@@ -139,8 +126,7 @@ class LLoCOModel(BaseModel):
             "tenant": self.tenant,
             "prefix": (self.prefix or self.engine.prefix).to_json(),
             "on_missing": self.on_missing,
-            "floor": self.floor,
-            "when_nothing": self.when_nothing,
+            "retrieve": self.engine.retrieval.to_json(),
             **{name: getattr(self, name) for name in PER_CALL if name != "timeout"},
             "stops": self.stop,
         }
@@ -155,23 +141,24 @@ class LLoCOModel(BaseModel):
             on_missing=self.on_missing,
             frames=(*user, *USER),
             system=(*system, *SYSTEM),
-            prefix=self.prefix,
-            floor=self.floor,
-            when_nothing=self.when_nothing,
             retries=self.max_retries,
         )
 
     def _read(self, messages: Sequence[Message]) -> Read:
         return Read(self._asker().read(messages, self.tenant))
 
-    def _generate_config(self, stop: list[str] | None, options: dict[str, Any]) -> GenerateConfig:
-        """How tokens are chosen, a call's own options first.
+    def _settings(self, stop: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+        """What the engine is asked with, a call's own options first.
 
         Raises:
             ConfigError: a value breaks its rule.
         """
+
+        def wanted(name: str) -> Any:
+            return options[name] if name in options else getattr(self, name)
+
         own = self.stop or () if stop is None else stop
-        return generate_config(lambda name: options[name] if name in options else getattr(self, name), own)
+        return {"adapter": wanted("adapter"), "prefix": self.prefix, **ask_options(wanted, own)}
 
     def _check_options(self, options: dict[str, Any]) -> None:
         if unknown := sorted(set(options) - {*PER_CALL, *_PASSED_OVER}):
@@ -186,13 +173,11 @@ class LLoCOModel(BaseModel):
 
     def _reply(self, read: Read, stop: list[str] | None, options: dict[str, Any]) -> Reply:
         self._check_options(options)
-        generate, adapter = self._generate_config(stop, options), options.get("adapter", self.adapter)
-        return self._asker().reply(read.ask, generate, adapter)
+        return self._asker().reply(read.ask, **self._settings(stop, options))
 
     def _areply(self, read: Read, stop: list[str] | None, options: dict[str, Any]) -> AsyncReply:
         self._check_options(options)
-        generate, adapter = self._generate_config(stop, options), options.get("adapter", self.adapter)
-        return self._asker().areply(read.ask, generate, adapter)
+        return self._asker().areply(read.ask, **self._settings(stop, options))
 
     def _pieces(self, reply: Reply, options: dict[str, Any]) -> Iterator[str]:
         """The text of a reply until its time is up; the reply is closed either way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -18,26 +18,33 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     ThinkingBlock,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, create_model
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 
-from lloco_engine import Answer, ConfigError, Engine, GenerateConfig, PrefixConfig, without_thoughts
+from lloco_engine import Answer, ConfigError, Engine, PrefixConfig, without_thoughts
 from lloco_integrations.asking import Ask, Asker, Message, usage_dict
 from lloco_integrations.chunks import check_on_missing
-from lloco_integrations.generating import SETTINGS, generate_config
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.frames import frames_of, question_frames, system_frames
 from lloco_integrations.llama_index.prompt_helper import LLoCOPromptHelper, TokenCounter
+from lloco_integrations.settings import ANSWER, ask_options, pydantic_fields
 
 __all__ = ["LLoCOLLM"]
 
-# what a call may set
-_SETTINGS = (*SETTINGS, "stop")
+if TYPE_CHECKING:
+
+    class _Model(LLM):
+        max_tokens: int
+
+        def __init__(self, **settings: Any) -> None: ...
+
+else:
+    _Model = create_model("_Model", __base__=LLM, **pydantic_fields(ANSWER))
 
 
-class LLoCOLLM(LLM):
+class LLoCOLLM(_Model):
     """The engine's decoder as a chat model. Handles in a prompt are resolved before a call returns anything.
 
     LlamaIndex's default prompts are taken apart and only their question is asked, so an answer is the engine's own for
@@ -47,49 +54,28 @@ class LLoCOLLM(LLM):
     Args:
         engine: answers; shared by everything on one store.
         tenant: whose handles are resolved; see `for_scope`.
-        adapter: a group or the name of a loaded LoRA adapter; None takes that of what is read, ``"none"`` the base
-            weights.
-        max_tokens: longest answer.
-        reasoning_tokens: that a decoder that thinks aloud may take for it besides; 0: it does not think. Its thoughts
-            are a `ThinkingBlock` of a chat's message, ``additional_kwargs["reasoning_content"]`` of a completion.
-        min_tokens, no_repeat_ngram: tokens before which no answer ends by itself, and of which no run comes twice in
-            one (summaries of a small decoder need both); 0: as it likes.
-        beams: answers that are followed side by side, of which the likeliest is given, whole and at the end.
-        hints: those that are on, of ``"spelling"`` and ``"pointing"``: words of the sources, and those that are asked
-            for, are made likelier.
-        spelling, pointing: by how much, in nats; None is a hint's own weight.
-        floor, when_nothing: as in `RetrieveConfig`; None takes the engine's own. With ``"refuse"`` a prompt whose
-            chunks do not seem to answer it gets "No document answers this.", without asking the decoder.
-        temperature: 0 is greedy.
-        top_p: as in `GenerateConfig`.
-        stop: texts that end an answer.
-        seed: of sampling, or None.
+        adapter: as in `AskRequest`: a group or the name of a loaded LoRA adapter, ``"auto"`` or ``"none"``.
         context_window: tokens and slots that LlamaIndex packs into one prompt; None takes what the decoder's window
             leaves beside the template prefix and one segment.
         on_missing: what becomes of a retrieved segment that is damaged or gone: ``"raw"``, ``"compress"``, ``"error"``.
         handles: resolves them; by default what all classes on the engine share.
         prompts: your own question-answering prompts (with ``{context_str}`` and ``{query_str}``) to take apart as well.
         prefix: placement and budget of the segments; None takes the engine's own.
-        more: fields of `LLM`, ``system_prompt`` and ``callback_manager`` for instance.
+        settings: those of `GenerateConfig`, by their names but for ``max_tokens`` and ``min_tokens``, and those of
+            `PrefixConfig` and `RetrieveConfig` that an answer has, of which None takes the engine's own; a call may set
+            them too. With ``when_nothing="refuse"`` a prompt whose chunks do not seem to answer it gets "No document
+            answers this.", without asking the decoder. Also fields of `LLM`, ``system_prompt`` for instance.
+
+    What a decoder that thinks aloud thought is a `ThinkingBlock` of a chat's message, and
+    ``additional_kwargs["reasoning_content"]`` of a completion.
 
     Raises:
         ConfigError: a setting is outside its rule.
     """
 
     tenant: str = Field(default="", description="Whose documents are read.")
-    adapter: str | None = Field(default=None, description="Which LoRA adapter answers.")
-    max_tokens: int = Field(default=128, description="Longest answer.")
-    reasoning_tokens: int = Field(default=1024, description="For thoughts, besides; 0: no thinking aloud.")
-    min_tokens: int = Field(default=0, description="Shortest answer.")
-    no_repeat_ngram: int = Field(default=0, description="No run of so many tokens comes twice; 0: it may.")
-    beams: int = Field(default=1, description="Answers followed side by side; the likeliest is given.")
-    hints: tuple[str, ...] | str = Field(default=(), description="Those that are on: spelling, pointing.")
-    spelling: float | None = Field(default=None, description="Weight of the sources' words.")
-    pointing: float | None = Field(default=None, description="Weight of words that are asked for.")
-    temperature: float = Field(default=0.0, description="0 is greedy.")
-    top_p: float = Field(default=1.0, description="Nucleus of sampling.")
-    stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer.")
-    seed: int | None = Field(default=None, description="Of sampling.")
+    adapter: str = Field(default="auto", description="Which LoRA adapter answers.")
+    prefix: PrefixConfig | None = Field(default=None, exclude=True, description="Placement and budget of segments.")
     context_window: int = Field(description="Tokens and slots of one prompt.")
 
     _engine: Engine = PrivateAttr()
@@ -100,49 +86,19 @@ class LLoCOLLM(LLM):
         engine: Engine,
         *,
         tenant: str = "",
-        adapter: str | None = None,
-        max_tokens: int = 128,
-        reasoning_tokens: int = GenerateConfig.reasoning_tokens,
-        min_tokens: int = 0,
-        no_repeat_ngram: int = 0,
-        beams: int = 1,
-        hints: tuple[str, ...] | str = (),
-        spelling: float | None = None,
-        pointing: float | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
+        adapter: str = "auto",
         context_window: int | None = None,
         on_missing: str = "raw",
         handles: Handles | None = None,
         prompts: Iterable[BasePromptTemplate | str] = (),
         prefix: PrefixConfig | None = None,
-        floor: float | None = None,
-        when_nothing: Literal["answer", "refuse"] | None = None,
-        **more: Any,
+        **settings: Any,
     ) -> None:
         room = engine.text_room
         if context_window is not None and not 0 < context_window <= room:
             raise ConfigError(f"context_window must be between 1 and {room} with this decoder, not {context_window}")
-        more |= {
-            "tenant": tenant,
-            "adapter": adapter,
-            "max_tokens": max_tokens,
-            "reasoning_tokens": reasoning_tokens,
-            "min_tokens": min_tokens,
-            "no_repeat_ngram": no_repeat_ngram,
-            "beams": beams,
-            "hints": hints,
-            "spelling": spelling,
-            "pointing": pointing,
-            "temperature": temperature,
-            "top_p": top_p,
-            "stop": tuple(stop),
-            "seed": seed,
-            "context_window": context_window or room,
-        }
-        super().__init__(**more)
+        own = {"tenant": tenant, "adapter": adapter, "prefix": prefix, "context_window": context_window or room}
+        super().__init__(**settings, **own)
         self._engine = engine
         self._asker = Asker(
             engine,
@@ -150,11 +106,8 @@ class LLoCOLLM(LLM):
             on_missing=check_on_missing(on_missing),
             frames=[*frames_of(prompts), *question_frames()],
             system=system_frames(),
-            prefix=prefix,
-            floor=floor,
-            when_nothing=when_nothing,
         )
-        self._generate({})  # checks the settings
+        self._settings({})  # checks them
 
     @classmethod
     def class_name(cls) -> str:
@@ -196,17 +149,17 @@ class LLoCOLLM(LLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        ask, config = self._read(messages), self._generate(kwargs)
-        return _chat_response(self._asker.reply(ask, config, self.adapter).whole())
+        ask, settings = self._read(messages), self._settings(kwargs)
+        return _chat_response(self._asker.reply(ask, **settings).whole())
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        ask, config = self._read(prompt), self._generate(kwargs)
-        return _completion_response(self._asker.reply(ask, config, self.adapter).whole())
+        ask, settings = self._read(prompt), self._settings(kwargs)
+        return _completion_response(self._asker.reply(ask, **settings).whole())
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        reply = self._asker.reply(self._read(messages), self._generate(kwargs), self.adapter)
+        reply = self._asker.reply(self._read(messages), **self._settings(kwargs))
 
         def pieces() -> ChatResponseGen:
             text = ""
@@ -220,7 +173,7 @@ class LLoCOLLM(LLM):
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        reply = self._asker.reply(self._read(prompt), self._generate(kwargs), self.adapter)
+        reply = self._asker.reply(self._read(prompt), **self._settings(kwargs))
 
         def pieces() -> CompletionResponseGen:
             text = ""
@@ -234,21 +187,21 @@ class LLoCOLLM(LLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        config = self._generate(kwargs)
+        settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, messages)
-        return _chat_response(await self._asker.areply(ask, config, self.adapter).whole())
+        return _chat_response(await self._asker.areply(ask, **settings).whole())
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        config = self._generate(kwargs)
+        settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, prompt)
-        return _completion_response(await self._asker.areply(ask, config, self.adapter).whole())
+        return _completion_response(await self._asker.areply(ask, **settings).whole())
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        config = self._generate(kwargs)
+        settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, messages)
-        reply = self._asker.areply(ask, config, self.adapter)
+        reply = self._asker.areply(ask, **settings)
 
         async def pieces() -> ChatResponseAsyncGen:
             text = ""
@@ -262,9 +215,9 @@ class LLoCOLLM(LLM):
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        config = self._generate(kwargs)
+        settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, prompt)
-        reply = self._asker.areply(ask, config, self.adapter)
+        reply = self._asker.areply(ask, **settings)
 
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
@@ -280,11 +233,15 @@ class LLoCOLLM(LLM):
         messages = [Message("user", prompt)] if isinstance(prompt, str) else [_message(m) for m in prompt]
         return self._asker.read(messages, self.tenant)
 
-    def _generate(self, kwargs: dict[str, Any]) -> GenerateConfig:
-        if unknown := sorted(set(kwargs) - set(_SETTINGS)):
-            raise ConfigError(f"a call may set {', '.join(_SETTINGS)}, not {unknown[0]!r}")
-        wanted = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in _SETTINGS}
-        return generate_config(wanted.__getitem__, wanted["stop"])
+    def _settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the engine is asked with, a call's own first."""
+        if unknown := sorted(set(kwargs) - set(ANSWER)):
+            raise ConfigError(f"a call may set {', '.join(ANSWER)}, not {unknown[0]!r}")
+
+        def wanted(name: str) -> Any:
+            return kwargs[name] if kwargs.get(name) is not None else getattr(self, name)
+
+        return {"adapter": self.adapter, "prefix": self.prefix, **ask_options(wanted, wanted("stop"))}
 
 
 _ROLES = {

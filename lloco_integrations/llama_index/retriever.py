@@ -13,6 +13,7 @@ from lloco_engine import Engine, Filters, Hit, Turn
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.node import OF_THE_QUESTION, WARNING, LLoCONode
 from lloco_integrations.sentinel import neutralise
+from lloco_integrations.settings import SEARCH, check_search
 
 __all__ = ["LLoCORetriever"]
 
@@ -26,45 +27,31 @@ class LLoCORetriever(BaseRetriever):
 
     Args:
         engine: whose store is searched.
-        top_k: how many segments.
         filters: which documents may be found: LlamaIndex's ``MetadataFilters``, or a mapping; `lloco_engine.filters`.
-        neighbours: segments to add before and after each.
-        min_score, lexical, floor: as in `RetrieveConfig`; None takes the engine's own. Where the best score is below
-            the floor, the nodes' metadata, and so the response's, has a ``lloco_warning``.
         history: of the conversation: a follow-up is searched for with what the user said before. Leave it out where a
             chat engine condenses the question itself. See `with_history`.
         tenant: whose documents.
         handles: mints them; by default what all classes on the engine share.
-        more: as for `BaseRetriever`.
+        settings: those of `RetrieveConfig`, ``top_k`` for instance, of which None takes the engine's own. Where the
+            best score is below the floor, the nodes' metadata, and so the response's, has a ``lloco_warning``. Also
+            what `BaseRetriever` takes.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        top_k: int = 4,
         filters: Filters | None = None,
-        neighbours: int = 0,
-        min_score: float | None = None,
-        lexical: float | None = None,
-        floor: float | None = None,
         tenant: str = "",
         history: Sequence[Turn] = (),
         handles: Handles | None = None,
-        **more: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(**more)
+        search = {name: settings.pop(name, None) for name in SEARCH}
+        super().__init__(**settings)
+        check_search(search)
         self._engine = engine
-        self._options: dict[str, Any] = {
-            "top_k": top_k,
-            "filters": filters,
-            "neighbours": neighbours,
-            "min_score": min_score,
-            "lexical": lexical,
-            "floor": floor,
-            "tenant": tenant,
-            "history": tuple(history),
-        }
+        self._options: dict[str, Any] = search | {"filters": filters, "tenant": tenant, "history": tuple(history)}
         self._handles = Handles.of(engine) if handles is None else handles
 
     def for_scope(self, tenant: str) -> LLoCORetriever:

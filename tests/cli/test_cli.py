@@ -22,9 +22,10 @@ from lloco_engine.cli import app, factory
 from lloco_engine.cli.ingest import _progress
 from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
-from lloco_engine.config import GenerateConfig, PrefixConfig
+from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
 from lloco_engine.readers import read_paths
+from lloco_engine.request import AskRequest
 from lloco_engine.store import DocumentInfo, Problem, Store
 from lloco_engine.types import Answer, Document, Failure, Hit, IngestReport, Span, Turn, Usage
 
@@ -50,21 +51,25 @@ class EngineDouble:
     def __exit__(self, *_: object) -> None:
         self.closed += 1
 
+    def _asked(self, name: str, question: str, options: dict[str, Any]) -> None:
+        AskRequest(question).but(options)  # refuses what the engine does not take
+        self._note(name, question, options)
+
     def _note(self, name: str, subject: Any, options: dict[str, Any]) -> None:
         self.calls.append((name, subject, options))
         if self.error:
             raise self.error
 
     def ask(self, question: str, **options: Any) -> Answer:
-        self._note("ask", question, options)
+        self._asked("ask", question, options)
         return self.answer
 
     def stream(self, question: str, **options: Any) -> StreamDouble:
-        self._note("stream", question, options)
+        self._asked("stream", question, options)
         return StreamDouble(self.answer)
 
     def compare(self, question: str, **options: Any) -> dict[str, Answer]:
-        self._note("compare", question, options)
+        self._asked("compare", question, options)
         text = replace(self.answer, text="No idea.", hits=(), usage=replace(USAGE, prompt_slots=0, prompt_tokens=6000))
         return {"lloco": self.answer, "in_context": text, "text_retrieval": text}
 
@@ -281,16 +286,15 @@ def test_ask_passes_every_option_on(engine):
     }  # fmt: skip
     assert engine.calls == [
         ("stream", "q", {
-            "top_k": 2,
             "filters": {"$and": [{"year": {"$in": [2024, "2024"]}}, {"team": {"$in": ["pumps"]}}]},
-            "neighbours": 1, "whole_document": None,
+            "whole_document": None, "history": (),
+            "retrieve": RetrieveConfig(top_k=2, neighbours=1, min_score=0.3, floor=0.2, when_nothing="refuse"),
             "prefix": PrefixConfig(focus=3),
             "tenant": "acme", "adapter": "law",
             "generate": GenerateConfig(
                 max_new_tokens=9, min_new_tokens=2, temperature=0.7, top_p=0.9, stop=("\n",), seed=3, no_repeat_ngram=4,
                 hints=("spelling", "pointing"), spelling=0, pointing=1,
             ),
-            "min_score": 0.3, "floor": 0.2, "when_nothing": "refuse",
         }),
     ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import json
+import os
 import shutil
 import sqlite3
 import threading
@@ -35,7 +36,8 @@ from lloco_engine.errors import (
 from lloco_engine.prefix import assemble
 from lloco_engine.readers import jsonl, read, size_of_files
 from lloco_engine.readers.walk import open_file
-from lloco_engine.store import Store, files
+from lloco_engine.recall import Recall
+from lloco_engine.store import Store
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_engine.types import Prefix, Turn
 
@@ -271,7 +273,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(engine, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreFull):
         engine.ingest([Document("new", story("new"))])
     monkeypatch.undo()
@@ -609,7 +611,7 @@ async def test_async_does_not_block_the_loop(engine, monkeypatch):
         time.sleep(0.3)
         raise ConfigError("slow")
 
-    monkeypatch.setattr(Engine, "retrieve", slow)
+    monkeypatch.setattr(Recall, "search", slow)
     ticks = 0
 
     async def tick():

@@ -318,7 +318,7 @@ def test_a_known_template_gives_the_engines_own_answer(engine, handles, asker):
     hits = hits_of(engine, "pump", "crane")
     ask = asker.read([Message("user", prompt("\n\n".join(handles.mint([hit]) for hit in hits)))], "red")
     assert (ask.question, ask.context, ask.verbatim) == ("Where is the pump?", "", False)
-    ours = asker.reply(ask, SHORT).whole()
+    ours = asker.reply(ask, generate=SHORT).whole()
     own = engine.ask("Where is the pump?", hits=hits, tenant="red", generate=SHORT)
     assert (ours.text, ours.token_ids, ours.usage.prompt_slots) == (own.text, own.token_ids, own.usage.prompt_slots)
     assert usage_dict(ours)["prompt_tokens"] > own.usage.prompt_slots > 0
@@ -329,7 +329,7 @@ def test_raw_chunks_beside_handles_become_context(engine, handles, asker):
     ask = asker.read([Message("user", text)], "red")
     assert ask.context == "The kettle is red.\n\nThe boat is blue." and len(ask.hits) == 1
     assert (
-        asker.reply(ask, SHORT).whole().text
+        asker.reply(ask, generate=SHORT).whole().text
         == engine.ask(ask.question, hits=ask.hits, context=ask.context, tenant="red", generate=SHORT).text
     )
 
@@ -353,7 +353,7 @@ def test_a_conversation_keeps_its_turns_and_its_old_handles_stay_inert(engine, h
     assert [hit.doc_id for hit in ask.hits] == ["pump.md"]
     assert (ask.question, ask.verbatim, ask.context) == ("And the pump?", False, "Speak like a pirate.")
     assert [turn.role for turn in ask.history] == ["user", "assistant"] and "LLC:" not in str(ask.history)
-    assert asker.reply(ask, SHORT).whole().usage.prompt_slots == ask.hits[0].slots
+    assert asker.reply(ask, generate=SHORT).whole().usage.prompt_slots == ask.hits[0].slots
 
 
 def test_a_tools_result_is_context_of_the_last_question_only(engine, handles, asker):
@@ -370,7 +370,7 @@ def test_a_tools_result_is_context_of_the_last_question_only(engine, handles, as
 def test_a_prompt_without_memory_is_asked_as_it_is(engine, asker):
     ask = asker.read([Message("user", "Say [[LLC:" + "b" * 32 + "]] hello.")], "red")
     assert (ask.question, ask.hits, ask.verbatim) == ("Say (LLC) hello.", (), True)
-    answer = asker.reply(ask, SHORT).whole()
+    answer = asker.reply(ask, generate=SHORT).whole()
     assert answer.usage.prompt_slots == 0 and "(1 unknown)" in answer.warnings[0]
 
 
@@ -397,9 +397,9 @@ def test_a_damaged_segment_follows_on_missing(own_engine, on_missing):
     ask = asker.read([Message("user", prompt(handles.mint(hits), "Where?"))], "red")
     if on_missing == "error":
         with pytest.raises(SegmentUnavailable, match="1 of 2 are missing or damaged"):
-            asker.reply(ask, SHORT)
+            asker.reply(ask, generate=SHORT)
         return
-    answer = asker.reply(ask, SHORT).whole()
+    answer = asker.reply(ask, generate=SHORT).whole()
     if on_missing == "compress":
         assert answer.text == whole.text and len(own_engine.documents("red")) == len(documents())
         assert own_engine.verify() == []
@@ -449,8 +449,8 @@ def test_a_models_own_text_never_reads_as_a_handle(engine, handles, asker, monke
 
 async def test_the_async_reply_is_the_sync_one(engine, handles, asker):
     ask = asker.read([Message("user", prompt(handles.mint(hits_of(engine, "pump"))))], "red")
-    reply = asker.areply(ask, SHORT)
+    reply = asker.areply(ask, generate=SHORT)
     pieces = [piece async for piece in reply]
-    assert "".join(pieces) == reply.answer.text == asker.reply(ask, SHORT).whole().text
+    assert "".join(pieces) == reply.answer.text == asker.reply(ask, generate=SHORT).whole().text
     threads = {thread.name for thread in threading.enumerate()}
-    assert (await asker.areply(ask, SHORT).whole()).text == reply.answer.text and threads is not None
+    assert (await asker.areply(ask, generate=SHORT).whole()).text == reply.answer.text and threads is not None

@@ -204,7 +204,7 @@ def test_options_of_a_call_and_of_the_model(engine, model):
         type(model)(engine=engine, temperature=-1)
     with pytest.raises(ValueError, match="not 'colour'"):
         model.invoke("Hi", colour="red")
-    made = model._generate_config(None, {"min_tokens": 3, "no_repeat_ngram": 2, "beams": 4})
+    made = model._settings(None, {"min_tokens": 3, "no_repeat_ngram": 2, "beams": 4})["generate"]
     found = (made.min_new_tokens, made.no_repeat_ngram, made.beams, made.max_new_tokens)
     assert found == (3, 2, 4, model.max_tokens)
     with pytest.raises(ConfigError, match="min_new_tokens must be from 0 to max_new_tokens"):

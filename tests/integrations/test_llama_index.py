@@ -97,7 +97,7 @@ def test_settings_of_a_call_win_and_unknown_ones_are_refused(engine):
     assert first == llm.complete("Hi", temperature=1.5, seed=1).text
     whole = llm.complete("Hi").text
     assert llm.complete("Hi", stop=whole[2]).text == whole[: whole.index(whole[2])]
-    made = LLoCOLLM(engine, max_tokens=6, no_repeat_ngram=2, beams=4)._generate({"min_tokens": 3})
+    made = LLoCOLLM(engine, max_tokens=6, no_repeat_ngram=2, beams=4)._settings({"min_tokens": 3})["generate"]
     assert (made.min_new_tokens, made.no_repeat_ngram, made.beams, made.max_new_tokens) == (3, 2, 4, 6)
     with pytest.raises(ConfigError, match=r"may set max_tokens.*not 'best_of'"):
         llm.complete("Hi", best_of=3)
