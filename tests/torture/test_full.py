@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_adapters import adapter
+from adapter_cases import adapter
 from test_kills import Expected, actual, steps_of
 from victim import open_engine, take
 
