@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import store_cases
@@ -23,10 +26,12 @@ from lloco_engine.cli.ingest import _progress
 from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
 from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
+from lloco_engine.engine import Engine
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
 from lloco_engine.readers import read_paths
 from lloco_engine.request import AskRequest
 from lloco_engine.store import DocumentInfo, Problem, Store
+from lloco_engine.store.writer import Writer
 from lloco_engine.types import Answer, Document, Failure, Hit, IngestReport, Span, Turn, Usage
 
 TEXT = "The crane in hall 3 fell in March.\nIt was repaired by Anna Vogt.\x1b[31m"
@@ -142,30 +147,44 @@ class StoreDouble:
     def chunks(self, doc_id: str, tenant: str = "") -> list[Hit]:
         return [HIT]
 
-    def writer(self) -> StoreDouble:
-        return self
+    def writer(self) -> Any:
+        return nullcontext(specced(Writer, self))
 
     def delete_document(self, doc_id: str, tenant: str = "") -> None:
         self.document(doc_id, tenant)
         del self.held[doc_id]
 
 
+def specced(kind: type, double: object) -> Any:
+    """What takes no more than a class does, and answers as its double; what the double lacks may not be called."""
+    made = create_autospec(kind, instance=True, spec_set=True)
+    for name, _ in inspect.getmembers(kind, callable):
+        if not name.startswith("_") or name in ("__enter__", "__exit__"):
+            answer = getattr(double, name, None)
+            unexpected = AssertionError(f"{kind.__name__}.{name} was called, and nothing is expected of it")
+            getattr(made, name).side_effect = answer if callable(answer) else unexpected
+    if hasattr(kind, "__enter__"):
+        made.__enter__.side_effect = lambda: made
+    return made
+
+
 @pytest.fixture
 def engine(monkeypatch) -> EngineDouble:
     double = EngineDouble()
 
-    def opened(store: Path, **options: Any) -> EngineDouble:
+    def opened(store: Path, **options: Any) -> Any:
         double.opened = {"store": store, **options}
-        return double
+        return specced(Engine, double)
 
-    monkeypatch.setattr(factory, "open_engine", opened)
+    monkeypatch.setattr(factory, "open_engine", create_autospec(factory.open_engine, side_effect=opened))
     return double
 
 
 @pytest.fixture
 def store(monkeypatch) -> StoreDouble:
     double = StoreDouble()
-    monkeypatch.setattr(factory, "open_store", lambda path: double)
+    opened = create_autospec(factory.open_store, side_effect=lambda store: specced(Store, double))
+    monkeypatch.setattr(factory, "open_store", opened)
     return double
 
 
