@@ -13,6 +13,7 @@ from lloco_engine.fingerprints import model_fingerprint
 from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device
 from lloco_engine.pretrained import read_embedder
 from lloco_engine.process import ProcessLock
+from lloco_engine.unicode import require_unicode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +95,7 @@ class Embedder:
     def _encode(self, method: str, texts: Sequence[str], batch_size: int) -> np.ndarray:
         import numpy as np
 
+        require_unicode(text=texts)
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
         with self._lock:

@@ -45,7 +45,7 @@ def copy_store(
         StoreCorrupt: the store is damaged; ``dest`` is not there.
         StoreFull: no room; ``dest`` is not there.
     """
-    layout, dest = Layout(source), Path(dest)
+    layout, dest = Layout(source), Layout(dest).root
     if not layout.manifest.exists() and not layout.catalogue.exists():
         raise StoreNotFound(f"there is no store at {source}")
     if os.path.lexists(dest) and (not dest.is_dir() or any(dest.iterdir())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,10 +38,20 @@ def segment_name(folder: str, segment_id: str) -> str:
 
 
 class Layout:
-    """Paths inside the folder of a store. No name comes from a document: segment ids are hex digits only."""
+    """Paths inside the folder of a store. No name comes from a document: segment ids are hex digits only.
+
+    Raises:
+        StoreError: the folder's name is none that the system can have.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        try:
+            sound = b"\0" not in os.fsencode(self.root)
+        except UnicodeEncodeError:
+            sound = False
+        if not sound:
+            raise StoreError(f"a store's folder must have a name without NUL and lone surrogates, not {root!a}")
         self.manifest = self.root / "manifest.json"
         self.catalogue = self.root / "catalogue.sqlite"
         self.segments = self.root / "segments"

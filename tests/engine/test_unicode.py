@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lloco_engine import ChunkConfig, Document, Engine, GenerateConfig, Turn
-from lloco_engine.errors import ConfigError
+from lloco_engine.errors import ConfigError, StoreError
 from lloco_engine.testing import HashingEmbedder
 from lloco_engine.unicode import require_unicode
 
@@ -52,6 +52,29 @@ CALLS = {
 def test_half_a_character_is_refused_in_words(call, engine):
     with pytest.raises(ConfigError, match=r"must be valid Unicode, and character 3 of 'caf.udce9' is a lone surrogate"):
         call(engine)
+
+
+WRONG = {
+    "question": lambda e: e.ask(5),
+    "tenant": lambda e: e.ask("Where?", tenant=3),
+    "context": lambda e: e.ask("Where?", context=b"x"),
+    "history": lambda e: e.ask("Where?", history=["What?"]),
+    "hits": lambda e: e.ask("Where?", hits=[None]),
+    "filter": lambda e: e.retrieve("Where?", filters="year>2020"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_argument_of_a_wrong_type_is_refused_by_name(name, engine):
+    with pytest.raises(ConfigError, match=rf"{name} must be (text|a sequence|a mapping).*, not "):
+        WRONG[name](engine)
+
+
+@pytest.mark.parametrize("name", ["a\ud800", "a\0b"])
+def test_a_store_has_a_name_that_the_system_can_have(name, engine, tmp_path):
+    for call in (lambda: Engine.open(tmp_path / name), lambda: engine.backup(tmp_path / name)):
+        with pytest.raises(StoreError, match="a store's folder must have a name"):
+            call()
 
 
 @pytest.mark.parametrize(
