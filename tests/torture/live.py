@@ -18,7 +18,7 @@ from victim import open_engine
 from lloco_engine import Document, Engine, GenerateConfig, LLoCOError
 from lloco_engine.decoder.local import LocalDecoder
 
-SHORT = GenerateConfig(max_new_tokens=2, spelling=0, pointing=0, lookup=False)
+SHORT = GenerateConfig(max_new_tokens=2)
 THINGS = ("pump", "crane", "tram", "court", "mill", "bell", "lamp", "kettle")
 WAYS = ("flip", "flip", "flip", "cut", "empty", "gone", "other")
 
