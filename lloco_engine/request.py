@@ -62,6 +62,19 @@ class AskRequest:
     verbatim: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("question", "tenant", "context", "adapter"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ConfigError(f"{name} must be text, not {value!r:.80}")
+        several = None if isinstance(self.whole_document, str) else self.whole_document
+        for name, values, kind in (
+            ("history", self.history, Turn),
+            ("hits", self.hits, Hit),
+            ("whole_document", several, str),
+        ):
+            if values is not None and not (
+                isinstance(values, Sequence) and all(isinstance(one, kind) for one in values)
+            ):
+                raise ConfigError(f"{name} must be a sequence of {kind.__name__}, not {values!r:.80}")
         names = ("question", "tenant", "whole_document", "context", "adapter")
         require_unicode(**{name: getattr(self, name) for name in names})
         require_unicode(history=[turn.text for turn in self.history])

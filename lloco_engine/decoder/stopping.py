@@ -45,7 +45,9 @@ class TextStream:
         self._said = False  # whether anything but white space was shown
 
     def push(self, token: int) -> str:
-        """Add one token; returns the text that can be shown now."""
+        """Add one token; returns the text that can be shown now: none after a stop string."""
+        if self.stopped:
+            return ""
         self.tokens += 1
         if self._thoughts is not None and self.inside:
             return self._think(token, self._thoughts)

@@ -199,6 +199,8 @@ def test_nothing_of_a_stop_string_is_ever_shown(text, stop, expected):
     shown = read(stream, ids(text))
     assert "".join(shown) == expected
     assert stream.stopped == (expected != text)
+    if stream.stopped:  # and nothing of what follows it
+        assert [*map(stream.push, ids(" more")), stream.finish()] == [""] * (len(ids(" more")) + 1)
 
 
 def test_only_what_may_become_a_stop_string_is_held_back():
