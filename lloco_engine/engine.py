@@ -20,12 +20,12 @@ from lloco_engine.config import (
     RetrieveConfig,
     StoreConfig,
 )
+from lloco_engine.context import Context, ContextBuilder, Found, Prepared
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
-from lloco_engine.recall import Found, Prepared, Recall, Recalled
 from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.request import AskRequest
 from lloco_engine.retrieve import best_windows
@@ -68,7 +68,7 @@ class Engine:
         self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
         self._lock = ProcessLock(f"the engine of {store.path}")
         self._compressing = threading.Lock()
-        self._recall = Recall(store, setup)
+        self._context = ContextBuilder(store, setup)
 
     @classmethod
     def open(
@@ -308,11 +308,11 @@ class Engine:
 
         None where segments stand by themselves, as compact KV does.
         """
-        return self._recall.earlier(hit)
+        return self._context.earlier(hit)
 
     def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
-        return [hit for hit in hits if isinstance(self._recall.read(hit), SegmentUnavailable)]
+        return [hit for hit in hits if isinstance(self._context.read(hit), SegmentUnavailable)]
 
     def token_ids(self, text: str) -> list[int]:
         """The decoder's token ids of a text, by the store's tokenizer; no weights are loaded."""
@@ -334,7 +334,7 @@ class Engine:
             ConfigError: the question is empty, or a setting breaks its rule.
             StoreMismatch: the embedder's vectors are not of the store's length.
         """
-        return self._recall.search(self._request(question, options, "retrieve"))
+        return self._context.search(self._request(question, options, "retrieve"))
 
     def doubt(self, hits: Sequence[Hit], floor: float | None = None) -> str | None:
         """Why no document seems to answer the question that hits were retrieved for: the warning of an answer.
@@ -428,7 +428,7 @@ class Engine:
     def _find(self, request: AskRequest) -> Found:
         if request.hits is None:
             _ = self.embedder.dim  # loads it: no cost of one question
-        return self._recall.find(request)
+        return self._context.find(request)
 
     def _prepared(self, request: AskRequest, found: Found) -> Prepared:
         from lloco_engine.decoder.local import Prompt
@@ -443,7 +443,7 @@ class Engine:
             verbatim=request.verbatim,
         )
         room = len(decoder.prompt_ids(text)) + request.generate.max_new_tokens
-        memory = self._recall.place(found, decoder, request.prefix, room)
+        memory = self._context.place(found, decoder, request.prefix, room)
         prompt = replace(text, prefix=memory.prefix, draft=best_windows(memory.hits))
         adapter = self.adapters.choose(request.adapter, memory.hits, request.tenant)
         spent = found.seconds + time.perf_counter() - began
@@ -541,7 +541,7 @@ def _refusal(found: Found) -> AnswerStream:
     return AnswerStream(iter([NOTHING]), (), lambda: Answer(NOTHING, usage=usage, warnings=warnings))
 
 
-def _answer(generation: Generation, memory: Recalled, **more: Any) -> Answer:
+def _answer(generation: Generation, memory: Context, **more: Any) -> Answer:
     return Answer(
         text=generation.text,
         hits=memory.hits,

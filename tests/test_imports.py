@@ -28,7 +28,7 @@ STAGES = (
     ("compress",),
     ("adapters", "segment_cache"),
     ("usage", "baselines"),
-    ("opening", "ingest", "vanished", "streaming", "request", "recall", "engine"),
+    ("opening", "ingest", "vanished", "streaming", "request", "context", "engine"),
     ("finetune", "testing"),
     ("demo", "eval"),
     ("cli",),

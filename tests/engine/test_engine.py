@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lloco_engine import Document, Engine, Failure, recall
+from lloco_engine import Document, Engine, Failure, context
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, PrefixConfig, StoreConfig
+from lloco_engine.context import ContextBuilder
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.engine import Progress
 from lloco_engine.errors import (
@@ -36,7 +37,6 @@ from lloco_engine.errors import (
 from lloco_engine.prefix import assemble
 from lloco_engine.readers import jsonl, read, size_of_files
 from lloco_engine.readers.walk import open_file
-from lloco_engine.recall import Recall
 from lloco_engine.store import Store
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
 from lloco_engine.types import Prefix, Turn
@@ -495,7 +495,7 @@ def test_a_whole_document_is_read_with_what_search_thinks_of_its_segments(engine
 def test_what_was_retrieved_is_read_with_what_search_thinks_of_it(engine, monkeypatch):
     placed = []
     monkeypatch.setattr(
-        recall, "assemble", lambda *given, **more: placed.append(assemble(*given, **more)) or placed[-1]
+        context, "assemble", lambda *given, **more: placed.append(assemble(*given, **more)) or placed[-1]
     )
     question = "Where does the pump number 3 stand?"
     hits = engine.retrieve(question, top_k=3, neighbours=1)
@@ -611,7 +611,7 @@ async def test_async_does_not_block_the_loop(engine, monkeypatch):
         time.sleep(0.3)
         raise ConfigError("slow")
 
-    monkeypatch.setattr(Recall, "search", slow)
+    monkeypatch.setattr(ContextBuilder, "search", slow)
     ticks = 0
 
     async def tick():

@@ -70,8 +70,8 @@ def asked(engine, monkeypatch) -> list[AskRequest]:
         seen[:] = [request]
         raise Asked
 
-    monkeypatch.setattr(type(engine._recall), "find", note)
-    monkeypatch.setattr(type(engine._recall), "search", note)
+    monkeypatch.setattr(type(engine._context), "find", note)
+    monkeypatch.setattr(type(engine._context), "search", note)
     monkeypatch.setattr(factory, "open_engine", lambda store, **options: engine)
     monkeypatch.setattr(Engine, "close", lambda self: None)
     return seen

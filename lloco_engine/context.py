@@ -1,4 +1,4 @@
-"""A question to the memory that it is answered from: segments found, read and placed before it."""
+"""A question to the context that it is answered from: segments found, read and placed before it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder, Prompt
     from lloco_engine.opening import Setup
 
-__all__ = ["Found", "Prepared", "Recall", "Recalled"]
+__all__ = ["Context", "ContextBuilder", "Found", "Prepared"]
 
 _NO_HIT = "no segment matched the question"
 
@@ -40,7 +40,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Recalled:
+class Context:
     """What a question is answered from: hits, their segments placed, how long that took, what went wrong on the way."""
 
     hits: tuple[Hit, ...]
@@ -59,7 +59,7 @@ class Prepared:
     prompt: Prompt
     generate: GenerateConfig
     adapter: str | None
-    memory: Recalled
+    memory: Context
     retrieve_s: float
     seconds: float
 
@@ -74,7 +74,7 @@ class _Read:
     wanted: bool = True
 
 
-class Recall:
+class ContextBuilder:
     """Finds, reads and places segments for an engine.
 
     Args:
@@ -149,7 +149,7 @@ class Recall:
             warnings.append(warning)
         return [hit for hit in now if hit is not None]
 
-    def place(self, found: Found, decoder: LocalDecoder, config: PrefixConfig, room: int) -> Recalled:
+    def place(self, found: Found, decoder: LocalDecoder, config: PrefixConfig, room: int) -> Context:
         """Read the segments of what was found, and place them.
 
         Args:
@@ -167,7 +167,7 @@ class Recall:
         if found.nothing:
             warnings.append(found.nothing if read else f"{found.nothing}: the answer is the decoder's own")
         if not read:
-            return Recalled((), None, time.perf_counter() - began, tuple(warnings))
+            return Context((), None, time.perf_counter() - began, tuple(warnings))
         # Those that were found come first, best first; what they are read after follows.
         places = {own.hit.segment_id: number for number, own in enumerate(read)}
         for earlier in [earlier for own in read for earlier in own.after]:
@@ -190,7 +190,7 @@ class Recall:
             budget = f"max_slots is {config.max_slots}" if config.max_slots else "the decoder's window is full"
             warnings.append(f"{budget}: the {len(assembly.dropped)} worst of {len(wanted)} segments were left out")
         used = tuple(read[number].hit for number in sorted(assembly.kept))
-        return Recalled(used, assembly.prefix, time.perf_counter() - began, tuple(warnings))
+        return Context(used, assembly.prefix, time.perf_counter() - began, tuple(warnings))
 
     def _whole(self, request: AskRequest, doc_ids: Sequence[str]) -> list[Hit]:
         """Every segment of documents, in order, with what search thinks of it: 0 where it has no window to find."""
