@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.errors import AdapterError, ModelNotFound, UnsupportedModel
-from lloco_engine.shape import FAMILIES, DecoderShape
+from lloco_engine.shape import DecoderShape
 from lloco_engine.weights import weight_files
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _WRAPPED = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": ""}  # what a train
 # Tensors that a causal language model does not need: tables that old releases kept of what the configuration says,
 # and the value head that reinforcement learning leaves behind.
 _HARMLESS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)|v_head\..*")
+_GGUF = ("llama", "mistral", "qwen2", "qwen3")  # whose tensors the conversion from GGUF is known to name and turn right
 _SUMMARY = "embed_summary.weight"  # of a published AutoCompressor, whose config.json says summary_length
 
 
@@ -70,7 +71,8 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
 
     Raises:
         ModelNotFound: there is none that can be read.
-        UnsupportedModel: the family, the rotary embedding or the quantisation is none that is run.
+        UnsupportedModel: it is no causal language model that transformers knows, or one with layers that keep more than
+            keys and values; or its weights are quantised by a method that is not installed.
     """
     path = Path(folder) / "config.json"
     try:
@@ -78,18 +80,11 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"a decoder folder must hold a readable config.json, {path}: {error}") from error
     kind = said.get("model_type") if isinstance(said, dict) else None
-    if kind not in FAMILIES:
+    if not _is_known(kind):
         code = ", and code that a checkpoint brings along is never run" if "auto_map" in (said or ()) else ""
         raise UnsupportedModel(
-            f"a decoder must be a causal language model of one of the families {', '.join(FAMILIES)}, as model_type in "
+            "a decoder must be a causal language model that the installed transformers knows, as model_type in "
             f"config.json says; in {folder} it is {kind!r}{code}"
-        )
-    quantised = said.get("quantization_config")
-    method = _method(quantised) if quantised else ""
-    if method not in ("", "fp8"):
-        raise UnsupportedModel(
-            f"a decoder's weights must not be quantised, and those in {folder} are, by {method}: name its release in "
-            "bfloat16 or float16, or a GGUF file"
         )
     if (Path(folder) / "adapter_config.json").is_file():
         raise UnsupportedModel(
@@ -109,13 +104,11 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
     return config
 
 
-def _method(quantised: Any) -> str:
-    """How weights are quantised, in a few words."""
-    if not isinstance(quantised, dict):
-        return str(quantised)
-    method = str(quantised.get("quant_method") or "a method that config.json does not name")
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantised.get(name)]
-    return f"{method} ({bits[0]})" if bits else method
+def _is_known(kind: Any) -> bool:
+    """Whether transformers has a causal language model of this ``model_type``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def read_decoder(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -131,7 +124,8 @@ def read_decoder(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     if not weight_files(Path(folder)):
         raise ModelNotFound(f"a decoder folder must hold safetensors weights, all shards of them; {folder} does not")
     options: dict[str, Any] = {}
-    if getattr(config, "quantization_config", None):
+    quantised = getattr(config, "quantization_config", None)
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "fp8":  # its kernels are a GPU's
         from transformers import FineGrainedFP8Config
 
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
@@ -141,7 +135,6 @@ def read_decoder(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
                 str(folder),
                 config=config,
                 dtype=dtype,
-                attn_implementation="sdpa",
                 key_mapping=_WRAPPED,
                 output_loading_info=True,
                 **options,
@@ -216,8 +209,8 @@ def read_gguf_config(file: Path) -> PretrainedConfig:
         kind = str(header.fields["general.architecture"].contents())
     except Exception as error:  # gguf and numpy raise many kinds for what is no GGUF file
         raise ModelNotFound(f"{file} could not be read as a GGUF file: {error}") from error
-    if kind not in FAMILIES:
-        raise UnsupportedModel(f"a GGUF decoder must be of one of {', '.join(FAMILIES)}, and {file} is of {kind!r}")
+    if kind not in _GGUF:
+        raise UnsupportedModel(f"a GGUF decoder must be of one of {', '.join(_GGUF)}, and {file} is of {kind!r}")
     if scaled:
         raise UnsupportedModel(
             f"{file} scales its rotary embedding, which is not read from GGUF: name its release in safetensors"

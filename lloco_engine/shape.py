@@ -1,24 +1,24 @@
-"""The numbers of a decoder that the rest of the engine needs, and the families it can run."""
+"""The numbers of a decoder that the rest of the engine needs, as its configuration says them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lloco_engine.errors import UnsupportedModel
 
-__all__ = ["FAMILIES", "DecoderShape"]
-
-FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
+__all__ = ["DecoderShape"]
 
 
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a decoder.
 
-    ``window`` is the largest number of positions it can attend over; ``embedding`` the numbers of one input embedding
-    (and of a final hidden state), which is not ``hidden`` where a family projects them; ``rotary`` whether positions
-    turn queries and keys, rather than being learned embeddings added to the input.
+    ``head_dim`` is the largest, where layers differ, or keys and values; ``window`` is the largest number of positions
+    it can attend over; ``embedding`` the numbers of one input embedding (and of a final hidden state), which is not
+    ``hidden`` where a family projects them; ``rotary`` whether positions turn queries and keys, rather than being
+    learned embeddings added to the input.
     """
 
     layers: int
@@ -26,7 +26,6 @@ class DecoderShape:
     kv_heads: int
     head_dim: int
     hidden: int
-    intermediate: int
     window: int
     vocabulary: int
     embedding: int
@@ -37,34 +36,55 @@ class DecoderShape:
         """The shape written in a transformers configuration.
 
         Raises:
-            UnsupportedModel: the family is not one of `FAMILIES`, or its rotary embedding changes with the length.
+            UnsupportedModel: it has layers without attention, or says no number of positions.
         """
-        if config.model_type not in FAMILIES:
+        config = config.get_text_config()
+        kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
+        if others := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind}):
             raise UnsupportedModel(
-                f"a decoder must be of one of the families {', '.join(FAMILIES)}, not {config.model_type!r}"
+                f"each of its {len(kinds)} layers must ask for attention, and it has some of {', '.join(others)}: what these keep of what they have read is a state that moves on with every "
+                "token, and no keys and values that segments could hold"
             )
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        if not isinstance(getattr(config, "max_position_embeddings", None), int):
             raise UnsupportedModel(
-                f"the rotary embedding must not change with the prompt's length, as {rope['rope_type']!r} does: "
-                "stored keys would no longer match"
+                "its config.json must say max_position_embeddings, since positions that it has no number of are none "
+                "that slots could have"
             )
-        window = int(config.max_position_embeddings)
-        if rope.get("rope_type") == "yarn":  # the window that the scaling makes, as vLLM computes it
-            original = rope.get("original_max_position_embeddings") or window
-            window = int(float(rope["factor"]) * int(original))
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-        if sliding and getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
-            window = min(window, int(config.sliding_window))
+        each = list(getattr(config, "per_layer_config", None) or [config])  # where layers differ in their heads
+        ropes = list(_ropes(getattr(config, "rope_parameters", None) or {}))
         return cls(
             layers=int(config.num_hidden_layers),
             query_heads=int(config.num_attention_heads),
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+            kv_heads=int(getattr(each[0], "num_key_value_heads", None) or config.num_attention_heads),
+            head_dim=max(map(_head_dim, each)),
             hidden=int(config.hidden_size),
-            intermediate=int(config.ffn_dim if config.model_type == "opt" else config.intermediate_size),
-            window=window,
+            window=min([_window(config, rope) for rope in ropes], default=int(config.max_position_embeddings)),
             vocabulary=int(config.vocab_size),
             embedding=int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size),
-            rotary=config.model_type != "opt",
+            rotary=bool(ropes),
         )
+
+
+def _head_dim(config: Any) -> int:
+    """Numbers of the largest key or value of a head."""
+    latent = getattr(config, "qk_nope_head_dim", None)  # keys of two parts, beside values of a size of their own
+    if latent:
+        return max(int(latent) + int(config.qk_rope_head_dim), int(config.v_head_dim))
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The rotary embeddings that a configuration says: one, or one for each kind of layer."""
+    nested = [part for part in parameters.values() if isinstance(part, Mapping)]
+    yield from nested or ([parameters] if parameters else [])
+
+
+def _window(config: Any, rope: Mapping[str, Any]) -> int:
+    """Positions up to which a rotary embedding is fixed, so that stored keys match those of any prompt."""
+    kind, positions = rope.get("rope_type", "default"), int(config.max_position_embeddings)
+    original = int(rope.get("original_max_position_embeddings") or positions)
+    if kind == "yarn":  # the window that the scaling makes, as vLLM computes it
+        return int(float(rope["factor"]) * original)
+    if kind == "longrope":  # beyond these it is another one for every position
+        return min(positions, original)
+    return positions  # also of "dynamic", which changes beyond them

@@ -130,7 +130,11 @@ class Segment:
     bias    : (N,)    float32, added to the attention logit of the slot (log of its mass)
     lengths : (L, H)  int64, slots of each head; its sum is N
     source_tokens : decoder tokens of the chunk that the slots stand for
+    positions : (N,)  int32, the position of each slot among those, or None where it is not known (segments of former
+              releases): such a segment is read by decoders all of whose layers read all that lies before a token
     divergence : measured where the segment was refined, else None
+
+    Where a decoder's layers differ in head size, D is the largest, and the others are filled up with zeros.
     """
 
     keys: torch.Tensor
@@ -138,6 +142,7 @@ class Segment:
     bias: torch.Tensor
     lengths: torch.Tensor
     source_tokens: int
+    positions: torch.Tensor | None = None
     divergence: Divergence | None = None
 
     @property

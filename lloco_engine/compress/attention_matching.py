@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lloco_engine.compress.base import Compressor
-from lloco_engine.compress.eviction import select
+from lloco_engine.compress.eviction import positions_of, select
 from lloco_engine.compress.least_squares import nnls
 from lloco_engine.compress.refinement import refine
 from lloco_engine.compress.repetition import Repetition, Seen
 from lloco_engine.compress.rereading import Rereading
 from lloco_engine.config import RefineConfig
+from lloco_engine.decoder.rules import Rules
 from lloco_engine.errors import ConfigError
 from lloco_engine.models import quicker_in_bf16
 from lloco_engine.types import Segment
@@ -96,8 +97,11 @@ class AttentionMatching(Compressor):
         """A segment for each ratio, and the cache of template prefix and chunk."""
         repeat = [*decoder.template.repeat_ids(), *token_ids]
         cache = decoder.prefill(token_ids, room=len(repeat))
-        repetition = Repetition(cache, decoder.template_tokens, decoder.runner.scale, self.fit_rows, self.fit_tokens)
-        in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
+        runner = decoder.runner
+        repetition = Repetition(
+            cache, decoder.template_tokens, runner.scale, self.fit_rows, self.fit_tokens, runner.rules
+        )
+        in_bf16 = runner.bf16 and quicker_in_bf16(runner.device, runner.dtype)
         decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16)
         importance = torch.stack([seen.importance for seen in repetition.seen])
         keeps = (select(importance, ratio, self.floor) for ratio in ratios)
@@ -109,15 +113,27 @@ class AttentionMatching(Compressor):
     ) -> Segment:
         """Biases of the kept positions, and then their values, as the tokens ``repeat`` read them."""
         chunk = slice(decoder.template_tokens, decoder.template_tokens + keep.shape[-1])
-        bias, goal = self._bias(cache, seen, keep, chunk), [one.read for one in seen]
-        rereading = Rereading(cache, chunk.start, goal, keep, bias, scale=decoder.runner.scale, ridge=self.ridge)
+        runner = decoder.runner
+        bias, goal = self._bias(cache, seen, keep, chunk, runner.rules), [one.read for one in seen]
+        rereading = Rereading(
+            cache, chunk.start, goal, keep, bias, scale=runner.scale, rules=runner.rules, ridge=self.ridge
+        )
         own = decoder.new_cache(1, len(repeat))
-        in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
+        in_bf16 = runner.bf16 and quicker_in_bf16(runner.device, runner.dtype)
         decoder.follow(repeat, own, rereading.attend, offset=chunk.stop, in_bf16=in_bf16)
         keys = torch.cat([cache.keys[layer][0, :, chunk][kept] for layer, kept in enumerate(keep)])
-        return Segment(keys.float(), torch.cat(rereading.values), torch.cat(bias), keep.sum(dim=-1), keep.shape[-1])
+        return Segment(
+            keys.float(),
+            torch.cat(rereading.values),
+            torch.cat(bias),
+            keep.sum(dim=-1),
+            keep.shape[-1],
+            positions_of(keep, chunk.start),
+        )
 
-    def _bias(self, cache: Cache, seen: Sequence[Seen], keep: torch.Tensor, chunk: slice) -> list[torch.Tensor]:
+    def _bias(
+        self, cache: Cache, seen: Sequence[Seen], keep: torch.Tensor, chunk: slice, rules: Sequence[Rules]
+    ) -> list[torch.Tensor]:
         """By layer and head, the bias (k,) of its kept positions.
 
         Heads of like size are fitted together, whatever their layer.
@@ -139,19 +155,21 @@ class AttentionMatching(Compressor):
                 for name in ("queries", "lse", "mass")
             )
             keys = keys.gather(1, index[..., None].expand(-1, -1, keys.shape[-1]))
-            fitted = self._masses(keys, queries, lse, mass, valid).log()
+            weights = torch.exp(rules[0].cap(torch.bmm(queries, keys.transpose(1, 2))) - lse) * valid[:, None]
+            for row, (layer, _) in enumerate(where):
+                hidden = rules[layer].hidden(seen[layer].at[:, None], index[row] + chunk.start)
+                if hidden is not None:
+                    weights[row].masked_fill_(hidden, 0)
+            fitted = self._masses(weights, mass, valid).log()
             for number, one, n in zip(batch, fitted, size.tolist(), strict=True):
                 bias[number] = one[:n]
         return bias
 
-    def _masses(
-        self, keys: torch.Tensor, queries: torch.Tensor, lse: torch.Tensor, mass: torch.Tensor, valid: torch.Tensor
-    ) -> torch.Tensor:
-        """Masses w >= 0 (B, k) of keys (B, k, D), where ``valid`` (B, k).
+    def _masses(self, weights: torch.Tensor, mass: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Masses w >= 0 (B, k) of keys, where ``valid`` (B, k), that have attention ``weights`` (B, M, k).
 
-        With them the kept slots' attention adds up to the chunk's, query by query.
+        With them the kept slots' attention adds up to the chunk's, query by query: ``mass`` (B, M).
         """
-        weights = torch.exp(torch.bmm(queries, keys.transpose(1, 2)) - lse) * valid[:, None]
         gram = torch.bmm(weights.transpose(1, 2), weights)
         right = torch.bmm(weights.transpose(1, 2), mass[..., None])[..., 0]
         pull = _PULL * gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) / valid.sum(dim=-1, keepdim=True) + 1e-12

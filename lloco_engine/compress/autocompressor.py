@@ -17,7 +17,7 @@ import torch
 from lloco_engine import models
 from lloco_engine.compress.summary_tokens import SummaryTokens
 from lloco_engine.decoder.attention import Cache
-from lloco_engine.decoder.opt import runner_of
+from lloco_engine.decoder.probe import runner_of
 from lloco_engine.decoder.runner import Runner
 from lloco_engine.errors import ConfigError
 

@@ -11,7 +11,7 @@ from lloco_engine.types import Segment
 if TYPE_CHECKING:
     from lloco_engine.decoder.attention import Cache
 
-__all__ = ["keep_slots", "most_important_per_head", "select"]
+__all__ = ["keep_slots", "most_important_per_head", "positions_of", "select"]
 
 
 def most_important_per_head(importance: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -62,4 +62,9 @@ def keep_slots(cache: Cache, first: int, keep: torch.Tensor) -> Segment:
     keys = torch.cat([layer[0, :, chunk][kept] for layer, kept in zip(cache.keys, keep, strict=True)])
     values = torch.cat([layer[0, :, chunk][kept] for layer, kept in zip(cache.values, keep, strict=True)])
     bias = torch.zeros(len(keys), device=keys.device)
-    return Segment(keys, values, bias, keep.sum(dim=-1), keep.shape[-1])
+    return Segment(keys, values, bias, keep.sum(dim=-1), keep.shape[-1], positions_of(keep, first))
+
+
+def positions_of(keep: torch.Tensor, first: int) -> torch.Tensor:
+    """(N,) int32 positions of the kept ones (L, H, n) of a chunk that begins at position ``first``, head after head."""
+    return (keep.nonzero()[:, 2] + first).to(torch.int32)

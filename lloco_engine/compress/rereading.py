@@ -14,6 +14,7 @@ import torch
 
 from lloco_engine.compress.least_squares import solve
 from lloco_engine.compress.repetition import causal_attention
+from lloco_engine.decoder.rules import Rules, with_sink
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.attention import Cache
@@ -31,6 +32,7 @@ class Rereading:
         keep: (L, H, n) bool, the positions that stay.
         bias: by layer and head, (k,) float32 of its kept positions.
         scale: factor of the logits.
+        rules: of each layer.
         ridge: pull of the values towards the originals, relative to the mean squared attention of a head's slots.
     """
 
@@ -43,11 +45,12 @@ class Rereading:
         bias: Sequence[torch.Tensor],
         *,
         scale: float,
+        rules: Sequence[Rules],
         ridge: float,
     ) -> None:
         self._cache, self._goal, self._keep, self._bias = cache, goal, keep, bias
         self._chunk = slice(first, first + keep.shape[-1])
-        self._scale, self._ridge = scale, ridge
+        self._scale, self._rules, self._ridge = scale, rules, ridge
         self.values: list[torch.Tensor] = []  # by layer and head, (k, D) float32
 
     def attend(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -57,7 +60,11 @@ class Rereading:
             (_, query_heads, tokens, dim), heads = queries.shape, keys.shape[1]
             queries = queries.float() * self._scale
             own_keys, own_values = (part.float().repeat_interleave(query_heads // heads, 1) for part in (keys, values))
-            own, lse = causal_attention(queries, own_keys, own_values, 1.0)
+            rules, at = (
+                self._rules[layer],
+                torch.arange(self._chunk.stop, self._chunk.stop + tokens, device=keys.device),
+            )
+            own, lse = with_sink(rules, *causal_attention(queries, own_keys, own_values, 1.0, rules, at))
             rows, own, goal = (part.reshape(heads, -1, dim) for part in (queries, own, self._goal[layer].float()))
             lse = lse.reshape(heads, -1, 1)
             read = torch.stack([self._head(layer, h, rows[h], own[h], lse[h], goal[h]) for h in range(heads)])
@@ -74,8 +81,15 @@ class Rereading:
         chunk, kept = self._chunk, self._keep[layer, head]
         keys, values = (part[layer][0, head] for part in (self._cache.keys, self._cache.values))
         keys, values = (torch.cat((part[: chunk.start], part[chunk][kept])).float() for part in (keys, values))
-        logits = queries @ keys.T
+        rules = self._rules[layer]
+        logits = rules.cap(queries @ keys.T)
         logits[:, chunk.start :] += self._bias[layer * self._keep.shape[1] + head]
+        if rules.sees is not None:
+            places = torch.arange(chunk.stop, device=keys.device)
+            places = torch.cat((places[: chunk.start], places[chunk][kept]))
+            tokens = self._goal[layer].shape[2]
+            at = torch.arange(chunk.stop, chunk.stop + tokens, device=keys.device).repeat(len(queries) // tokens)
+            logits = logits.masked_fill(~rules.sees(at[:, None], places), torch.finfo(logits.dtype).min)
         # the share of every slot, and last of the repetition, in all that a row attends to
         shares = torch.softmax(torch.cat((logits, lse), dim=1), dim=1)
         slots = shares[:, chunk.start : -1]

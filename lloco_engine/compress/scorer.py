@@ -12,6 +12,7 @@ import torch
 from lloco_engine.compress.base import Compressor
 from lloco_engine.compress.eviction import keep_slots, most_important_per_head, select
 from lloco_engine.decoder.attention import attend, causal_mask
+from lloco_engine.decoder.rules import PLAIN, Rules
 from lloco_engine.types import Segment
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Observed:
     chunk   : where the chunk lies among the S; ``keys[:, chunk]`` is (H, n, D)
     scale   : factor of the attention logits
     layer   : number of the layer
+    rules   : what else it does to its logits: softcap, sinks, a window of positions (those of the S are 0, 1, ...)
     """
 
     queries: torch.Tensor
@@ -40,6 +42,7 @@ class Observed:
     chunk: slice
     scale: float
     layer: int
+    rules: Rules = PLAIN
 
     def attention(self, last: int | None = None) -> Iterator[torch.Tensor]:
         """Attention weights of the observing queries over everything before them and themselves, block by block.
@@ -48,7 +51,8 @@ class Observed:
             last: only of so many queries, the last.
 
         Yields:
-            (H, G, rows, S) softmax weights, a few rows at a time, which bounds the memory.
+            (H, G, rows, S) softmax weights, a few rows at a time, which bounds the memory; with a sink they add up to
+            less than 1.
         """
         heads, seen = self.keys.shape[:2]
         queries = self.queries[:, -last:] if last else self.queries
@@ -59,7 +63,14 @@ class Observed:
             block = queries[:, :, row : row + _ROWS]
             logits = (block.flatten(1, 2) @ self.keys.transpose(1, 2)).view(heads, -1, block.shape[2], seen)
             own = torch.arange(seen - tokens + row, seen - tokens + row + block.shape[2], device=queries.device)
-            yield torch.softmax(logits.masked_fill_(place > own[:, None], -torch.inf), dim=-1)
+            logits = self.rules.cap(logits).masked_fill_(place > own[:, None], -torch.inf)
+            if (hidden := self.rules.hidden(own[:, None], place)) is not None:
+                logits = logits.masked_fill_(hidden, -torch.inf)
+            if (sinks := self.rules.sinks) is None:
+                yield torch.softmax(logits, dim=-1)
+            else:
+                sink = sinks.to(logits.dtype).view(heads, -1, 1, 1).expand(-1, -1, block.shape[2], 1)
+                yield torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)[..., :-1]
 
 
 class ScorerCompressor(Compressor):
@@ -94,15 +105,19 @@ class ScorerCompressor(Compressor):
         text = [*decoder.template.prefix_ids, *token_ids]
         cache = decoder.prefill(token_ids, room=len(after)) if after else decoder.new_cache(1, len(text))
         scores: list[torch.Tensor] = []
-        scale = decoder.runner.scale
+        scale, rules = decoder.runner.scale, decoder.runner.rules
 
         def watch(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             """An `Attention` that has the layer scored."""
             observing = queries[0] if after else queries[0, :, first:]
-            scores.append(self.score(Observed(observing, keys[0], values[0], chunk, scale, layer)).float())
+            scores.append(
+                self.score(Observed(observing, keys[0], values[0], chunk, scale, layer, rules[layer])).float()
+            )
             tokens, seen = queries.shape[2], keys.shape[2]
+            places = torch.arange(seen, device=keys.device)[None]
             mask = causal_mask(tokens, seen, keys.device, keys.dtype) if seen > tokens else None
-            return attend(queries, keys, values, mask, None, scale)
+            at = places[:, seen - tokens :], places
+            return attend(queries, keys, values, mask, None, scale, rules[layer], at)
 
         decoder.follow(after or text, cache, watch)
         importance = torch.stack(scores)

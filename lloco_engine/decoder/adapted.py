@@ -12,8 +12,8 @@ import torch
 from lloco_engine import fingerprints
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.memory import Memory
-from lloco_engine.decoder.opt import runner_of
 from lloco_engine.decoder.peft_modules import PeftModules
+from lloco_engine.decoder.probe import runner_of
 from lloco_engine.decoder.replay import PlacedCache, Replay
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template
@@ -30,7 +30,7 @@ class AdaptedDecoder:
     Requests from several threads take turns, pass by pass; an adapter chosen for one never leaks into another.
 
     Args:
-        model: causal language model in eval mode, of a family in `lloco_engine.shape.FAMILIES`.
+        model: causal language model in eval mode, one that `lloco_engine.decoder.probe` finds can be run.
         tokenizer: its tokenizer.
         name: what the user called it.
         template: of `lloco_engine.decoder.template.NAMES`, or one that is made; None is the one that suits the decoder.
@@ -184,10 +184,7 @@ class AdaptedDecoder:
     def spread(self, read: Cache, rows: int, room: int) -> Cache:
         """A cache whose rows all hold what the one row of ``read`` does, and ``room`` tokens more fit."""
         cache = self.new_cache(rows, read.length + room)
-        for layer in range(self.shape.layers):
-            cache.keys[layer][:, :, : read.length] = read.keys[layer][:, :, : read.length]
-            cache.values[layer][:, :, : read.length] = read.values[layer][:, :, : read.length]
-        cache.length = read.length
+        cache.spread_from(read)
         return cache
 
     def _lead_cache(self, prefix: Prefix | None, adapter: str | None) -> Cache:
@@ -309,4 +306,4 @@ class AdaptedDecoder:
     @property
     def replays(self) -> bool:
         """Whether decode steps are captured and replayed."""
-        return bool(self.runner.device.type == "cuda")
+        return bool(self.runner.device.type == "cuda" and self.runner.replays)

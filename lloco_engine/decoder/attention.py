@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lloco_engine.decoder.rules import PLAIN, Rules, attend_by
 from lloco_engine.decoder.slots import LayerSlots
 
 __all__ = ["Cache", "attend", "causal_mask", "kernels", "masked"]
@@ -60,6 +61,23 @@ class Cache:
         self.capacity = capacity
         self.pad = pad
         self.pad_from = pad_from
+        self._positions: torch.Tensor | None = None
+
+    def note(self, positions: torch.Tensor) -> torch.Tensor:
+        """Keep the positions (B or 1, T) of the next tokens; returns those of all live tokens, (B, S)."""
+        rows = len(self.keys[0])
+        positions = positions.expand(rows, -1)
+        before = positions[:, :0] if self._positions is None else self._positions[:, : self.length]
+        self._positions = torch.cat((before, positions), dim=1)
+        return self._positions
+
+    def spread_from(self, read: Cache) -> None:
+        """Hold in every row what the one row of ``read``, which is no longer than this, does."""
+        for mine, its in zip((*self.keys, *self.values), (*read.keys, *read.values), strict=True):
+            mine[:, :, : read.length] = its[:, :, : read.length]
+        self.length = read.length
+        if read._positions is not None:
+            self._positions = read._positions.expand(len(self.keys[0]), -1)
 
     def begin(self, tokens: int) -> torch.Tensor | None:
         """The mask of the next ``tokens``: additive (B or 1, 1, T, S), or None when plain causality says it all."""
@@ -117,6 +135,8 @@ def attend(
     mask: torch.Tensor | None,
     slots: LayerSlots | None,
     scale: float,
+    rules: Rules = PLAIN,
+    at: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Softmax attention of the new tokens over the prefix's slots and the live tokens together.
 
@@ -124,11 +144,15 @@ def attend(
         q: (B, H*G, T, D); keys, values: (B, H, S, D); mask: additive (B or 1, 1, T, S) or None.
         slots: the prefix's slots in this layer, or None.
         scale: factor of the logits.
+        rules: of the layer; its sinks are of the H*G query heads.
+        at: positions of the new tokens (B or 1, T) and of the live ones (B or 1, S), where the layer has a window.
 
     Returns:
         (B, T, H*G*D), ready for the output projection.
     """
     tokens = q.shape[2]
+    if not rules.plain:
+        return _attend_by(rules, q, keys, values, mask, slots, scale, at)
     if slots is None and mask is not None and q.device.type == "cuda":
         return _grouped(q, keys, values, mask, scale).transpose(1, 2).flatten(2)
     if slots is None:
@@ -140,6 +164,33 @@ def attend(
     if mask is None and tokens > 1:
         mask = causal_mask(tokens, tokens, q.device, q.dtype)
     return slots.attend(q, keys, values, mask, scale)
+
+
+def _attend_by(
+    rules: Rules,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    slots: LayerSlots | None,
+    scale: float,
+    at: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """As `attend`, by rules."""
+    (rows, query_heads, tokens, dim), (heads, live) = q.shape, keys.shape[1:3]
+    if mask is None:
+        mask = causal_mask(tokens, live, q.device, q.dtype)
+    if rules.sees is not None:
+        if at is None:
+            raise ValueError("a layer with a window must be told the positions of its tokens")
+        hidden = rules.hidden(at[0][:, None, :, None], at[1][:, None, None])
+        if hidden is not None:
+            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    if slots is not None:
+        return slots.attend_by(rules, q, keys, values, mask, scale, None if at is None else at[0])
+    q = q.reshape(rows, heads, -1, dim)
+    read = attend_by(rules, q, keys, values, mask.repeat(1, 1, query_heads // heads, 1), scale)
+    return read.view(rows, query_heads, tokens, dim).transpose(1, 2).flatten(2)
 
 
 def _grouped(

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from lloco_engine.errors import UnsupportedModel
 
-__all__ = ["FusedLinear", "check_linear"]
+__all__ = ["FusedLinear", "PackedLinear", "check_linear", "pack"]
 
 _ROWS = 64
+_FEW = 256  # rows of a product up to which packed weights are quicker than plain ones (docs/decisions/0001)
 _FINEST = 2.0**-25  # half of float16's finest step: how far bfloat16's smallest weights may be off
 
 
@@ -113,3 +114,25 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         return torch.ops.quantized.linear_prepack_fp16(weight.detach(), None if bias is None else bias.detach())
     except (RuntimeError, AttributeError):  # a build or a processor without it
         return None
+
+
+class PackedLinear(torch.nn.Linear):
+    """A linear layer whose weights are held in half precision too, for products of few rows without gradients."""
+
+    packed: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        if torch.is_grad_enabled() or x.shape[:-1].numel() > _FEW:
+            return super().forward(x)
+        product: Any = torch.ops.quantized.linear_dynamic_fp16.default
+        made: torch.Tensor = product(x.float(), self.packed)
+        return made
+
+
+def pack(model: torch.nn.Module) -> None:
+    """Make the plain linear layers of a model that is not trained `PackedLinear`, where float16 holds their weights."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and (packed := _packed(module.weight, module.bias)) is not None:
+            module.__class__ = PackedLinear
+            module.packed = packed

@@ -10,7 +10,7 @@ import torch
 
 from lloco_engine.decoder import cpu_kernel, padded
 from lloco_engine.decoder.slots import LayerSlots, SegmentSlots
-from lloco_engine.types import Prefix
+from lloco_engine.types import Prefix, Segment
 
 __all__ = ["Memory"]
 
@@ -32,7 +32,7 @@ class Memory:
         self._device, self._dtype = device, dtype
         self._rows = [
             [
-                replace(segment, keys=rotate(segment.keys, offset).to(segment.keys.device)) if offset else segment
+                _moved(segment, offset, rotate) if offset else segment
                 for segment, offset in zip(prefix.compact, prefix.offsets, strict=True)
             ]
             if prefix is not None
@@ -55,12 +55,16 @@ class Memory:
         return cls(prefixes[:1] if shared else prefixes, device, dtype, rotate)
 
     @cached_property
-    def _kernel(self) -> cpu_kernel.Reader | None:
+    def kernel(self) -> cpu_kernel.Reader | None:
+        """What reads layers without rules in place of torch; None where nothing does."""
         return cpu_kernel.reader(self._device, self._dtype)
 
-    def layer(self, index: int) -> LayerSlots:
-        """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch."""
-        kernel = None if torch.is_grad_enabled() else self._kernel
+    def layer(self, index: int, plain: bool = True) -> LayerSlots:
+        """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch.
+
+        ``plain`` says whether the layer's attention has no rules of its own.
+        """
+        kernel = self.kernel if plain and not torch.is_grad_enabled() else None
         compiled = kernel is not None
         if (index, compiled) not in self._layers:
             if compiled not in self._segments:
@@ -70,3 +74,10 @@ class Memory:
                 )
             self._layers[index, compiled] = self._segments[compiled].layer(index)
         return self._layers[index, compiled]
+
+
+def _moved(segment: Segment, offset: int, rotate: Rotate) -> Segment:
+    """The segment so many positions further on."""
+    keys = rotate(segment.keys, offset).to(segment.keys.device)
+    positions = None if segment.positions is None else segment.positions + offset
+    return replace(segment, keys=keys, positions=positions)

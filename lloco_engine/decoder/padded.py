@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from lloco_engine.decoder.attention import masked
+from lloco_engine.decoder.rules import PLAIN, Rules, attend_by
 from lloco_engine.decoder.slots import TIE, LayerSlots
+from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.types import Segment
 
 __all__ = ["Choice", "Padded", "Segments"]
@@ -62,6 +64,10 @@ class Segments:
 
         self._keys, self._values = laid(joined("keys"), 0), laid(joined("values"), 0)
         self._bias, self._owner = laid(joined("bias"), -math.inf), laid(owner, 0)
+        self._positions = None
+        if all(one.positions is not None for one in segments):
+            given = [one.positions for one in segments if one.positions is not None]
+            self._positions = laid(torch.cat([one.to(device, torch.int64) for one in given]), 0)
         self._shape = slots.shape[1:]
         self._choice = Choice.of(rows, focus, prior, device)
 
@@ -70,7 +76,8 @@ class Segments:
         here = slice(int(self._begins[index]), int(self._begins[index + 1]))
         shape = (*self._shape, int(self._widths[index]))
         keys, values = (flat[here].view(*shape, -1) for flat in (self._keys, self._values))
-        return Padded(keys, values, self._bias[here].view(shape), self._owner[here].view(shape), self._choice)
+        places = None if self._positions is None else self._positions[here].view(shape)
+        return Padded(keys, values, self._bias[here].view(shape), self._owner[here].view(shape), self._choice, places)
 
 
 class Choice:
@@ -126,6 +133,7 @@ class Padded(LayerSlots):
         bias: (R, H, N), -inf where a head is filled up.
         owner: (R, H, N) int64, the segment of each slot.
         choice: which segments are read, or None for all.
+        positions: (R, H, N) int64, each slot's position, or None where they are not known.
     """
 
     def __init__(
@@ -135,34 +143,81 @@ class Padded(LayerSlots):
         bias: torch.Tensor,
         owner: torch.Tensor,
         choice: Choice | None,
+        positions: torch.Tensor | None = None,
     ) -> None:
         self.keys, self.values, self.bias = keys, values, bias
-        self._owner, self._choice = owner, choice
+        self._owner, self._choice, self._positions = owner, choice, positions
 
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         """See `LayerSlots.attend`."""
+        return self._attend(PLAIN, q, keys, values, mask, scale, None)
+
+    def attend_by(
+        self,
+        rules: Rules,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        scale: float,
+        at: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `LayerSlots.attend_by`.
+
+        Raises:
+            SegmentUnavailable: the layer has a window, and the segments do not say where their slots are.
+        """
+        return self._attend(rules, q, keys, values, mask, scale, self._hidden(rules, at))
+
+    def _hidden(self, rules: Rules, at: torch.Tensor | None) -> torch.Tensor | None:
+        """(B or 1, H, T, N) bool: slots that lie outside a token's window; None without one."""
+        if rules.sees is None or at is None:
+            return None
+        if self._positions is None:
+            raise SegmentUnavailable(
+                "a segment must say at which position each of its slots is, since this decoder has layers that read a "
+                "window of positions, and one of these was made before segments did: ingest its document again"
+            )
+        return rules.hidden(at[:, None, :, None], self._positions[:, :, None])
+
+    def _attend(
+        self,
+        rules: Rules,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        hidden: torch.Tensor | None,
+    ) -> torch.Tensor:
         rows, query_heads, tokens, dim = q.shape
         heads = keys.shape[1]
         group = query_heads // heads
         # the query heads of one KV head side by side: they read the same
         q = q.reshape(rows, heads, group * tokens, dim)
-        added = self._added(q, scale).expand(rows, heads, group * tokens, -1)
+        hidden = None if hidden is None else hidden.repeat(1, 1, group, 1)
+        added = self._added(rules, q, scale, hidden).expand(rows, heads, group * tokens, -1)
         live = q.new_zeros(()) if mask is None else mask.repeat(1, 1, group, 1)
         added = torch.cat((added, live.expand(rows, heads, group * tokens, keys.shape[2])), dim=-1)
         keys = torch.cat((self.keys.expand(rows, -1, -1, -1), keys), dim=2)
         values = torch.cat((self.values.expand(rows, -1, -1, -1), values), dim=2)
-        read = masked(q, keys, values, added, scale)
+        if rules.plain:
+            read = masked(q, keys, values, added, scale)
+        else:
+            read = attend_by(rules, q, keys, values, added, scale)
         return read.reshape(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)
 
-    def _added(self, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """(B or 1, H, M or 1, N) what is added to the slots' logits: their biases, -inf where a segment is not read."""
+    def _added(self, rules: Rules, q: torch.Tensor, scale: float, hidden: torch.Tensor | None) -> torch.Tensor:
+        """(B or 1, H, M or 1, N) what is added to the slots' logits: their biases, -inf where a slot is not read."""
         bias = self.bias[:, :, None]
+        if hidden is not None:
+            bias = torch.where(hidden, -torch.inf, bias)
         if self._choice is None:
             return bias
         with torch.no_grad():  # a choice has no slope; the biases have
             # in float32, whatever the decoder's own precision: which logit is largest must not hang on rounding
-            logits = torch.matmul(q.float() * scale, self.keys.float().transpose(-1, -2)) + bias
+            logits = rules.cap(torch.matmul(q.float() * scale, self.keys.float().transpose(-1, -2))) + bias
             unread = self._choice.unread(logits, self._owner)
         return bias.masked_fill(unread, -torch.inf)

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from lloco_engine.decoder.rules import Rules
+
 __all__ = ["TIE", "LayerSlots", "SegmentSlots"]
 
 TIE = 1e-3  # largest logits that are no further apart count as equal: they may differ by rounding alone
@@ -36,6 +38,20 @@ class LayerSlots(ABC):
         Returns:
             (B, T, H*G*D).
         """
+
+    def attend_by(
+        self,
+        rules: Rules,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        scale: float,
+        at: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same in a layer with rules. ``mask`` says which live tokens are read; ``at`` (B or 1, T) are the new
+        tokens' positions, where the layer has a window."""
+        raise NotImplementedError(f"{type(self).__name__} reads layers without rules alone")
 
 
 class SegmentSlots(Protocol):

@@ -38,7 +38,7 @@ _QUESTION = "What is said about the clamp?"
 _SEED = 0
 _DTYPES: tuple[Literal["float16", "int8"], ...] = ("float16", "int8")
 # Of the decoder that the published summary compressor was made from: its sizes on disk are computed, not measured.
-LLAMA_2_7B = DecoderShape(32, 32, 32, 128, 4096, 11008, 4096, 32000, 4096, True)
+LLAMA_2_7B = DecoderShape(32, 32, 32, 128, 4096, 4096, 32000, 4096, True)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def segment_bytes(shape: DecoderShape, memory: str, slots: float) -> int:
     """
     if memory == "summary":
         return round(slots * shape.embedding * 2)
-    return round(slots * shape.layers * shape.kv_heads * (2 * shape.head_dim * 2 + 4))  # bias is float32
+    return round(slots * shape.layers * shape.kv_heads * (2 * shape.head_dim * 2 + 8))  # bias float32, position int32
 
 
 def _kinds(config: MemoriesConfig, decoder: LocalDecoder) -> list[_Kind]:

@@ -81,7 +81,8 @@ class Training:
         self._decoder, self._name, self._config = decoder, name, config
         self._batches, self._held_out, self._segments = batches, held_out, segments
         self._work, self._key, self._progress, self._teachers = work, key, progress, teachers or {}
-        self._in_bf16 = quicker_in_bf16(decoder.runner.device, decoder.runner.dtype)
+        runner = decoder.runner
+        self._in_bf16 = runner.bf16 and quicker_in_bf16(runner.device, runner.dtype)
         self._accelerator: Any = Accelerator(cpu=decoder.runner.device.type == "cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

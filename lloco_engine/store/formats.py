@@ -5,14 +5,15 @@
     compact KV, float16   keys (N, D), values (N, D)
     compact KV, int8      keys (N, D), values (N, D) with keys.scale (L, H, D), values.scale (L, H, D), float32:
                           one symmetric scale for each channel of each KV head
-    compact KV, both      bias (N,) float32, lengths (L, H) int32
+    compact KV, both      bias (N,) float32, lengths (L, H) int32, positions (N,) int32; files of the first kind have no
+                          positions
     summary, float16      vectors (K, E)
     summary, int8         vectors (K, E) with vectors.scale (1, 1, E), float32: one symmetric scale for each channel
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,8 +38,12 @@ class SegmentFormat:
     head_dim: int
     dtype: Literal["float16", "int8"]
 
-    kind = "lloco.segment.1"
+    kinds = ("lloco.segment.1", "lloco.segment.2")
     called = "compact KV"
+
+    def kind(self, tensors: Collection[str]) -> str:
+        """What a file of such tensors is."""
+        return self.kinds[1 if "positions" in tensors else 0]
 
     def pack(self, segment: AnySegment, segment_id: str) -> Tensors:
         """The tensors of a segment's file.
@@ -54,6 +59,8 @@ class SegmentFormat:
         _check_shapes(segment, self)
         lengths = segment.lengths.detach().to("cpu", torch.int32).contiguous()
         tensors = {"bias": segment.bias.detach().to("cpu", torch.float32).contiguous(), "lengths": lengths}
+        if segment.positions is not None:
+            tensors["positions"] = segment.positions.detach().to("cpu", torch.int32).contiguous()
         for name, rows in (("keys", segment.keys), ("values", segment.values)):
             tensors |= _packed(name, rows, lengths, self.dtype, segment_id)
         if bool((torch.isnan(tensors["bias"]) | (tensors["bias"] == torch.inf)).any()):
@@ -64,6 +71,8 @@ class SegmentFormat:
         """The tensors that a file with this header must have."""
         rows, heads = int(header["bias"]["shape"][0]), [self.layers, self.kv_heads]
         wanted: dict[str, _Shape] = {"bias": ("F32", [rows]), "lengths": ("I32", heads)}
+        if "positions" in header:
+            wanted["positions"] = ("I32", [rows])
         for name in ("keys", "values"):
             wanted |= _shapes(name, [rows, self.head_dim], [*heads, self.head_dim], self.dtype)
         return wanted
@@ -82,7 +91,7 @@ class SegmentFormat:
         """The segment that a file's tensors say."""
         lengths = tensors["lengths"]
         keys, values = (_unpacked(name, tensors, lengths) for name in ("keys", "values"))
-        return Segment(keys, values, tensors["bias"], lengths.long(), source_tokens)
+        return Segment(keys, values, tensors["bias"], lengths.long(), source_tokens, tensors.get("positions"))
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,12 @@ class SummaryFormat:
     width: int
     dtype: Literal["float16", "int8"]
 
-    kind = "lloco.summary.1"
+    kinds = ("lloco.summary.1",)
     called = "summary embeddings"
+
+    def kind(self, tensors: Collection[str]) -> str:
+        """What a file of such tensors is."""
+        return self.kinds[0]
 
     def pack(self, segment: AnySegment, segment_id: str) -> Tensors:
         """The tensors of a segment's file.
@@ -193,3 +206,5 @@ def _check_shapes(segment: Segment, form: SegmentFormat) -> None:
     ):
         if tuple(tensor.shape) != wanted:
             raise StoreError(f"{name} of a segment must be {wanted}, not {tuple(tensor.shape)}")
+    if segment.positions is not None and tuple(segment.positions.shape) != rows[:1]:
+        raise StoreError(f"positions of a segment must be {rows[:1]}, not {tuple(segment.positions.shape)}")

@@ -125,7 +125,7 @@ def encode(segment: AnySegment, segment_id: str, form: AnyFormat) -> tuple[bytes
     from safetensors.torch import save
 
     tensors = form.pack(segment, segment_id)
-    header = {"format": form.kind, "segment_id": segment_id, "source_tokens": str(segment.source_tokens)}
+    header = {"format": form.kind(tensors), "segment_id": segment_id, "source_tokens": str(segment.source_tokens)}
     digest = checksum(tensors, header)
     return save(tensors, metadata=header | {"checksum": digest}), digest
 
@@ -205,8 +205,8 @@ def _parse(file: int, size: int, form: AnyFormat) -> tuple[Tensors, dict[str, st
         raise ValueError(f"a header of {start} bytes in a file of {size}")
     header = json.loads(os.pread(file, start - 8, 8))
     strings = {name: str(value) for name, value in header["__metadata__"].items()}
-    if strings.get("format") != form.kind:
-        raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.kind!r}")
+    if strings.get("format") != form.kind(header):
+        raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.kind(header)!r}")
     places, total = {}, 0
     for name, (code, shape) in form.shapes(header).items():
         entry, (dtype, width) = header[name], _TYPES[code]

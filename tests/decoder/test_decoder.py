@@ -13,11 +13,11 @@ from decoder_cases import OTHERS, SHAPES, TARGETS, TEXT, place, save_adapter, sp
 from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import attention, drafting, runner
+from lloco_engine.decoder import attention, drafting, interface, lean
 from lloco_engine.decoder.attention import kernels
+from lloco_engine.decoder.lean import LeanRunner
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.replay import Replay
-from lloco_engine.decoder.runner import Runner
 from lloco_engine.errors import AdapterError, PromptTooLong, UnsupportedModel
 from lloco_engine.finetune.packing import answer_logits
 from lloco_engine.shape import DecoderShape
@@ -27,6 +27,8 @@ from lloco_engine.types import Prefix
 QUESTION = "Who keeps the mill?"
 TWELVE = GenerateConfig(max_new_tokens=12)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512, "factor": 2.0}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 def random_ids(rows: int, count: int, seed: int = 1) -> torch.Tensor:
@@ -124,7 +126,7 @@ def test_the_modules_go_on_working_on_the_same_weights():
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     ids = random_ids(1, 10)
     expected = model(ids).logits
-    runner = Runner(model)
+    runner = LeanRunner(model)
     assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     attention = model.model.layers[0].self_attn
@@ -155,28 +157,23 @@ def test_keys_of_a_scaled_rotary_embedding_are_turned_but_not_scaled():
     torch.testing.assert_close(runner.rotate(keys, 300).norm(dim=-1), keys.norm(dim=-1), **CLOSE)
 
 
-def test_a_family_or_rotary_embedding_that_cannot_be_run_is_refused():
-    from transformers import GPT2Config
+def test_layers_without_attention_are_refused_by_the_configuration():
+    from transformers import Lfm2Config
 
-    with pytest.raises(UnsupportedModel, match="llama, mistral, opt, qwen2, qwen3, not 'gpt2'"):
-        DecoderShape.of(GPT2Config())
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(UnsupportedModel, match="'dynamic'"):
-        DecoderShape.of(tiny_config(rope_parameters=rope))
+    with pytest.raises(UnsupportedModel, match="each of its 2 layers must ask for attention, and it has some of conv"):
+        DecoderShape.of(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "window"),
     [
         ("llama", {}, 1024),
-        ("mistral", {"sliding_window": 64}, 64),
-        ("mistral", {"sliding_window": 4096}, 1024),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}, 32),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, 1024),
+        ("mistral", {"sliding_window": 64}, 1024),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 1024),
+        ("llama", {"rope_parameters": LONGROPE}, 512),
     ],
 )
-def test_the_window_is_the_least_that_every_layer_sees(family, changes, window):
+def test_the_window_is_where_positions_are_what_they_are_in_any_prompt(family, changes, window):
     assert DecoderShape.of(tiny_config(family, **changes)).window == window
 
 
@@ -790,10 +787,12 @@ def test_every_layer_is_run_and_run_again_within_the_kernels_that_are_chosen(fam
         within.append(device.type)
         yield
 
-    monkeypatch.setattr(runner, "kernels", noted)
     decoder = tiny(family)
+    monkeypatch.setattr(lean, "kernels", noted)
+    monkeypatch.setattr(interface, "kernels", noted)
     decoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "new")
     given, end = [Prompt(QUESTION)], decoder.tokenizer.eos_token_id
     answer_logits(decoder, given, [[5, 6, end]], "new", recompute=recompute).logits.sum().backward()
-    passes = 3 if recompute else 2  # the template, the question, and that again
-    assert within == ["cpu"] * passes * decoder.shape.layers
+    layers = decoder.shape.layers
+    passes = 2 * layers if family == "llama" else 3  # the template and the question; of a whole model the head too
+    assert within == ["cpu"] * (passes + layers * recompute)

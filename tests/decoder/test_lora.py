@@ -9,7 +9,7 @@ import torch
 from decoder_cases import OTHERS, TEXT, place, spiced, tiny, whole
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import runner as runner_module
+from lloco_engine.decoder import lean as runner_module
 from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.testing import tiny_decoder
