@@ -72,7 +72,7 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
     Raises:
         ModelNotFound: there is none that can be read.
         UnsupportedModel: it is no causal language model that transformers knows, or one with layers that keep more than
-            keys and values; or its weights are quantised by a method that is not installed.
+            keys and values; or its weights are quantised in a way that is not read on this machine.
     """
     path = Path(folder) / "config.json"
     try:
@@ -86,6 +86,8 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
             "a decoder must be a causal language model that the installed transformers knows, as model_type in "
             f"config.json says; in {folder} it is {kind!r}{code}"
         )
+    if quantised := said.get("quantization_config"):
+        _check_quantised(folder, quantised)
     if (Path(folder) / "adapter_config.json").is_file():
         raise UnsupportedModel(
             f"a decoder's folder must hold no adapter, and {folder} has adapter_config.json: name the decoder's own "
@@ -102,6 +104,37 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
     except Exception as error:  # transformers raises many kinds for fields that are missing or of another type
         raise ModelNotFound(f"the decoder in {folder} has a config.json that cannot be read: {error}") from error
     return config
+
+
+def _check_quantised(folder: str | Path, quantised: Any) -> None:
+    """Refuse quantised weights that transformers has no means to read here.
+
+    Raises:
+        UnsupportedModel: a package or a device is missing, or the method is none that it knows; says which.
+    """
+    method = _method(quantised)
+    if method == "fp8":  # is read as what it stands for
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        with quiet():
+            quantiser: Any = AutoHfQuantizer.from_config(quantised, pre_quantized=True)
+            quantiser.validate_environment(device_map=None)
+    except Exception as error:  # transformers raises many kinds for what is missing
+        raise UnsupportedModel(
+            f"a decoder's weights must be such as transformers can read on this machine, and those in {folder} are "
+            f"quantised, by {method}: {error}; or name its release in bfloat16 or float16, or a GGUF file"
+        ) from error
+
+
+def _method(quantised: Any) -> str:
+    """How weights are quantised, in a few words."""
+    if not isinstance(quantised, dict):
+        return str(quantised)
+    method = str(quantised.get("quant_method") or "a method that config.json does not name")
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantised.get(name)]
+    return f"{method} ({bits[0]})" if bits else method
 
 
 def _is_known(kind: Any) -> bool:

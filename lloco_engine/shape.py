@@ -42,8 +42,9 @@ class DecoderShape:
         kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
         if others := sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind}):
             raise UnsupportedModel(
-                f"each of its {len(kinds)} layers must ask for attention, and it has some of {', '.join(others)}: what these keep of what they have read is a state that moves on with every "
-                "token, and no keys and values that segments could hold"
+                f"each of its {len(kinds)} layers must ask for attention, and it has some of {', '.join(others)}: what "
+                "these keep of what they have read is a state that moves on with every token, and no keys and values "
+                "that segments could hold"
             )
         if not isinstance(getattr(config, "max_position_embeddings", None), int):
             raise UnsupportedModel(

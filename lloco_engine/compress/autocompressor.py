@@ -19,7 +19,7 @@ from lloco_engine.compress.summary_tokens import SummaryTokens
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.probe import runner_of
 from lloco_engine.decoder.runner import Runner
-from lloco_engine.errors import ConfigError
+from lloco_engine.errors import ConfigError, UnsupportedModel
 
 __all__ = ["SEGMENT_TOKENS", "AutoCompressor"]
 
@@ -42,6 +42,11 @@ class AutoCompressor:
             raise ConfigError(
                 f"summary tokens must be as wide as the decoder's input embeddings, {runner.shape.embedding}, not "
                 f"{tokens.embeddings.shape[1]}"
+            )
+        kind = runner.model.config.model_type
+        if not runner.shape.rotary and kind != "opt":
+            raise UnsupportedModel(
+                f"summaries take positions that are rotary, or none, as OPT alone has: {kind!r} has learned ones"
             )
         self.runner = runner
         self.accumulate = tokens.accumulate

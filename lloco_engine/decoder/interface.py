@@ -190,6 +190,8 @@ class InterfaceRunner(Runner):
     bf16 = False  # experts are chosen by small differences
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+            raise UnsupportedModel("it has an adapter in it: load the decoder alone, and adapters with load_adapter")
         self.model = model
         self.shape = DecoderShape.of(model.config)
         body: Any = _body(model)

@@ -85,10 +85,7 @@ class LeanRunner(Runner):
     """See `Runner`.
 
     Args:
-        model: a causal language model that `serves` says yes to, in eval mode.
-
-    Raises:
-        UnsupportedModel: a layer's products are not those of plain linear modules.
+        model: a causal language model that `serves` says yes to, in eval mode, whose linear layers are plain.
     """
 
     replays = True

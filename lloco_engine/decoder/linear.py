@@ -7,28 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lloco_engine.errors import UnsupportedModel
-
-__all__ = ["FusedLinear", "PackedLinear", "check_linear", "pack"]
+__all__ = ["FusedLinear", "PackedLinear", "is_plain", "pack"]
 
 _ROWS = 64
 _FEW = 256  # rows of a product up to which packed weights are quicker than plain ones (docs/decisions/0001)
 _FINEST = 2.0**-25  # half of float16's finest step: how far bfloat16's smallest weights may be off
 
 
-def check_linear(name: str, part: Any) -> None:
-    """Refuse a layer that the runner would not compute as it is: quantised, or with an adapter around it.
-
-    Raises:
-        UnsupportedModel: it is no plain linear layer.
-    """
-    dtype = str(part.weight.dtype).removeprefix("torch.")
-    if type(part) is not torch.nn.Linear or not part.weight.is_floating_point() or part.weight.element_size() < 2:
-        raise UnsupportedModel(
-            f"a decoder's layers must be plain torch.nn.Linear in float32, float16 or bfloat16, and {name} is "
-            f"{type(part).__module__}.{type(part).__name__} in {dtype}: load it "
-            "unquantised, and adapters with load_adapter"
-        )
+def is_plain(part: Any) -> bool:
+    """Whether a layer is torch's own, by its weights alone: neither quantised nor with an adapter around it."""
+    return type(part) is torch.nn.Linear and part.weight.is_floating_point() and part.weight.element_size() >= 2
 
 
 class FusedLinear:
@@ -49,8 +37,6 @@ class FusedLinear:
     def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
         self.owner, self.names = owner, names
         parts = [getattr(owner, name) for name in names]
-        for name, part in zip(names, parts, strict=True):
-            check_linear(name, part)
         self.sizes = [part.weight.shape[0] for part in parts]
         self.weight, self.bias = parts[0].weight.data, parts[0].bias
         if len(parts) > 1:

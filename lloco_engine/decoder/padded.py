@@ -203,10 +203,8 @@ class Padded(LayerSlots):
         added = torch.cat((added, live.expand(rows, heads, group * tokens, keys.shape[2])), dim=-1)
         keys = torch.cat((self.keys.expand(rows, -1, -1, -1), keys), dim=2)
         values = torch.cat((self.values.expand(rows, -1, -1, -1), values), dim=2)
-        if rules.plain:
-            read = masked(q, keys, values, added, scale)
-        else:
-            read = attend_by(rules, q, keys, values, added, scale)
+        plain = rules.plain
+        read = masked(q, keys, values, added, scale) if plain else attend_by(rules, q, keys, values, added, scale)
         return read.reshape(rows, query_heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, -1)
 
     def _added(self, rules: Rules, q: torch.Tensor, scale: float, hidden: torch.Tensor | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.interface import NAME, Asked, InterfaceRunner, Sight, replace_attention
 from lloco_engine.decoder.lean import LeanRunner, serves
+from lloco_engine.decoder.linear import is_plain
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.rules import Rules, Sees, attend_by
 from lloco_engine.decoder.runner import Runner
@@ -62,7 +63,10 @@ def runner_of(model: PreTrainedModel) -> Runner:
 
 def _lean(model: Any, own: str) -> LeanRunner | None:
     """The loop for decoders of Llama's shape, where it gives what the model does through the interface."""
-    lean, runner = LeanRunner(model), InterfaceRunner(model)
+    runner = InterfaceRunner(model)
+    if not all(map(is_plain, runner.linears())):
+        return None
+    lean = LeanRunner(model)
     ids = _some_ids(runner)
     asked = _ask(runner, ids)
     _set_rules(runner, asked)
@@ -97,9 +101,9 @@ def _probe(runner: InterfaceRunner, ids: torch.Tensor, expected: torch.Tensor) -
     memory.kernel = None  # not to be compiled for this
     if (apart := _apart(_logits(runner, ids, memory, many), expected[many:])) > near:
         raise UnsupportedModel(
-            f"where the first {many} of {ids.shape[1]} tokens are read as slots it "
-            f"gives other logits ({apart:.2g} of their spread apart, where {near:g} is allowed), so keys and values are "
-            "not all that its layers keep of what they have read"
+            f"where the first {many} of {ids.shape[1]} tokens are read as slots it gives other logits ({apart:.2g} of "
+            f"their spread apart, where {near:g} is allowed), so keys and values are not all that its layers keep of "
+            "what they have read"
         )
 
 

@@ -25,7 +25,7 @@ class Rules:
     """One layer's rules.
 
     softcap : logits become ``softcap * tanh(logit / softcap)``, or stay as they are (Gemma 2, arXiv 2408.00118)
-    sinks   : (query heads,) a logit of each head that takes a share of its attention and reads nothing (gpt-oss), or None
+    sinks   : (query heads,) a logit of each head that takes its share of attention and reads nothing (gpt-oss), or None
     sees    : for a layer that does not read all that lies before a token, which positions it does; None reads all
     """
 
@@ -72,14 +72,14 @@ def attend_by(
             sinks = _of_rows(rules.sinks, q).to(added.dtype).expand(len(q), -1, -1, -1)
             added = torch.cat((added, sinks), dim=-1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=added, scale=scale)
-    sinks = None if rules.sinks is None else _of_rows(rules.sinks, q).expand(len(q), -1, -1, -1)
+    wells = None if rules.sinks is None else _of_rows(rules.sinks, q).expand(len(q), -1, -1, -1)
     added = added.expand(-1, -1, q.shape[2], -1)
     read = []
     for row in range(0, q.shape[2], _ROWS):
         some = slice(row, row + _ROWS)
         logits = rules.cap(torch.matmul(q[:, :, some], keys.transpose(-1, -2)).float() * scale) + added[:, :, some]
-        if sinks is not None:
-            logits = torch.cat((logits, sinks[:, :, some]), dim=-1)
+        if wells is not None:
+            logits = torch.cat((logits, wells[:, :, some]), dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., : keys.shape[2]].to(values.dtype)
         read.append(torch.matmul(weights, values))
     return torch.cat(read, dim=2)

@@ -12,7 +12,8 @@ from lloco_engine.compress import attention_matching
 from lloco_engine.compress.attention_matching import AttentionMatching
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder import linear
-from lloco_engine.decoder.linear import FusedLinear, _packed
+from lloco_engine.decoder.lean import LeanRunner
+from lloco_engine.decoder.linear import FusedLinear, PackedLinear, _packed
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.testing import tiny_decoder, tiny_tokenizer
 
@@ -123,7 +124,11 @@ def test_without_a_kernel_the_plain_product_serves(monkeypatch):
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
 def test_a_packed_decoder_says_what_transformers_say(family, changes):
     decoder, model = rounded(family, **changes), spiced(tiny_decoder(family, **changes)).half().float()
-    assert all(layer._packed is not None for layer in [decoder.runner._head, *getattr(decoder.runner, "_fused", [])])
+    if isinstance(decoder.runner, LeanRunner):
+        assert all(layer._packed is not None for layer in [decoder.runner._head, *decoder.runner._fused])
+    else:
+        linears = [decoder.runner.model.get_output_embeddings(), *decoder.runner.linears()]
+        assert all(isinstance(part, PackedLinear) for part in linears)
     ids = torch.tensor([tokens(decoder, TEXT)[:40]])
     with torch.inference_mode():
         hidden = decoder.runner.forward(ids, torch.arange(ids.shape[1]), decoder.new_cache(1, 40))

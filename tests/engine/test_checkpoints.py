@@ -112,12 +112,12 @@ def test_code_of_an_embedder_never_runs(tmp_path, no_questions):
     ("fields", "error", "named"),
     [
         ({"model_type": "sorcery"}, UnsupportedModel, "'sorcery'"),
-        ({"model_type": "gemma3_text"}, UnsupportedModel, "'gemma3_text'"),
+        ({"model_type": "vit"}, UnsupportedModel, "'vit'"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, UnsupportedModel, "some of conv"),
         ({"model_type": ...}, UnsupportedModel, "None"),
         ({"model_type": 3}, UnsupportedModel, "3"),
         ({"hidden_size": "wide"}, ModelNotFound, "config.json"),
         ({"num_attention_heads": None}, ModelNotFound, "config.json"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, UnsupportedModel, "dynamic"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UnsupportedModel, "4bit"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, UnsupportedModel, "8bit"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, UnsupportedModel, "compressed-tensors"),
@@ -185,14 +185,40 @@ def test_weights_without_a_place_are_named(folder, tmp_path):
 def test_a_model_that_is_not_plain_is_refused():
     from peft import LoraConfig, get_peft_model
 
-    with pytest.raises(UnsupportedModel, match="load_adapter"), models.quiet():
+    with pytest.raises(UnsupportedModel, match="it has an adapter in it"), models.quiet():
         made = get_peft_model(tiny_decoder(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
         LocalDecoder(made.base_model.model, tiny_tokenizer())
-    model = tiny_decoder("opt")
-    model.model.decoder.layers[0].fc1 = torch.nn.Identity()
-    model.model.decoder.layers[0].fc1.weight = torch.zeros(2, 2, dtype=torch.int8)
-    with pytest.raises(UnsupportedModel, match=r"fc1 is .*Identity in int8"):
-        LocalDecoder(model, tiny_tokenizer())
+
+
+class InBytes(torch.nn.Linear):
+    """Stands for a quantised layer: weights of a byte each, with a scale a row."""
+
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        self.scales = plain.weight.abs().amax(1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((plain.weight / self.scales).round().to(torch.int8), requires_grad=False)
+        self.bias = plain.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scales, self.bias)
+
+
+def test_quantised_layers_are_run_as_they_are():
+    model = tiny_decoder("qwen2", tie_word_embeddings=False)
+    for name, part in list(model.model.named_modules()):
+        if isinstance(part, torch.nn.Linear):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.model.get_submodule(owner), attribute, InBytes(part))
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        decoder = LocalDecoder(model, tiny_tokenizer())
+        runner = decoder.runner
+        hidden = runner.forward(ids, torch.arange(30), decoder.new_cache(1, 30))
+        torch.testing.assert_close(runner.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+    assert type(runner).__name__ == "InterfaceRunner"
+    assert all(type(part) is InBytes for part in runner.linears())
+    assert decoder.generate([Prompt("Who?")])[0].token_ids
 
 
 def test_block_fp8_is_read_as_what_it_stands_for(tmp_path):
@@ -336,8 +362,8 @@ def test_a_release_of_bin_files_alone_is_fetched(hub, folder):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_type": "gemma3_text"},
-        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "rope_theta": 1e4}},
+        {"model_type": "vit"},
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
         {"quantization_config": {"quant_method": "gptq"}},
         {"auto_map": {"AutoConfig": "own.A"}, "model_type": "own"},
     ],

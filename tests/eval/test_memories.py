@@ -32,7 +32,7 @@ def test_both_kinds_are_measured_on_the_same_text():
 
 def test_sizes_of_the_published_decoder_are_computed():
     assert segment_bytes(LLAMA_2_7B, "summary", 50) == 50 * 4096 * 2
-    assert segment_bytes(LLAMA_2_7B, "compact_kv", 50) == 50 * 32 * 32 * (2 * 128 * 2 + 4)
+    assert segment_bytes(LLAMA_2_7B, "compact_kv", 50) == 50 * 32 * 32 * (2 * 128 * 2 + 8)
     with pytest.raises(ConfigError, match="repeats must be at least 1"):
         MemoriesConfig(repeats=0)
 
