@@ -131,7 +131,7 @@ class Segment:
     lengths : (L, H)  int64, slots of each head; its sum is N
     source_tokens : decoder tokens of the chunk that the slots stand for
     positions : (N,)  int32, the position of each slot among those, or None where it is not known (segments of former
-              releases): such a segment is read by decoders all of whose layers read all that lies before a token
+              releases): such a segment is read where every layer reads all that lies before a token
     divergence : measured where the segment was refined, else None
 
     Where a decoder's layers differ in head size, D is the largest, and the others are filled up with zeros.

@@ -126,8 +126,12 @@ def test_windows_are_those_of_positions(name):
     decoder.runner.rules = rules
     decoder._prefix_cache.clear()
     unknown = replace(prefix, segments=(replace(segment, positions=None),))
-    with pytest.raises(SegmentUnavailable, match=r"at which position each of its slots is.*ingest its document again"):
+    with pytest.raises(SegmentUnavailable, match=r"at which position each of its slots is.*into a new store"):
         logits_of(decoder, asked, unknown)
+    short = whole(decoder, "Ida.")  # where the window holds all there is, they are not asked for
+    unknown = replace(short, segments=(replace(short.compact[0], positions=None),))
+    assert short.start + 20 < WINDOW
+    assert torch.equal(logits_of(decoder, asked[:20], unknown), logits_of(decoder, asked[:20], short))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -325,3 +329,32 @@ def test_weights_are_packed_where_nothing_is_learned():
     with torch.no_grad():
         few, plain = packed[0](x), torch.nn.functional.linear(x, packed[0].weight, packed[0].bias)
     torch.testing.assert_close(few, plain, rtol=1e-3, atol=1e-3)
+    decoder.add_adapter(_lora(decoder), "new")
+    ids, places = torch.arange(10, 40)[None], torch.arange(30)
+    with decoder._lock:
+        decoder._use("new")
+        plain_states = decoder.runner.forward(ids, places, decoder.new_cache(1, 30)).detach()
+        with torch.no_grad():
+            states = decoder.runner.forward(ids, places, decoder.new_cache(1, 30))
+    torch.testing.assert_close(states, plain_states, rtol=1e-2, atol=1e-2)
+    assert apart(states, _base(decoder, ids, places)) > 0.1
+
+
+@torch.no_grad()
+def _base(decoder: LocalDecoder, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    with decoder.base() as runner:
+        return runner.forward(ids, places, decoder.new_cache(1, 30))
+
+
+@pytest.mark.parametrize("name", ["llama, yarn", "gemma2", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_transformers_is(name, dtype):
+    model = copy.deepcopy(reference(name)).to(dtype)
+    decoder = LocalDecoder(copy.deepcopy(model), tiny_tokenizer(), "tiny")
+    before, asked = texts(decoder)
+    wanted = expected(name, before, asked)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([before + asked])).logits[0, len(before) :].float()
+    ours = logits_of(decoder, asked, whole(decoder))
+    off, own = ((one - wanted).norm(dim=-1).median() for one in (ours, theirs))
+    assert float(off) < 2 * float(own) + 1e-3

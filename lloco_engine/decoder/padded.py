@@ -176,9 +176,13 @@ class Padded(LayerSlots):
         if rules.sees is None or at is None:
             return None
         if self._positions is None:
+            last = at.max()
+            if bool(rules.sees(last, torch.zeros_like(last))):  # it reads all there is, wherever that is
+                return None
             raise SegmentUnavailable(
-                "a segment must say at which position each of its slots is, since this decoder has layers that read a "
-                "window of positions, and one of these was made before segments did: ingest its document again"
+                "a segment must say at which position each of its slots is, where a decoder has layers that read a "
+                f"window of positions and a prompt goes on to position {int(last)}, and one of these does not, as none "
+                "of former releases does: ingest its document into a new store, or ask for fewer or shorter texts"
             )
         return rules.hidden(at[:, None, :, None], self._positions[:, :, None])
 

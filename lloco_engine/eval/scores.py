@@ -93,7 +93,8 @@ def _blank(setup: Setup) -> Segment:
     shape = setup.facts.shape
     heads = shape.layers * shape.kv_heads
     rows = torch.zeros(heads, shape.head_dim)
-    return Segment(rows, rows, torch.zeros(heads), torch.ones(shape.layers, shape.kv_heads, dtype=torch.int64), 1)
+    lengths, positions = torch.ones(shape.layers, shape.kv_heads, dtype=torch.int64), torch.zeros(heads).int()
+    return Segment(rows, rows, torch.zeros(heads), lengths, 1, positions)
 
 
 def measure(data: Path | None = None, embedder: str = "embedded", decoder: str = "embedded") -> dict[str, Any]:
