@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from any_decoder_cases import SERVED, WINDOW, save, tiny_of
-from lloco_engine.finetune.passes import answer_logits
+from lloco_engine.finetune.packing import answer_logits
 
 from lloco_engine.compress import registry
 from lloco_engine.compress.attention_matching import AttentionMatching
