@@ -198,6 +198,18 @@ def run(*arguments: str, **options: Any):
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
+def test_the_doubles_take_no_more_than_what_they_stand_for():
+    engine = specced(Engine, EngineDouble())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
+        engine.ingest([], labels={})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'topk'"):
+        engine.ask("q", topk=2)
+    with pytest.raises(AssertionError, match=r"Engine\.backup was called"):
+        engine.backup("there")
+    with pytest.raises(AttributeError):
+        engine.recall("q")
+
+
 def test_help_in_a_process_lists_the_commands():
     out = subprocess.run([sys.executable, "-m", "lloco_engine", "--help"], capture_output=True, text=True, check=False)
     assert out.returncode == 0
