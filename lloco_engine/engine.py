@@ -17,6 +17,7 @@ from lloco_engine.config import (
     CompressConfig,
     PrefixConfig,
     ReadConfig,
+    RefineConfig,
     RetrieveConfig,
     StoreConfig,
 )
@@ -26,6 +27,7 @@ from lloco_engine.ingest import Ingest, Progress, Source
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
+from lloco_engine.refining import RefineProgress, RefineReport, Refining
 from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.request import AskRequest
 from lloco_engine.retrieve import best_windows
@@ -250,6 +252,42 @@ class Engine:
             progress=progress,
         )
         return run.run(sources, reader, tenant, prune=prune)
+
+    def refine(
+        self,
+        doc_ids: Sequence[str] | None = None,
+        *,
+        tenant: str = "",
+        config: RefineConfig | None = None,
+        budget: float | None = None,
+        progress: Callable[[RefineProgress], None] | None = None,
+    ) -> RefineReport:
+        """Bring segments nearer to what the decoder makes of their chunks, by a few label-free steps each.
+
+        A segment that is no better on what was held out stays as it was. A run that was cut off, or whose time was up,
+        is gone on with by the next. Others may ask and ingest meanwhile.
+
+        Args:
+            doc_ids: which documents; None: all of the tenant's.
+            tenant: whose.
+            config: how many steps, and of which kind.
+            budget: seconds, None for no limit.
+            progress: called after each segment.
+
+        Raises:
+            NotInStore: the tenant has no document of an id.
+            ConfigError: the store holds summary embeddings.
+            StoreFull, StoreLocked: what was finished stays.
+        """
+        run = Refining(
+            self.store,
+            self.chunker,
+            decoder=lambda: self.decoder,
+            one_at_a_time=self._compressing,
+            config=config or RefineConfig(),
+            progress=progress,
+        )
+        return run.run(doc_ids, tenant, budget)
 
     def delete(self, doc_id: str, tenant: str = "") -> None:
         """Remove a document and the segments that no other has; `NotInStore` when the tenant has no such document."""

@@ -27,6 +27,7 @@ STAGES = (
     ("decoder",),
     ("compress",),
     ("adapters", "segment_cache"),
+    ("refining",),
     ("usage", "baselines"),
     ("opening", "ingest", "vanished", "streaming", "request", "context", "engine"),
     ("finetune", "testing"),

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lloco_engine import __version__
-from lloco_engine.cli import adapters, ask, documents, ingest, maintenance
+from lloco_engine.cli import adapters, ask, documents, ingest, maintenance, refine
 from lloco_engine.errors import LLoCOError
 
 __all__ = ["app", "main"]
@@ -78,6 +78,7 @@ def lloco(
 
 
 ingest.register(app)
+refine.register(app)
 ask.register(app)
 documents.register(app)
 maintenance.register(app)

@@ -12,10 +12,11 @@ import typer
 from lloco_engine.cli import factory
 from lloco_engine.cli.options import AsJSON, StoreDir, Tenant
 from lloco_engine.cli.output import hit_json, human_bytes, print_json, print_table, safe
-from lloco_engine.errors import NotInStore
+from lloco_engine.errors import NotInStore, SegmentUnavailable
 
 if TYPE_CHECKING:
-    from lloco_engine.store import DocumentInfo
+    from lloco_engine.store import DocumentInfo, Store
+    from lloco_engine.types import Divergence
 
 __all__ = ["register"]
 
@@ -91,8 +92,12 @@ def show(
             return
         hits = opened.chunks(doc_id, tenant)
         content = opened.document_text(doc_id, tenant) if text else ""
+        divergences = [_divergence(opened, hit.segment_id) for hit in hits]
     if as_json:
-        segments = [hit_json(hit) | {"text": hit.text} for hit in hits]
+        segments = [
+            hit_json(hit) | {"text": hit.text, "divergence": None if one is None else asdict(one)}
+            for hit, one in zip(hits, divergences, strict=True)
+        ]
         print_json(_info_json(info) | {"chunks": segments} | ({"text": content} if text else {}))
         return
     facts = _info_json(info)
@@ -103,11 +108,31 @@ def show(
     for name, value in info.metadata.items():
         typer.echo(f"{'metadata ' + safe(name):>24}  {safe(str(value))}")
     typer.echo()
+    refined = any(divergences)
     rows = [
-        (hit.ordinal, hit.span.start, hit.span.end, hit.source_tokens, " ".join(hit.text[:200].split())[:60])
-        for hit in hits
+        (
+            hit.ordinal,
+            hit.span.start,
+            hit.span.end,
+            hit.source_tokens,
+            *([_told(one)] if refined else []),
+            " ".join(hit.text[:200].split())[:60],
+        )
+        for hit, one in zip(hits, divergences, strict=True)
     ]
-    print_table(["segment>", "from>", "to>", "tokens>", "begins"], rows)
+    print_table(["segment>", "from>", "to>", "tokens>", *(["divergence"] if refined else []), "begins"], rows)
+
+
+def _divergence(store: Store, segment_id: str) -> Divergence | None:
+    """What is known of a segment's quality; of a damaged one, nothing: `lloco verify` names it."""
+    try:
+        return store.divergence(segment_id)
+    except SegmentUnavailable:
+        return None
+
+
+def _told(divergence: Divergence | None) -> str:
+    return "" if divergence is None else f"{divergence.before:.3f} -> {divergence.after:.3f}"
 
 
 def remove(

@@ -28,6 +28,7 @@ from lloco_engine.cli.options import (
     parse_settings,
 )
 from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
+from lloco_engine.cli.refine import steps_of
 from lloco_engine.types import IngestReport
 
 if TYPE_CHECKING:
@@ -60,6 +61,14 @@ def ingest(
     ] = None,
     segment_tokens: Annotated[
         int | None, typer.Option(min=16, help="Largest segment; 1536 for a new store.", show_default=False)
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Steps of refinement for each segment, for a new store; auto: what suits the machine. Default: 0.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[OnDisk | None, typer.Option(help="Numbers on disk; float16 for a new store.")] = None,
     tenant: Tenant = "",
@@ -109,6 +118,7 @@ def ingest(
       lloco ingest corpus.jsonl --ratio 8 --json
       lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
       lloco ingest contracts/ --group law
+      lloco ingest docs/ --store fine --refine 16
     """
     metadata = parse_metadata(meta or [])
     if group is not None:
@@ -124,7 +134,7 @@ def ingest(
         dtype=dtype.value if dtype else None,
         device=device,
         compressor=compressor,
-        settings=parse_settings(settings or []),
+        settings=parse_settings(settings or []) | _refinement(refine, store, device),
     ) as engine:
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
@@ -140,6 +150,13 @@ def ingest(
         _print_report(report)
     if report.failed:
         raise typer.Exit(1)
+
+
+def _refinement(steps: str | None, store: Path, device: str | None) -> dict[str, Any]:
+    """The compressor's setting for ``--refine``; with ``auto`` a store that is there keeps its own."""
+    if steps is None or (steps == "auto" and (store / "manifest.json").exists()):
+        return {}
+    return {"refine": steps_of(steps, device)}
 
 
 def _print_report(report: IngestReport) -> None:

@@ -30,7 +30,10 @@ def current(catalogue: Catalogue, hit: Hit) -> Hit | None:
         "d.tenant = ? AND d.doc_id = ? AND c.segment_id = ? ORDER BY c.ordinal = ? DESC, c.ordinal LIMIT 1",
         (hit.tenant, hit.doc_id, hit.segment_id, hit.ordinal),
     )
-    if not found:
+    if not found:  # its segment was replaced by a better one of the same text
+        here = (hit.tenant, hit.doc_id, hit.ordinal)
+        found = catalogue.find_hits("d.tenant = ? AND d.doc_id = ? AND c.ordinal = ?", here)
+    if not found or (found[0].segment_id != hit.segment_id and found[0].text != hit.text):
         return None
     (now,) = found
     moved = now.span.start - hit.span.start

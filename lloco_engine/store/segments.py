@@ -5,7 +5,7 @@ is ``ab/<id>.safetensors`` in a folder of such files (`SegmentFiles`).
 
 A memory map would be quicker to open, but a file that changes under it changes what was checked, and one that is cut
 ends the process by a signal. `formats` says what the tensors are. The header's strings are ``format``, ``segment_id``,
-``source_tokens`` and ``checksum``.
+``source_tokens`` and ``checksum``; of a refined segment also ``divergence``: before, after and steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +25,7 @@ from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.store.files import Layout, segment_name, write_atomic
 from lloco_engine.store.formats import AnyFormat, SegmentFormat, SummaryFormat, Tensors
 from lloco_engine.store.records import SegmentStats
-from lloco_engine.types import AnySegment
+from lloco_engine.types import AnySegment, Divergence, Segment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,6 +126,8 @@ def encode(segment: AnySegment, segment_id: str, form: AnyFormat) -> tuple[bytes
 
     tensors = form.pack(segment, segment_id)
     header = {"format": form.kind(tensors), "segment_id": segment_id, "source_tokens": str(segment.source_tokens)}
+    if isinstance(segment, Segment) and segment.divergence is not None:
+        header["divergence"] = _told(segment.divergence)
     digest = checksum(tensors, header)
     return save(tensors, metadata=header | {"checksum": digest}), digest
 
@@ -135,7 +137,8 @@ def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> 
     import torch
 
     digest = hashlib.sha256()
-    for name in ("format", "segment_id", "source_tokens"):
+    # of a segment that was never refined nothing is said, so that files of before there was refinement stay right
+    for name in ("format", "segment_id", "source_tokens", *(["divergence"] if "divergence" in header else [])):
         digest.update(f"{name}={header.get(name)}\n".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -160,7 +163,22 @@ def verify(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[AnySegme
     tensors, header = _open(path, segment_id, form)
     if checksum(tensors, header) != header.get("checksum"):
         raise _unavailable(segment_id, path, "its content does not match its checksum")
-    return form.unpack(tensors, int(header["source_tokens"])), header["checksum"]
+    segment = form.unpack(tensors, int(header["source_tokens"]))
+    if "divergence" in header and isinstance(segment, Segment):
+        try:
+            segment = replace(segment, divergence=_heard(header["divergence"]))
+        except ValueError as error:
+            raise _unavailable(segment_id, path, f"its header says divergence {header['divergence']!r}") from error
+    return segment, header["checksum"]
+
+
+def _told(divergence: Divergence) -> str:
+    return f"{divergence.before!r} {divergence.after!r} {divergence.steps}"
+
+
+def _heard(text: str) -> Divergence:
+    before, after, steps = text.split(" ")
+    return Divergence(float(before), float(after), int(steps))
 
 
 def _open(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:

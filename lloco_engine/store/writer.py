@@ -126,6 +126,33 @@ class Writer:
         self._remove_files(unused)
         return "added" if state is None else "replaced"
 
+    def replace_segments(self, replaced: Mapping[str, SegmentStats]) -> None:
+        """Let every chunk that has one of these segments have the other, in one transaction.
+
+        A process that dies before it leaves the former ones, and files that the next try uses; one that dies after it
+        leaves files that nobody refers to. Segments that no chunk has any more are none's to replace.
+
+        Args:
+            replaced: by the former id, the stats of what `save_segment` saved, of the same tokens and tenant.
+
+        Raises:
+            StoreFull: no room; the store is as it was.
+        """
+        with self._catalogue.transaction(write=True) as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO segments (segment_id, slots, source_tokens, bytes, checksum, previous)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                [(s.segment_id, s.slots, s.source_tokens, s.bytes, s.checksum, s.previous) for s in replaced.values()],
+            )
+            connection.executemany(
+                "UPDATE chunks SET segment_id = ? WHERE segment_id = ?",
+                [(stats.segment_id, former) for former, stats in replaced.items()],
+            )
+            new = {stats.segment_id for stats in replaced.values()}
+            unused = _drop_unused(connection, replaced.keys() | new)
+            connection.execute("UPDATE generation SET number = number + 1")
+        self._remove_files(unused)
+
     def relabel(self, document: Document) -> None:
         """Give a document that is there, with this text, these labels: all but its text. Its version stays.
 

@@ -32,10 +32,11 @@ from lloco_engine.readers import read_paths
 from lloco_engine.request import AskRequest
 from lloco_engine.store import DocumentInfo, Problem, Store
 from lloco_engine.store.writer import Writer
-from lloco_engine.types import Answer, Document, Failure, Hit, IngestReport, Span, Turn, Usage
+from lloco_engine.types import Answer, Divergence, Document, Failure, Hit, IngestReport, Span, Turn, Usage
 
 TEXT = "The crane in hall 3 fell in March.\nIt was repaired by Anna Vogt.\x1b[31m"
 HIT = Hit("s1", "report.md", 2, Span(10, 10 + len(TEXT)), TEXT, 20, 0.734, (Span(45, 74),), title="The report")
+DIVERGENCE = Divergence(0.5, 0.25, 8)
 USAGE = Usage(prompt_tokens=31, prompt_slots=96, source_tokens=1536, completion_tokens=5, ttft_s=0.25, decode_s=0.5)
 ANSWER = Answer("Anna Vogt repaired it.", (HIT,), USAGE)
 
@@ -143,6 +144,9 @@ class StoreDouble:
 
     def document_text(self, doc_id: str, tenant: str = "") -> str:
         return TEXT
+
+    def divergence(self, segment_id: str) -> Divergence | None:
+        return DIVERGENCE
 
     def chunks(self, doc_id: str, tenant: str = "") -> list[Hit]:
         return [HIT]
@@ -525,6 +529,7 @@ def test_show_gives_facts_and_segments(store):
     value = json.loads(run("show", "report.md", "--json").stdout)
     assert value["version"] == 2
     assert value["chunks"][0]["text"] == TEXT
+    assert value["chunks"][0]["divergence"] == {"before": 0.5, "after": 0.25, "steps": 8}
     assert "text" not in value
     missing = run("show", "report.md", "--tenant", "acme")
     assert (missing.exit_code, missing.stderr) == (1, "error: the store holds no document 'report.md'\n")
