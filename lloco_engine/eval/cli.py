@@ -301,18 +301,15 @@ def _shown(value: Any, digits: int) -> str:
 
 
 def _print_bench(result: dict[str, Any]) -> None:
+    from lloco_engine.eval.tables import answered
+
     for name, value in result.items():
         if name == "details":
             continue
         by_length = value.items() if isinstance(value, dict) else ()
         shown = ", ".join(f"{int(length):,}: {_ratio(ratio)}" for length, ratio in by_length) or _ratio(value)
         typer.echo(f"{name:36} {shown}")
-    made = result["details"]["settings"]
-    generate, prefix = made["generate"], made["prefix"]
-    typer.echo(
-        f"answered as by default: adapter {made['adapter']}, guesses ahead {'on' if generate['lookup'] else 'off'}, "
-        f"hints {', '.join(generate['hints']) or 'none'}, focus {prefix['focus']}, relevance {prefix['relevance']:g}"
-    )
+    typer.echo(answered(result["details"]))
 
 
 def _ratio(value: Any) -> str:

@@ -39,7 +39,8 @@ class Blank(Compressor):
 
         heads = decoder.shape.layers, decoder.shape.kv_heads
         rows = torch.zeros(heads[0] * heads[1], decoder.shape.head_dim)
-        segment = Segment(rows, rows, rows[:, 0], torch.ones(heads, dtype=torch.int64), len(token_ids))
+        lengths, positions = torch.ones(heads, dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int32)
+        segment = Segment(rows, rows, rows[:, 0], lengths, len(token_ids), positions)
         return [segment for _ in ratios]
 
 

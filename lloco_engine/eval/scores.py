@@ -1,7 +1,7 @@
 """What the scores of search tell: the floor below which no document seems to answer, and what follow-ups find.
 
-Nothing is compressed and no decoder is loaded: stores are made of windows and vectors alone, with the embedder and the
-chunks of the defaults, and asked by `Store.search` and `with_history` as the engine asks them.
+Nothing is compressed and no decoder is loaded: engines that are only searched hold the documents, with the embedder and
+the chunks of the defaults.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lloco_engine.chunking import Chunker
 from lloco_engine.config import RetrieveConfig
 from lloco_engine.demo import documents_folder, hard_questions, questions
-from lloco_engine.opening import Setup
+from lloco_engine.embedder import Embedder
+from lloco_engine.engine import Engine
+from lloco_engine.eval.engines import Blank, filled
+from lloco_engine.opening import DecoderFacts, Encodes
 from lloco_engine.readers import read_paths
-from lloco_engine.retrieve import with_history
-from lloco_engine.store import Store
-from lloco_engine.types import Document, Hit, Segment, Turn
+from lloco_engine.types import Document, Hit, Turn
 
 __all__ = ["MOST_REFUSED", "measure"]
 
@@ -56,45 +56,18 @@ class _Questions:
 
 
 class _Searched:
-    """A store of windows and vectors alone, and what questions find in it."""
+    """An engine to search only, and what questions find in it."""
 
-    def __init__(self, folder: Path, setup: Setup, documents: Iterable[Document]) -> None:
-        self._embedder = setup.embedder
-        self._store = Store.create(folder, setup.manifest())
-        chunker = Chunker(setup.facts.tokenizer, setup.chunk)
-        with self._store.writer() as writer:
-            for document in documents:
-                chunks = chunker.split(document)
-                ids = [writer.segment_id(document.tenant, chunk.token_ids) for chunk in chunks]
-                stats = [writer.save_segment(name, _blank(setup)) for name in ids]
-                texts = [[document.text[window.start : window.end] for window in chunk.windows] for chunk in chunks]
-                vectors = [setup.embedder.encode(each) for each in texts]
-                writer.put_document(document, chunks, ids, vectors, seconds=0.0, segment_stats=stats)
-
-    def ask(self, texts: Sequence[str], top_k: int = 1) -> list[list[Hit]]:
-        config = RetrieveConfig()
-        vectors = self._embedder.encode(list(texts))
-        return [
-            self._store.search(vector, top_k=top_k, question=text, lexical=config.lexical)
-            for text, vector in zip(texts, vectors, strict=True)
-        ]
+    def __init__(self, folder: Path, decoder: DecoderFacts, embedder: Encodes, documents: Iterable[Document]) -> None:
+        facts: Any = decoder  # has what is read of a decoder
+        engine = Engine.open(folder, decoder=facts, embedder=embedder, compressor=Blank())
+        self.engine = filled(engine, documents)
 
     def scores(self, name: str, answered: bool, texts: Sequence[str]) -> _Questions:
-        return _Questions(name, answered, tuple(hits[0].score for hits in self.ask(texts)))
+        return _Questions(name, answered, tuple(self.engine.retrieve(text, top_k=1)[0].score for text in texts))
 
     def close(self) -> None:
-        self._store.close()
-
-
-def _blank(setup: Setup) -> Segment:
-    """A segment of one slot a head, of zeros: it is never read."""
-    import torch
-
-    shape = setup.facts.shape
-    heads = shape.layers * shape.kv_heads
-    rows = torch.zeros(heads, shape.head_dim)
-    lengths, positions = torch.ones(shape.layers, shape.kv_heads, dtype=torch.int64), torch.zeros(heads).int()
-    return Segment(rows, rows, torch.zeros(heads), lengths, 1, positions)
+        self.engine.close()
 
 
 def measure(data: Path | None = None, embedder: str = "embedded", decoder: str = "embedded") -> dict[str, Any]:
@@ -111,11 +84,11 @@ def measure(data: Path | None = None, embedder: str = "embedded", decoder: str =
     Returns:
         JSON-ready: the floor, a row for each set of questions, and what follow-ups find.
     """
-    setup = Setup(None, decoder=decoder, embedder=embedder, compress=None, chunk=None, store=None, device=None)
+    facts, made = DecoderFacts.of(decoder), Embedder(embedder)
     hard = hard_questions()
     asked = [question.question for question in questions()]
     documents = _documents(read_paths([documents_folder()]))
-    with TemporaryDirectory() as folder, closing(_Searched(Path(folder, "demo"), setup, documents)) as demo:
+    with TemporaryDirectory() as folder, closing(_Searched(Path(folder, "demo"), facts, made, documents)) as demo:
         sets = [
             demo.scores("the demo's own, to the demo", True, asked),
             demo.scores("near misses, to the demo", False, hard["near"]),
@@ -123,11 +96,11 @@ def measure(data: Path | None = None, embedder: str = "embedded", decoder: str =
         ]
         follow_ups = _follow_ups(demo, hard["follow_ups"])
         if data is not None:
-            sets += _of_data(Path(folder), setup, demo, asked, hard["foreign"], data)
+            sets += _of_data(Path(folder), facts, made, demo, asked, hard["foreign"], data)
     floor = _floor([each for each in sets if each.answered])
     return {
-        "embedder": setup.embedder.name,
-        "embedder_fingerprint": setup.embedder.fingerprint,
+        "embedder": made.name,
+        "embedder_fingerprint": made.fingerprint,
         "lexical": RetrieveConfig.lexical,
         "most_refused": MOST_REFUSED,
         "floor": floor,
@@ -141,7 +114,13 @@ def _documents(items: Iterable[object]) -> list[Document]:
 
 
 def _of_data(
-    folder: Path, setup: Setup, demo: _Searched, asked: Sequence[str], foreign: Sequence[str], data: Path
+    folder: Path,
+    facts: DecoderFacts,
+    embedder: Encodes,
+    demo: _Searched,
+    asked: Sequence[str],
+    foreign: Sequence[str],
+    data: Path,
 ) -> list[_Questions]:
     """Questions of a file of documents: to a store of all, to one of every second document, and to the demo."""
     records = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -150,8 +129,8 @@ def _of_data(
     every = [text for texts in own for text in texts]
     name = data.parent.name
     with (
-        closing(_Searched(folder / "whole", setup, documents)) as whole,
-        closing(_Searched(folder / "half", setup, documents[::2])) as half,
+        closing(_Searched(folder / "whole", facts, embedder, documents)) as whole,
+        closing(_Searched(folder / "half", facts, embedder, documents[::2])) as half,
     ):
         return [
             whole.scores(f"{name}'s own, to all of {name}", True, every),
@@ -185,15 +164,13 @@ def _follow_ups(demo: _Searched, follow_ups: Sequence[Mapping[str, str]]) -> lis
         if one.doc_id != other.doc_id
     ]
 
-    def search(text: str) -> list[Hit]:
-        return demo.ask([text], top_k=4)[0]
+    def search(text: str, *before: Turn) -> list[Hit]:
+        return demo.engine.retrieve(text, top_k=4, history=before)
 
     ways: dict[str, Callable[[Mapping[str, str]], list[Hit]]] = {
         "alone": lambda case: search(case["question"]),
         "after the turn before": lambda case: search(f"{case['before']}\n{case['question']}"),
-        "both, the better score": lambda case: with_history(
-            search, case["question"], [Turn("user", case["before"])], 4, 0
-        ),
+        "both, the better score": lambda case: search(case["question"], Turn("user", case["before"])),
     }
     rows = []
     for name, cases in (("follow-ups", follow_ups), ("changes of topic", changes)):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HEADLINES", "KINDS", "bench", "evaluations", "kind_of", "memories", "scores"]
+__all__ = ["HEADLINES", "KINDS", "answered", "bench", "evaluations", "kind_of", "memories", "scores"]
 
 Result = Mapping[str, Any]
 
@@ -121,6 +121,7 @@ def bench(result: Result) -> Iterator[str]:
     yield _settings(details.get("settings"))
     whole, text = details.get("whole", {}), details.get("in_context", {})
     memory = details.get("peak_memory_mb_by_phase", {})
+    yield answered(details)
     if whole:
         columns: dict[str, Callable[[str], str]] = {
             "source tokens, all of them read": lambda length: f"{int(length):,}",
@@ -138,7 +139,13 @@ def bench(result: Result) -> Iterator[str]:
         [name.replace("_", " "), _figure(value)] for name, value in result.items() if not isinstance(value, Mapping)
     ]
     retrieved = details.get("retrieved", {})
-    names = ("ttft_over_no_context_cold", "ttft_over_no_context_with_embedding", "segments", "prompt_slots")
+    names = (
+        "ttft_over_no_context_cold",
+        "ttft_over_no_context_with_embedding",
+        "decode_over_no_context_without_lookup",
+        "segments",
+        "prompt_slots",
+    )
     lines += [[f"retrieved: {name.replace('_', ' ')}", _figure(retrieved[name])] for name in names if name in retrieved]
     generate = details.get("transformers_generate", {})
     if "ratio_without_lookup" in generate:
@@ -148,6 +155,20 @@ def bench(result: Result) -> Iterator[str]:
     for dtype, sizes in details.get("bytes_per_source_token", {}).items():
         lines.append([f"bytes on disk per source token, {dtype}", _figure(sizes["store"])])
     yield table(["measured", "value"], lines)
+
+
+def answered(details: Mapping[str, Any]) -> str:
+    """How the answers of a bench were made."""
+    if "settings" not in details:  # of a bench that measured the decoder, and not the engine
+        aside = "only beside transformers' `generate` are tokens guessed ahead"
+        return f"Of base weights, with no adapter and no hints; {aside}."
+    made = details["settings"]
+    generate, prefix = made["generate"], made["prefix"]
+    return (
+        f"Answered as the engine does by default: adapter {adapter_of(made['adapter'])}, guesses ahead "
+        f"{'on' if generate['lookup'] else 'off'}, hints {', '.join(generate['hints']) or 'none'}, focus "
+        f"{prefix['focus']}, relevance {prefix['relevance']:g}."
+    )
 
 
 def memories(result: Result) -> Iterator[str]:

@@ -228,7 +228,7 @@ def test_the_command_ends_with_one_line_of_json(result, folder, tmp_path, monkey
     command = ["bench", "--json", str(out), "--plot", str(plot), "--source-tokens", "4096", "--repeats", "3"]
     done = CliRunner().invoke(app, [*command, "--decoder", str(folder)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "answered as by default: adapter none, guesses ahead on, hints none, focus 2" in done.stdout
+    assert "engine does by default: adapter none, guesses ahead on, hints none, focus 2" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1]) == result == json.loads(out.read_text())
     assert plot.exists()
     assert (seen[0].source_tokens, seen[0].repeats, seen[0].decoder) == (4096, 3, str(folder))
