@@ -9,7 +9,6 @@ from functools import cache
 import pytest
 import torch
 from any_decoder_cases import SERVED, WINDOW, save, tiny_of
-from lloco_engine.finetune.packing import answer_logits
 
 from lloco_engine.compress import registry
 from lloco_engine.compress.attention_matching import AttentionMatching
@@ -21,6 +20,7 @@ from lloco_engine.decoder.lean import LeanRunner
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.engine import Engine
 from lloco_engine.errors import ConfigError, SegmentUnavailable, UnsupportedModel
+from lloco_engine.finetune.packing import answer_logits
 from lloco_engine.prefix import place
 from lloco_engine.testing import HashingEmbedder, tiny_tokenizer
 from lloco_engine.tokenizing import encode
