@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.store import Manifest, Store, Writer, schema
 from lloco_engine.store.connecting import connect
-from lloco_engine.types import Chunk, Document, Segment, Span
+from lloco_engine.types import AnySegment, Chunk, Document, Segment, Span
 
 DIM = 8
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
@@ -147,3 +148,14 @@ def set_back(store: Path, version: int) -> None:
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     former.rename(path)
+
+
+def load_all(store: Store, segment_ids: Iterable[str]) -> list[AnySegment | SegmentUnavailable]:
+    """Segments in order; one that is missing or damaged is the error itself."""
+    loaded: list[AnySegment | SegmentUnavailable] = []
+    for segment_id in segment_ids:
+        try:
+            loaded.append(store.load_segment(segment_id))
+        except SegmentUnavailable as error:
+            loaded.append(error)
+    return loaded

@@ -11,7 +11,6 @@ from lloco_engine.config import StoreConfig
 from lloco_engine.documents import Place
 from lloco_engine.errors import (
     ConfigError,
-    SegmentUnavailable,
     StoreCorrupt,
     StoreFull,
     StoreLocked,
@@ -422,16 +421,6 @@ class Store:
     def forget_segments(self) -> None:
         """Let go of the segments kept in memory: the next use reads and checks their files again."""
         self._held.forget()
-
-    def load_segments(self, segment_ids: Sequence[str]) -> list[AnySegment | SegmentUnavailable]:
-        """Many segments, in order; one that is missing or damaged is the error itself, and the others can be used."""
-        loaded: list[AnySegment | SegmentUnavailable] = []
-        for segment_id in segment_ids:
-            try:
-                loaded.append(self.load_segment(segment_id))
-            except SegmentUnavailable as error:
-                loaded.append(error)
-        return loaded
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
         """Everything that is wrong with the store, every byte of it read; see `verify.verify_store`."""

@@ -56,10 +56,6 @@ class Writer:
         """
         return self._manifest.segment_id(tenant, token_ids, previous)
 
-    def has_segment(self, segment_id: str) -> bool:
-        """Whether the segment's file is there, readable, and matches its checksum."""
-        return self.segment_stats(segment_id) is not None
-
     def segment_stats(self, segment_id: str) -> SegmentStats | None:
         """What `put_document` needs of a segment whose file is already there; None when it must be made (again).
 

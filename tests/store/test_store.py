@@ -8,7 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from store_cases import CHUNK, DIM, chunks_of, document, make_store, manifest, put, segment, segment_file, text_vector
+from store_cases import (
+    CHUNK,
+    DIM,
+    chunks_of,
+    document,
+    load_all,
+    make_store,
+    manifest,
+    put,
+    segment,
+    segment_file,
+    text_vector,
+)
 
 from lloco_engine.config import StoreConfig
 from lloco_engine.errors import (
@@ -45,7 +57,7 @@ def test_a_document_comes_back_as_it_was_put(tmp_path):
         assert [hit.score for hit in hits] == [1.0] * 3
         assert info.slots == sum(segment(hit.text).slots for hit in hits)
         assert info.bytes == sum(segment_file(store.path, hit.segment_id).stat().st_size for hit in hits)
-        loaded = store.load_segments([hit.segment_id for hit in hits])
+        loaded = load_all(store, [hit.segment_id for hit in hits])
         for hit, got in zip(hits, loaded, strict=True):
             made = segment(hit.text)
             assert torch.equal(got.keys, made.keys.half()) and torch.equal(got.values, made.values.half())
@@ -286,11 +298,11 @@ def test_an_ingest_that_was_cut_off_goes_on_from_its_segments(tmp_path):
         with store.writer() as writer:
             chunk = chunks_of(doc)[0]
             segment_id = writer.segment_id("", chunk.token_ids)
-            assert not writer.has_segment(segment_id)
+            assert not writer.segment_stats(segment_id)
             saved = writer.save_segment(segment_id, segment(chunk.text))
         assert [problem.kind for problem in store.verify()] == ["orphan"] and store.documents() == []
         with store.writer() as writer:
-            assert writer.has_segment(segment_id) and writer.segment_stats(segment_id) == saved
+            assert writer.segment_stats(segment_id) == saved
             put(writer, doc)
             assert writer.collect_garbage() == 0
         assert store.verify() == []
@@ -302,7 +314,7 @@ def test_garbage_is_removed_only_when_asked(tmp_path):
             writer.save_segment("0" * 32, segment("x"))
             (store.path / "segments" / "stray.txt").write_text("x")
         with store.writer() as writer:
-            assert writer.has_segment("0" * 32)
+            assert writer.segment_stats("0" * 32)
             assert writer.collect_garbage() == 2
         assert store.verify() == [] and not segment_file(store.path, "0" * 32).exists()
 
@@ -341,7 +353,7 @@ def test_readers_go_on_while_a_writer_writes(tmp_path):
                 versions.setdefault(hit.doc_id, set()).add(hit.version)
             if len(hits) != 8 or any(len(seen) != 1 for seen in versions.values()):
                 wrong.append(versions)
-            for loaded in store.load_segments([hit.segment_id for hit in hits]):
+            for loaded in load_all(store, [hit.segment_id for hit in hits]):
                 if isinstance(loaded, Exception) and not isinstance(loaded, SegmentUnavailable):
                     wrong.append(loaded)
             reads[0] += 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from places import TESTS
-from store_cases import document, make_store, manifest, put, segment, segment_file, text_vector
+from store_cases import document, load_all, make_store, manifest, put, segment, segment_file, text_vector
 
 from lloco_engine import atomic
 from lloco_engine.errors import (
@@ -69,14 +69,14 @@ def test_a_damaged_segment_is_named_refused_alone_and_made_again(path, damage):
         with pytest.raises(SegmentUnavailable, match=segment_id):
             store.load_segment(segment_id, verify=True)
         ids = [hit.segment_id for hit in store.chunks("b")]
-        loaded = store.load_segments(ids)
+        loaded = load_all(store, ids)
         if damage is not damage_byte:  # a single wrong byte is found by `verify` only
             assert isinstance(loaded[0], SegmentUnavailable) and store.missing_segments("b") == [segment_id]
         assert all(isinstance(other, Segment) for other in loaded[1:])
         assert store.missing_segments("b", verify=True) == store.missing_segments("c", verify=True) == [segment_id]
         assert store.missing_segments("a", verify=True) == []
         with store.writer() as writer:
-            assert not writer.has_segment(segment_id)
+            assert not writer.segment_stats(segment_id)
             writer.save_segment(segment_id, segment("made by another compressor run"))
         assert store.verify() == [] and store.missing_segments("b", verify=True) == []
         assert store.document("b").version == 1
@@ -225,7 +225,7 @@ def test_a_segment_id_cannot_leave_the_folder(path, bad):
         with pytest.raises(NotInStore, match="32 lowercase hex digits"):
             store.load_segment(bad)
         with store.writer() as writer:
-            for call in (lambda: writer.save_segment(bad, segment("x")), lambda: writer.has_segment(bad)):
+            for call in (lambda: writer.save_segment(bad, segment("x")), lambda: writer.segment_stats(bad)):
                 with pytest.raises(NotInStore, match="32 lowercase hex digits"):
                     call()
 
@@ -290,7 +290,7 @@ def test_a_disk_that_fills_while_the_catalogue_is_written(path):
                     put(writer, document("a", 500, seed=f"v{n}"))
         assert [i for i in store.documents() if i.doc_id != "a"] == info[1:]
         assert {problem.kind for problem in store.verify()} <= {"orphan"}
-        assert all(isinstance(s, Segment) for s in store.load_segments([h.segment_id for h in store.chunks("a")]))
+        assert all(isinstance(s, Segment) for s in load_all(store, [h.segment_id for h in store.chunks("a")]))
 
 
 def test_a_real_limit_on_file_size(path):

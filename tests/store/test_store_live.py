@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from store_cases import document, make_store, segment, segment_file
+from store_cases import document, load_all, make_store, segment, segment_file
 
 from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.store import Store, segments
@@ -87,10 +87,10 @@ def test_segments_are_read_once_and_held_up_to_a_number_of_bytes(store, monkeypa
     read = SegmentFiles.read
     monkeypatch.setattr(SegmentFiles, "read", lambda files, name: reads.append(name) or read(files, name))
     ids = [hit.segment_id for hit in store.chunks("a")]
-    first = store.load_segments(ids)
-    assert [id(one) for one in store.load_segments(ids)] == [id(one) for one in first] and len(reads) == len(ids)
+    first = load_all(store, ids)
+    assert [id(one) for one in load_all(store, ids)] == [id(one) for one in first] and len(reads) == len(ids)
     store.forget_segments()
-    store.load_segments(ids)
+    load_all(store, ids)
     assert len(reads) == 2 * len(ids)
 
     small = HeldSegments(store._files, most_bytes=1)
