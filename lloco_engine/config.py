@@ -171,12 +171,12 @@ class RefineConfig(Config):
     """How a segment is refined (`lloco_engine.compress.refinement`).
 
     Args:
-        steps: of Adam; 0 leaves a segment as it was fitted.
+        steps: of Adam; 0 leaves a segment as it was fitted. The default is what ``auto`` stands for (docs/log.md).
         stretch: tokens of the chunk that a step reads; 0 reads all of it in every step.
         keys, values, biases: size of the first step, falling linearly to nothing after the last.
     """
 
-    steps: int = 16
+    steps: int = 8
     stretch: int = 128
     keys: float = 0.01
     values: float = 0.01

@@ -29,6 +29,7 @@ from lloco_engine.cli.options import (
 )
 from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
 from lloco_engine.cli.refine import steps_of
+from lloco_engine.config import RefineConfig
 from lloco_engine.types import IngestReport
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def ingest(
         str | None,
         typer.Option(
             metavar="N",
-            help="Steps of refinement for each segment, for a new store; auto: what suits the machine. Default: 0.",
+            help=f"Steps of refinement for each segment, for a new store; auto: {RefineConfig.steps}. Default: 0.",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +135,7 @@ def ingest(
         dtype=dtype.value if dtype else None,
         device=device,
         compressor=compressor,
-        settings=parse_settings(settings or []) | _refinement(refine, store, device),
+        settings=parse_settings(settings or []) | _refinement(refine, store),
     ) as engine:
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
@@ -152,11 +153,11 @@ def ingest(
         raise typer.Exit(1)
 
 
-def _refinement(steps: str | None, store: Path, device: str | None) -> dict[str, Any]:
+def _refinement(steps: str | None, store: Path) -> dict[str, Any]:
     """The compressor's setting for ``--refine``; with ``auto`` a store that is there keeps its own."""
     if steps is None or (steps == "auto" and (store / "manifest.json").exists()):
         return {}
-    return {"refine": steps_of(steps, device)}
+    return {"refine": steps_of(steps)}
 
 
 def _print_report(report: IngestReport) -> None:

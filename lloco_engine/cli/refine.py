@@ -39,7 +39,7 @@ def refine(
         str | None, typer.Option(metavar="TIME", help="Stop after this long: 90, 90s, 10m or 2h.", show_default=False)
     ] = None,
     steps: Annotated[
-        str, typer.Option(metavar="N", help="Steps for each segment; auto: what suits the machine.")
+        str, typer.Option(metavar="N", help=f"Steps for each segment; auto: {RefineConfig.steps}.")
     ] = "auto",
     stretch: Annotated[
         int, typer.Option(metavar="TOKENS", min=0, help="Tokens of the chunk that a step reads; 0: all of it.")
@@ -61,7 +61,7 @@ def refine(
       lloco refine --budget 30m
       lloco refine --store work --documents report.pdf --steps 32
     """
-    config = RefineConfig(steps=steps_of(steps, device), stretch=stretch)
+    config = RefineConfig(steps=steps_of(steps), stretch=stretch)
     seconds = None if budget is None else parse_seconds(budget)
     with factory.open_engine(store, decoder=decoder, device=device) as engine:
         report = engine.refine(
@@ -108,17 +108,14 @@ def _teller() -> Callable[[RefineProgress], None]:
     return tell
 
 
-def steps_of(text: str, device: str | None) -> int:
+def steps_of(text: str) -> int:
     """A number of steps, or ``auto``.
 
     Raises:
         typer.BadParameter: it is neither.
     """
     if text == "auto":
-        from lloco_engine.compress.refinement import suitable_steps
-        from lloco_engine.models import pick_device
-
-        return suitable_steps(pick_device(device))
+        return RefineConfig.steps
     if not text.isdecimal():
         raise typer.BadParameter(f"must be a whole number of steps or 'auto', not {text!r}")
     return int(text)

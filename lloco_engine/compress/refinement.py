@@ -27,7 +27,7 @@ from lloco_engine.types import Divergence, Prefix, Segment
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
 
-__all__ = ["refine", "suitable_steps"]
+__all__ = ["refine"]
 
 _BLOCKS, _BLOCK = 4, 16  # stretches of tokens held out, and the tokens of each, where the chunk has eight times as many
 _LEAD = 16  # tokens read before each: the decoder must find out where in the chunk it is
@@ -80,11 +80,6 @@ class _OnePass(Cache):
 
     def end(self, tokens: int) -> None:
         """As `Cache.end`, but what comes next would be the same tokens again."""
-
-
-def suitable_steps(device: torch.device) -> int:
-    """What ``auto`` stands for: as many steps as a device takes in about the time of a few prefills of a long chunk."""
-    return 8 if device.type == "cpu" else 32
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""What refinement is worth and costs, by steps and stretch: a table over chunks of a data file.
+
+::
+
+    python -m lloco_engine.eval.refinement_curve FILE --passages 5 --chunks 1 --ratios 16,30 --runs 8:128,16:128,4:0
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lloco_engine.compress.attention_matching import AttentionMatching
+from lloco_engine.compress.refinement import refine
+from lloco_engine.compress.uncompressed import Uncompressed
+from lloco_engine.config import PrefixConfig, RefineConfig
+from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.eval.data import JOINT, read_records
+from lloco_engine.prefix import place
+from lloco_engine.types import AnySegment, Segment
+
+__all__ = ["Curve", "main"]
+
+_TOGETHER = 6  # questions of a pass
+
+
+class Curve:
+    """Losses of gold answers without context, with all of it, and with segments of several kinds.
+
+    Args:
+        decoder: reads with its base weights.
+        ratios: source tokens per slot.
+        runs: kinds of refinement; the fit alone comes beside them.
+    """
+
+    def __init__(self, decoder: LocalDecoder, ratios: Sequence[float], runs: Sequence[RefineConfig]) -> None:
+        self._decoder, self._ratios, self._runs = decoder, ratios, runs
+        self._losses: dict[str, tuple[float, int]] = {}  # by row: sum in nats, tokens
+        self._prefills: dict[str, list[float]] = {}  # by row: what it cost, in prefills of its chunk
+        self._held: dict[str, list[float]] = {}  # by row: divergence on what was held out
+
+    def add(self, text: str, asked: Sequence[tuple[str, str]]) -> None:
+        """Measure one chunk with its questions and gold answers."""
+        decoder = self._decoder
+        ids = decoder.template.text_ids(text)
+        self._count("none", None, asked)
+        self._count("full", Uncompressed().compress(decoder, ids, [1])[0], asked)
+        began = time.process_time()
+        cache = decoder.prefill(ids, room=len(ids) + len(decoder.template.repeat_ids()))
+        prefill = time.process_time() - began
+        for ratio in self._ratios:
+            began = time.process_time()
+            (fit,) = AttentionMatching().compress(decoder, ids, [ratio])
+            self._prefills.setdefault(_name(ratio), []).append((time.process_time() - began) / prefill)
+            assert isinstance(fit, Segment)
+            self._count(_name(ratio), fit, asked)
+            for run in self._runs:
+                began, name = time.process_time(), _name(ratio, run)
+                made = refine(decoder, ids, fit, run, cache)
+                self._prefills.setdefault(name, []).append((time.process_time() - began) / prefill)
+                if made.divergence is not None:
+                    self._held.setdefault(_name(ratio), []).append(made.divergence.before)
+                    self._held.setdefault(name, []).append(made.divergence.after)
+                self._count(name, made, asked)
+
+    def _count(self, name: str, segment: AnySegment | None, asked: Sequence[tuple[str, str]]) -> None:
+        prefix = None
+        if segment is not None:
+            prefix = place([segment], PrefixConfig(), template_tokens=self._decoder.template_tokens)
+        total, tokens = self._losses.get(name, (0.0, 0))
+        for at in range(0, len(asked), _TOGETHER):
+            part = asked[at : at + _TOGETHER]
+            prompts = [Prompt(question, prefix) for question, _ in part]
+            for loss, many in self._decoder.answer_losses(prompts, [answer for _, answer in part]):
+                total, tokens = total + loss, tokens + many
+        self._losses[name] = total, tokens
+
+    def rows(self) -> list[dict[str, float | str]]:
+        """One row a kind of segment: loss a token, the share recovered of what full text is worth, means of the rest.
+
+        ``prefills`` is CPU time over that of one prefill of the chunk: of the fit, or of the refinement alone.
+        """
+        loss = {name: total / tokens for name, (total, tokens) in self._losses.items()}
+        gain = loss["none"] - loss["full"]
+        made: list[dict[str, float | str]] = []
+        for name, one in loss.items():
+            row: dict[str, float | str] = {"row": name, "loss": one, "recovered": (loss["none"] - one) / gain}
+            for column, values in (("held_out", self._held.get(name)), ("prefills", self._prefills.get(name))):
+                if values:
+                    row[column] = sum(values) / len(values)
+            made.append(row)
+        return made
+
+
+def _name(ratio: float, run: RefineConfig | None = None) -> str:
+    return f"{ratio:g}x fit" if run is None else f"{ratio:g}x {run.steps} steps of {run.stretch or 'all'}"
+
+
+def _runs(text: str) -> list[RefineConfig]:
+    pairs = [part.split(":") for part in text.split(",")]
+    return [RefineConfig(steps=int(steps), stretch=int(stretch)) for steps, stretch in pairs]
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Print the table after every chunk."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="JSON Lines, one document with its questions a line")
+    parser.add_argument("--passages", type=int, default=1, help="documents of a chunk")
+    parser.add_argument("--chunks", type=int, default=5)
+    parser.add_argument("--skip", type=int, default=0, help="documents to leave out at the beginning")
+    parser.add_argument("--questions", type=int, default=6, help="most questions of a document")
+    parser.add_argument("--ratios", default="16,32")
+    parser.add_argument("--runs", type=_runs, default=_runs("4:128,8:128,16:128"), help="steps:stretch, ...; 0 is all")
+    parser.add_argument("--decoder", default="embedded")
+    given = parser.parse_args(None if arguments is None else list(arguments))
+    curve = Curve(LocalDecoder.load(given.decoder), [float(ratio) for ratio in given.ratios.split(",")], given.runs)
+    records = read_records(given.data, given.skip + given.passages * given.chunks)[given.skip :]
+    for at in range(0, len(records), given.passages):
+        some = records[at : at + given.passages]
+        asked = [(each.question, each.answers[0]) for one in some for each in one.questions[: given.questions]]
+        curve.add(JOINT.join(one.text.strip() for one in some), asked)
+        print(f"after {at + len(some)} documents")
+        for row in curve.rows():
+            shown = (f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
+            print(f"  {row['row']:24} {'  '.join(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
