@@ -118,7 +118,6 @@ def adapter_of(name: str) -> str:
 def bench(result: Result) -> Iterator[str]:
     """What a bench measured, by the length of the source and as a whole."""
     details = result["details"]
-    yield _settings(details.get("settings"))
     whole, text = details.get("whole", {}), details.get("in_context", {})
     memory = details.get("peak_memory_mb_by_phase", {})
     yield answered(details)
@@ -284,17 +283,6 @@ def _difference(taken: Mapping[str, Any] | None) -> str:
         return shown
     shown += f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
     return f"**{shown}**" if bounds[0] > 0 or bounds[1] < 0 else shown
-
-
-def _settings(settings: Mapping[str, Any] | None) -> str:
-    """How a bench asked."""
-    if settings is None:
-        return "Of base weights, without hints; only beside transformers' `generate` are tokens guessed ahead."
-    hints = ", ".join(settings["generate"]["hints"]) or "none"
-    ahead = "guessed ahead" if settings["generate"]["lookup"] else "not guessed ahead"
-    return (
-        f"Asked as the engine is by default: adapter {adapter_of(settings['adapter'])}, hints {hints}, tokens {ahead}."
-    )
 
 
 def _figure(value: Any) -> str:

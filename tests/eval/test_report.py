@@ -151,12 +151,13 @@ def test_a_bench_is_drawn_by_its_own_plot(tmp_path, monkeypatch):
     text = written[0].read_text()
     assert "| 2,048 | 70 | 0.030 | - |" in text and "| bytes per source token | 1,400 |" in text
     assert "lloco bench --json results/bench.json --source-tokens 2048\n" in text
-    assert "Of base weights, without hints" in text, "as benches once asked"
+    assert "Of base weights, with no adapter and no hints" in text, "as benches once asked"
     generate = {"hints": ["spelling"], "lookup": True}
-    bench["details"]["settings"] = {"adapter": "law@0123abcd", "generate": generate}
+    prefix = {"focus": 2, "relevance": 20.0}
+    bench["details"]["settings"] = {"adapter": "law@0123abcd", "generate": generate, "prefix": prefix}
     path.write_text(json.dumps(bench))
     text = read_report([path], tmp_path / "out.md").text
-    assert "adapter law, hints spelling, tokens guessed ahead." in text
+    assert "adapter law, guesses ahead on, hints spelling, focus 2, relevance 20." in text
 
 
 def test_what_is_no_result_is_refused(saved, tmp_path):
