@@ -82,6 +82,10 @@ class AdapterManifest(Config):
                 "`lloco finetune` writes one"
             ) from error
 
+    def fits(self, facts: Mapping[str, str]) -> bool:
+        """Whether the adapter is for a decoder with these facts, some of those that `check` takes."""
+        return all(agree(getattr(self, name), fact) for name, fact in facts.items())
+
     def check(self, facts: Mapping[str, str]) -> None:
         """Compare with the decoder and the memory that it is about to be used with.
 

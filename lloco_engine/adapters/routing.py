@@ -108,7 +108,5 @@ class Adapters:
         if self._ships is None:
             self._ships = False
             if folder is not None:
-                facts = facts_of(decoder) | {"memory": self._memory}
-                manifest = AdapterManifest.load(folder)
-                self._ships = all(getattr(manifest, field) == value for field, value in facts.items())
+                self._ships = AdapterManifest.load(folder).fits(facts_of(decoder) | {"memory": self._memory})
         return load_named(decoder, DEFAULT, self._memory) if self._ships else None

@@ -139,8 +139,7 @@ def _fitting(decoder: LocalDecoder, reference: str) -> str:
     if reference != "auto":
         return reference
     folder = default_folder()
-    manifest = None if folder is None else AdapterManifest.load(folder)
-    fits = manifest is not None and all(getattr(manifest, name) == fact for name, fact in facts_of(decoder).items())
+    fits = folder is not None and AdapterManifest.load(folder).fits(facts_of(decoder))
     return DEFAULT if fits else "none"
 
 

@@ -8,13 +8,13 @@ import multiprocessing
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from lloco_engine.adapters.loading import facts_of
+from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import AdapterError, ConfigError, DocumentError, LLoCOError
 from lloco_engine.eval import metrics
@@ -441,9 +441,12 @@ def test_the_shipped_adapter_is_used_where_it_fits(data, decoder, monkeypatch):
     from lloco_engine.eval.evaluation import _fitting
 
     assert _fitting(decoder, "auto") == "none" and _fitting(decoder, "law") == "law"
-    monkeypatch.setattr(
-        "lloco_engine.eval.evaluation.AdapterManifest.load", lambda folder: SimpleNamespace(**facts_of(decoder))
-    )
+    earlier = {name: fact[:16] for name, fact in facts_of(decoder).items()}  # as the shipped one has them
+    made = AdapterManifest(
+        1, "default", "tiny", **earlier, memory="compact_kv", compressor="", compressor_settings={}, ratios=[], data=[],
+        config={}, weights_sha256="",
+    )  # fmt: skip
+    monkeypatch.setattr("lloco_engine.eval.evaluation.AdapterManifest.load", lambda folder: made)
     monkeypatch.setattr("lloco_engine.eval.evaluation.default_folder", lambda: Path("shipped"))
     assert _fitting(decoder, "auto") == "default"
     monkeypatch.setattr("lloco_engine.eval.evaluation.default_folder", lambda: None)
