@@ -794,5 +794,7 @@ def test_every_layer_is_run_and_run_again_within_the_kernels_that_are_chosen(fam
     given, end = [Prompt(QUESTION)], decoder.tokenizer.eos_token_id
     answer_logits(decoder, given, [[5, 6, end]], "new", recompute=recompute).logits.sum().backward()
     layers = decoder.shape.layers
-    passes = 2 * layers if family == "llama" else 3  # the template and the question; of a whole model the head too
-    assert within == ["cpu"] * (passes + layers * recompute)
+    again = layers * recompute
+    # The template, the question, and the question's layers again; of a whole model the head too, and each layer twice.
+    passes = 2 * layers + again if family == "llama" else 3 + 2 * again
+    assert within == ["cpu"] * passes

@@ -163,11 +163,14 @@ def test_a_forged_hit_is_looked_up(engine):
     )
     (read,) = engine.ask("Where?", hits=[forged], generate=SHORT).hits
     assert read == replace(hit, score=0.0, windows=())
+    for strange in (secret.segment_id, "../../manifest"):  # a place and its text name a segment that was replaced since
+        (read,) = engine.ask("Where?", hits=[replace(hit, segment_id=strange)], generate=SHORT).hits
+        assert read == hit
     for other in (
-        replace(hit, segment_id=secret.segment_id),
+        replace(hit, segment_id=secret.segment_id, text="The pump is on the moon."),
+        replace(hit, segment_id=secret.segment_id, ordinal=hit.ordinal + 1),
         replace(hit, doc_id="secret.md", segment_id=secret.segment_id),
         replace(secret, tenant=""),
-        replace(hit, segment_id="../../manifest"),
         replace(hit, doc_id="crane.md"),
     ):
         with pytest.raises(SegmentUnavailable, match="not in the store any more"):
