@@ -12,7 +12,7 @@ from lloco_engine.prefix import assemble
 from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor
 from lloco_engine.types import SummarySegment
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 
 K = 4
 QUESTION = "Where does the pump stand?"

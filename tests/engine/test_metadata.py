@@ -34,7 +34,7 @@ from lloco_engine.store import Store
 from lloco_integrations import langchain, llama_index
 from lloco_integrations.langchain.messages import handle_block
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 SHORT = GenerateConfig(max_new_tokens=4)
 
 
