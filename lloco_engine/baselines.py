@@ -7,17 +7,28 @@ from itself. Without an adapter it answers with the base weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lloco_engine.config import GenerateConfig
+from lloco_engine.streaming import AnswerStream
 from lloco_engine.types import Answer, Hit, Prefix
 from lloco_engine.usage import usage_of
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
 
-__all__ = ["Text", "in_context", "of_hits", "read_once", "room_for_text", "text_retrieval", "whole"]
+__all__ = [
+    "Text",
+    "in_context",
+    "of_hits",
+    "read_once",
+    "room_for_text",
+    "stream_in_context",
+    "stream_text_retrieval",
+    "text_retrieval",
+    "whole",
+]
 
 _JOINT = "\n\n"  # between texts that are read as one
 
@@ -103,9 +114,21 @@ def in_context(
     Raises:
         PromptTooLong: the question and the answer alone do not fit the window.
     """
+    return stream_in_context(decoder, texts, question, config, adapter=adapter).whole()
+
+
+def stream_in_context(
+    decoder: LocalDecoder,
+    texts: Sequence[str],
+    question: str,
+    config: GenerateConfig | None = None,
+    *,
+    adapter: str | None = None,
+) -> AnswerStream:
+    """`in_context`, piece by piece."""
     config = config or GenerateConfig()
     text = whole(decoder, texts, room_for_text(decoder, question, config))
-    return _answer(decoder, text, question, config, adapter)
+    return _stream(decoder, text, question, config, adapter)
 
 
 def text_retrieval(
@@ -127,26 +150,48 @@ def text_retrieval(
     Raises:
         PromptTooLong: the question and the answer alone do not fit the window.
     """
+    return stream_text_retrieval(decoder, hits, question, config, adapter=adapter).whole()
+
+
+def stream_text_retrieval(
+    decoder: LocalDecoder,
+    hits: Sequence[Hit],
+    question: str,
+    config: GenerateConfig | None = None,
+    *,
+    adapter: str | None = None,
+) -> AnswerStream:
+    """`text_retrieval`, piece by piece."""
     config = config or GenerateConfig()
     text = of_hits(decoder, hits, room_for_text(decoder, question, config))
-    return replace(_answer(decoder, text, question, config, adapter), hits=tuple(hits))
+    return _stream(decoder, text, question, config, adapter, tuple(hits))
 
 
-def _answer(decoder: LocalDecoder, text: Text, question: str, config: GenerateConfig, adapter: str | None) -> Answer:
+def _stream(
+    decoder: LocalDecoder,
+    text: Text,
+    question: str,
+    config: GenerateConfig,
+    adapter: str | None,
+    hits: tuple[Hit, ...] = (),
+) -> AnswerStream:
     from lloco_engine.decoder.local import Prompt
 
     # The sources stand in the prompt: guesses and hints from there give raw text the same help with decoding.
     draft = decoder.tokenizer.decode(text.ids)
     generation, pieces = decoder.stream(Prompt(question, context=text.ids or None, draft=draft), config, adapter)
-    for _ in pieces:
-        pass
-    return Answer(
-        generation.text,
-        usage=usage_of(decoder, generation),
-        finish=generation.finish or "stop",
-        warnings=(*generation.warnings, *text.warnings(decoder)),
-        reasoning=generation.reasoning,
-        token_ids=tuple(generation.token_ids),
-        hints=generation.hints,
-        adapter=adapter or "none",
-    )
+
+    def finish() -> Answer:
+        return Answer(
+            generation.text,
+            hits=hits,
+            usage=usage_of(decoder, generation),
+            finish=generation.finish or "stop",
+            warnings=(*generation.warnings, *text.warnings(decoder)),
+            reasoning=generation.reasoning,
+            token_ids=tuple(generation.token_ids),
+            hints=generation.hints,
+            adapter=adapter or "none",
+        )
+
+    return AnswerStream(pieces, hits, finish)

@@ -305,7 +305,7 @@ class GenerateConfig(Config):
     top_p: float = setting(1.0, "Share of probability to sample from.", least=0.0, most=1.0)
     sample_top_k: int = setting(0, "Likeliest tokens to sample from; 0: all.", least=0, metavar="N")
     stop: tuple[str, ...] = setting((), "End the answer here; repeatable.", metavar="TEXT")
-    seed: int | None = setting(None, "Makes sampling repeatable.")
+    seed: int | None = setting(None, "Makes sampling repeatable.", least=-(2**63), most=2**64 - 1)
     lookup: bool = setting(True, "Guess ahead in the sources' text, which is quicker and changes nothing.")
     hints: tuple[str, ...] = setting((), "Hints that are on, with commas between: spelling,pointing.", metavar="NAMES")
     spelling: float | None = setting(None, "Prefer words as the sources spell them; 0: not.", least=0.0, metavar="NATS")

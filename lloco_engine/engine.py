@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lloco_engine.adapters.routing import Adapters
+from lloco_engine.comparing import beside
 from lloco_engine.config import (
     ChunkConfig,
     CompressConfig,
@@ -402,10 +403,7 @@ class Engine:
             ConfigError: the question is empty, a setting breaks its rule, the hits are another tenant's, or filters
                 are given where nothing is searched.
         """
-        with self.stream(question, **options) as stream:
-            for _ in stream:
-                pass
-            return stream.answer
+        return self.stream(question, **options).whole()
 
     def stream(self, question: str | AskRequest, **options: Any) -> AnswerStream:
         """Like `ask`, text by text: iterate over what comes back, then take its ``answer``.
@@ -503,21 +501,9 @@ class Engine:
             ``"lloco"``; ``"in_context"``, from the whole documents that the hits come from, cut to the window; and
             ``"text_retrieval"``, from the text of the same hits.
         """
-        from lloco_engine import baselines
-
         request = self._request(question, options)
         ours = self.ask(request)
-        documents = dict.fromkeys((hit.doc_id, hit.tenant) for hit in ours.hits)
-        texts = [self.store.document_text(doc_id, tenant) for doc_id, tenant in documents]
-        asked = request.question, request.generate
-        by_text = baselines.text_retrieval(self.decoder, ours.hits, *asked, adapter=ours.adapter)
-        found_s = ours.usage.retrieve_s
-        usage = replace(by_text.usage, retrieve_s=found_s, ttft_s=by_text.usage.ttft_s + found_s)
-        return {
-            "lloco": ours,
-            "in_context": baselines.in_context(self.decoder, texts, *asked, adapter=ours.adapter),
-            "text_retrieval": replace(by_text, usage=usage),
-        }
+        return {"lloco": ours} | {name: start().whole() for name, start in beside(self, request, ours).items()}
 
     # -- async twins --------------------------------------------------------------------------------------------
 

@@ -39,6 +39,12 @@ class AnswerStream:
         self._notes = (*warnings, *self._notes)
         return self
 
+    def then(self, change: Callable[[Answer], Answer]) -> Self:
+        """Have the whole answer changed by whoever asked for it."""
+        finish = self._finish
+        self._finish = lambda: change(finish())
+        return self
+
     def __iter__(self) -> Self:
         return self
 
@@ -60,6 +66,13 @@ class AnswerStream:
             raise LLoCOError("an answer is whole when its stream has been read to the end, and this one has not")
         whole = self._finish()
         return replace(whole, warnings=(*self._notes, *whole.warnings)) if self._notes else whole
+
+    def whole(self) -> Answer:
+        """Read to the end, and the answer; the stream is closed however that ends."""
+        with self:
+            for _ in self:
+                pass
+            return self.answer
 
     def close(self) -> None:
         """End the answer here and free the decoder; harmless when it has ended."""

@@ -28,10 +28,11 @@ STAGES = (
     ("compress",),
     ("adapters", "segment_cache"),
     ("refining",),
-    ("usage", "baselines"),
-    ("opening", "ingest", "vanished", "streaming", "request", "context", "engine"),
+    ("usage", "streaming", "baselines"),
+    ("opening", "ingest", "vanished", "request", "context", "comparing", "engine"),
     ("finetune", "testing"),
     ("demo", "eval"),
+    ("serve",),
     ("cli",),
     ("__main__",),
 )

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lloco_engine import __version__
-from lloco_engine.cli import adapters, ask, documents, ingest, maintenance, refine
+from lloco_engine.cli import adapters, ask, documents, ingest, maintenance, refine, serve
 from lloco_engine.errors import LLoCOError
 
 __all__ = ["app", "main"]
@@ -83,6 +83,7 @@ ask.register(app)
 documents.register(app)
 maintenance.register(app)
 adapters.register(app)
+serve.register(app)
 import_module("lloco_engine.finetune.cli").register(app)
 try:
     import_module("lloco_engine.eval.cli").register(app)

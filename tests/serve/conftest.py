@@ -1,0 +1,89 @@
+"""Servers on the loopback address, around tiny seeded decoders."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+import httpx
+import serve_cases
+import uvicorn
+from openai import OpenAI
+
+from lloco_engine import Engine
+from lloco_engine.serve.app import create_app
+from lloco_engine.serve.running import uvicorn_config
+
+Serving = Callable[..., AbstractContextManager[str]]
+
+
+@contextmanager
+def serving(engine: Engine, **options: Any) -> Iterator[str]:
+    """The address of a server in a thread, while the block runs; it stops as a process that is told to does."""
+    server = uvicorn.Server(uvicorn_config(create_app(engine, **options), "127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="session")
+def empty_store(tiny_loaded, tmp_path_factory) -> Callable[[], Engine]:
+    """Makes engines on empty stores."""
+    return lambda: serve_cases.open_engine(tmp_path_factory.mktemp("store") / "store", tiny_loaded)
+
+
+@pytest.fixture(scope="module")
+def engine(empty_store) -> Iterator[Engine]:
+    """An engine with two documents of the tenant '' and one of another."""
+    with empty_store() as made:
+        made.ingest(serve_cases.DOCUMENTS)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def address(engine) -> Iterator[str]:
+    """A server without keys."""
+    with serving(engine) as where:
+        yield where
+
+
+@pytest.fixture(scope="module")
+def http(address) -> Iterator[httpx.Client]:
+    """Plain HTTP to it."""
+    with httpx.Client(base_url=address, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(address) -> Iterator[OpenAI]:
+    """The official client to it."""
+    with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Starts servers that stop with the test."""
+    with ExitStack() as held:
+        yield lambda engine, **options: held.enter_context(serving(engine, **options))
+
+
+@pytest.fixture
+def keys_file(tmp_path) -> Path:
+    """Where a file of keys may be."""
+    return tmp_path / "keys.json"
