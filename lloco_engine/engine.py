@@ -47,8 +47,8 @@ __all__ = ["AnswerStream", "AsyncAnswerStream", "Engine", "Progress"]
 class Engine:
     """A store with the decoder and embedder it was made with. Made by `open`; a context manager.
 
-    Weights are loaded when they are first needed. Safe for use from several threads; the decoder serves one answer at
-    a time.
+    Weights are loaded when they are first needed. Safe for use from several threads, whose answers share the decoder's
+    steps: each is the same as alone, and together they come sooner.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ __all__ = ["AnswerStream", "AsyncAnswerStream"]
 class AnswerStream:
     """Iterate over it for the answer's text, piece by piece; then `answer` is the whole, with its cost.
 
-    Use it up, or close it (it is a context manager): the decoder serves one answer at a time.
+    Use it up, or close it (it is a context manager): until then other answers may wait for it a little.
 
     Args:
         pieces: new text, in order.

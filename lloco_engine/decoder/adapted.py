@@ -11,6 +11,8 @@ import torch
 
 from lloco_engine import fingerprints
 from lloco_engine.decoder.attention import Cache
+from lloco_engine.decoder.batching import Batching, Stream
+from lloco_engine.decoder.joint import JointPass
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.peft_modules import PeftModules
 from lloco_engine.decoder.probe import runner_of
@@ -27,7 +29,8 @@ __all__ = ["AdaptedDecoder"]
 class AdaptedDecoder:
     """A Hugging Face causal language model with its tokenizer, its template and any number of LoRA adapters.
 
-    Requests from several threads take turns, pass by pass; an adapter chosen for one never leaks into another.
+    Requests from several threads take turns, pass by pass, and answers share their steps
+    (`lloco_engine.decoder.batching`); an adapter chosen for one never leaks into another.
 
     Args:
         model: causal language model in eval mode, one that `lloco_engine.decoder.probe` finds can be run.
@@ -48,6 +51,7 @@ class AdaptedDecoder:
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
         self._adapters: dict[str, Path] = {}
         self._lock = ProcessLock(f"the decoder {name!r}")
+        self._joint, self._batching = JointPass(self.runner), Batching(self._shared_step)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
 
@@ -279,6 +283,17 @@ class AdaptedDecoder:
                 recompute=recompute,
                 in_bf16=in_bf16,
             )
+
+    def _shared_step(self, streams: Sequence[Stream]) -> list[torch.Tensor]:
+        """See `Batching`; one stream alone is run as if there were no others."""
+        if len(streams) > 1:
+            with self._lock:
+                self._use(streams[0].adapter)
+                return self._joint.run(streams)
+        (one,) = streams
+        wanted = 1 if len(one.tokens) == 1 else None
+        hidden = self.step([list(one.tokens)], one.offset, one.cache, one.memory, one.adapter, wanted=wanted)
+        return [self.runner.logits(hidden[0])]
 
     def stepper(
         self, cache: Cache, memory: Memory | None, adapter: str | None, offset: int | torch.Tensor

@@ -6,7 +6,9 @@ Shapes: ``B`` rows, ``H`` KV heads, ``G`` query heads per KV head, ``T`` new tok
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -62,6 +64,13 @@ class Cache:
         self.pad = pad
         self.pad_from = pad_from
         self._positions: torch.Tensor | None = None
+
+    @cached_property
+    def addresses(self) -> np.ndarray:
+        """(layers, 4) int64 of the first row on the CPU: where a layer's keys and values begin, how many numbers lie
+        between two of their heads, and room for one number more."""
+        layers = zip(self.keys, self.values, strict=True)
+        return np.array([[k.data_ptr(), v.data_ptr(), k.stride(1), 0] for k, v in layers], np.int64)
 
     def note(self, positions: torch.Tensor) -> torch.Tensor:
         """Keep the positions (B or 1, T) of the next tokens; returns those of all live tokens, (B, S)."""

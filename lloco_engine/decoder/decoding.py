@@ -35,6 +35,11 @@ class Ahead(Protocol):
         """Give each row what another said."""
         ...
 
+    @property
+    def crowded(self) -> bool:
+        """Whether steps are shared with others, so that guesses would be their loss."""
+        ...
+
 
 class Strategy(Protocol):
     """How the tokens of answers are chosen, and which are run next."""
@@ -193,7 +198,8 @@ class Rows:
         if self._wrong:
             ahead.forget(self._wrong)
             self._wrong = 0
-        self._guesses = [] if self._draft is None else self._guess(self._draft, self._rows[0])
+        draft = None if ahead.crowded else self._draft
+        self._guesses = [] if draft is None else self._guess(draft, self._rows[0])
         for row in self._rows:
             row.generation.steps += not row.ended
         return ahead([[token, *self._guesses] for token in self._last])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -13,6 +14,7 @@ from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.adapted import AdaptedDecoder
 from lloco_engine.decoder.attention import Cache
+from lloco_engine.decoder.batching import Stream
 from lloco_engine.decoder.beams import Beams
 from lloco_engine.decoder.decoding import Row, Rows, decode, draw, greedy
 from lloco_engine.decoder.drafting import Draft
@@ -161,8 +163,7 @@ class LocalDecoder(AdaptedDecoder):
         offset = starts[0] if len(starts) == 1 else self.tensor(starts)[:, None]
         filler = min(self.eos, default=0)  # never read
         padded = [[filler] * n + ids for n, ids in zip(pad, asked, strict=True)]
-        hidden = self.step(padded, offset, cache, memory, adapter, wanted=1)
-        logits = self.runner.logits(hidden[:, -1])
+        logits = self._read(padded, offset, cache, memory, adapter)
         if config.beams > 1:
             most = config.max_new_tokens + budgets[0]
             spread = self.spread(cache, config.beams, most)
@@ -170,7 +171,28 @@ class LocalDecoder(AdaptedDecoder):
             yield from decode(Beams(rows[0], config.beams, most), logits, ahead)
         else:
             strategy = Rows(rows, self._choice(config), self._draft(prompts, config))
-            yield from decode(strategy, logits, _Ahead(self, cache, memory, adapter, offset))
+            if len(rows) > 1 or self.replays:
+                yield from decode(strategy, logits, _Ahead(self, cache, memory, adapter, offset))
+            else:
+                with closing(Stream(self._batching, cache, memory, adapter, starts[0])) as stream:
+                    yield from decode(strategy, logits, stream)
+
+    def _read(
+        self,
+        tokens: Sequence[list[int]],
+        offset: int | torch.Tensor,
+        cache: Cache,
+        memory: Memory | None,
+        adapter: str | None,
+    ) -> torch.Tensor:
+        """Logits (B, vocabulary) after prompts (B, T), which are read in pieces where others wait for their steps."""
+        begin, end = 0, len(tokens[0])
+        while True:
+            with self._batching.turn() as most:
+                piece = slice(begin, end if most is None else begin + most)
+                hidden = self.step([row[piece] for row in tokens], offset, cache, memory, adapter, wanted=1)
+            if (begin := piece.stop) >= end:
+                return self.runner.logits(hidden[:, -1])
 
     def _choice(self, config: GenerateConfig) -> Callable[[torch.Tensor], torch.Tensor]:
         if config.temperature == 0:
@@ -276,6 +298,10 @@ class _Ahead:
 
     def forget(self, tokens: int) -> None:
         self._cache.length -= tokens
+
+    @property
+    def crowded(self) -> bool:
+        return False
 
     def reorder(self, origins: Sequence[int]) -> None:
         self._cache.reorder(self._decoder.tensor(origins), self._shared)

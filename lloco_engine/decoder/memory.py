@@ -65,15 +65,20 @@ class Memory:
         ``plain`` says whether the layer's attention has no rules of its own.
         """
         kernel = self.kernel if plain and not torch.is_grad_enabled() else None
+        place = index, kernel is not None
+        if place not in self._layers:
+            self._layers[place] = self.segments(kernel).layer(index)
+        return self._layers[place]
+
+    def segments(self, kernel: cpu_kernel.Reader | None) -> SegmentSlots:
+        """All layers' slots, for a kernel or for torch."""
         compiled = kernel is not None
-        if (index, compiled) not in self._layers:
-            if compiled not in self._segments:
-                told = self._rows, self._focus, self._prior
-                self._segments[compiled] = (
-                    padded.Segments(*told, self._device, self._dtype) if kernel is None else kernel(*told)
-                )
-            self._layers[index, compiled] = self._segments[compiled].layer(index)
-        return self._layers[index, compiled]
+        if compiled not in self._segments:
+            told = self._rows, self._focus, self._prior
+            self._segments[compiled] = (
+                padded.Segments(*told, self._device, self._dtype) if kernel is None else kernel(*told)
+            )
+        return self._segments[compiled]
 
 
 def _moved(segment: Segment, offset: int, rotate: Rotate) -> Segment:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,10 @@ from lloco_engine import processor
 from lloco_engine.decoder.slots import SegmentSlots
 from lloco_engine.types import Segment
 
-__all__ = ["Reader", "reader"]
+if TYPE_CHECKING:
+    from lloco_engine.decoder.cpu_kernel.joint import Joint
+
+__all__ = ["Reader", "joint_reader", "reader"]
 
 # (segments of each row, how many of them a query reads, priors) -> their slots: see `ragged.Segments`
 Reader = Callable[[Sequence[Sequence[Segment]], Sequence[int], Sequence[Sequence[float]]], SegmentSlots]
@@ -38,3 +42,14 @@ def reader(device: torch.device, dtype: torch.dtype) -> Reader | None:
     from lloco_engine.decoder.cpu_kernel.ragged import Segments
 
     return Segments
+
+
+def joint_reader(heads: int, dim: int) -> Joint:
+    """What reads for several streams at once, for a decoder that `reader` serves.
+
+    Args:
+        heads, dim: KV heads and their size.
+    """
+    from lloco_engine.decoder.cpu_kernel.joint import Joint
+
+    return Joint(heads, dim)

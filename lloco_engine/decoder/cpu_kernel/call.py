@@ -23,14 +23,16 @@ class Attend(ctypes.Structure):
     """A call of the kernel: addresses and sizes, of a layer.
 
     ``q`` (rows, H * group, tokens, D) are the queries and ``out`` (rows, tokens, H * group, D) is the result;
-    ``q_row``, ``q_head`` and ``q_token`` say how many numbers lie between two of ``q``. ``live_keys`` and
-    ``live_values`` (rows, H, live, D) likewise, by ``live_row`` and ``live_head``. ``mask`` (rows, tokens, live) is
-    added to the logits of the live tokens, a row ``mask_row`` numbers after another; or it is 0.
+    ``q_row``, ``q_head`` and ``q_token`` say how many numbers lie between two of ``q``. ``lives`` (rows, 4) int64: of
+    each row's live tokens the addresses of the keys and of the values (H, live, D), how many numbers lie between two
+    heads, and how many tokens there are (live). ``mask`` (rows, tokens, live) is added to their logits where all rows
+    have as many, a row ``mask_row`` numbers after another; or it is 0. ``new_keys`` and ``new_values`` (rows, H, D), by
+    ``new_keys_row`` and so on, are those of each row's last live token, which are put there first; or they are 0.
 
-    ``tensors`` (segments, 3) int64: addresses of each segment's keys (N, D), values (N, D) and biases (N,). ``begins``
-    (segments, H + 1) int64: where the slots of a segment's heads begin in them, and where the last's end. ``of_row``
-    (rows or 1,) int64: the first of a row's segments; ``slots`` (rows or 1, H) int64: how many slots its heads have in
-    all of them. ``shared`` is 1 where all rows have the same, ``half`` where keys and values are float16.
+    ``tensors`` (segments, 4) int64: addresses of each segment's keys (N, D), values (N, D) and biases (N,), and whether
+    keys and values are float16. ``begins`` (segments, H + 1) int64: where the slots of a segment's heads begin in them,
+    and where the last's end. ``of_row`` (rows or 1,) int64: the first of a row's segments; ``slots`` (rows or 1, H)
+    int64: how many slots its heads have in all of them. ``shared`` is 1 where all rows have the same.
 
     ``focused`` is 1 where some queries do not read every segment: of ``many`` (rows or 1,) int64, a row's segments, at
     most ``most``, each query reads ``focus`` (rows or 1,) int64 (0: all), and ``prior`` (segments,) float32 (see
@@ -44,10 +46,12 @@ class Attend(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("q", "q_row", "q_head", "q_token", "out")),
-        *((name, ctypes.c_int64) for name in ("live_keys", "live_values", "live_row", "live_head", "mask", "mask_row")),
-        *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "slots", "segments", "shared", "half")),
+        *((name, ctypes.c_int64) for name in ("lives", "mask", "mask_row")),
+        *((name, ctypes.c_int64) for name in ("new_keys", "new_keys_row", "new_keys_head")),
+        *((name, ctypes.c_int64) for name in ("new_values", "new_values_row", "new_values_head")),
+        *((name, ctypes.c_int64) for name in ("tensors", "begins", "of_row", "slots", "segments", "shared")),
         *((name, ctypes.c_int64) for name in ("focused", "many", "most", "focus", "prior", "largest", "kept")),
-        *((name, ctypes.c_int64) for name in ("rows", "heads", "group", "tokens", "live", "dim")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "group", "tokens", "dim")),
         *((name, ctypes.c_int64) for name in ("each", "filled", "few", "step", "wide", "places", "desks")),
         ("scale", ctypes.c_double),
     )

@@ -186,6 +186,12 @@ def _where(call: Any, place: int) -> Any:
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _live(call: Any, row: int) -> Any:
+    """How many live tokens a row has."""
+    return _whole(call.lives, 4 * row + 3)
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _count(call: Any, part: int) -> Any:
     """How many queries a part has."""
     return min(call.each, call.group * call.tokens - part * call.each)
@@ -213,12 +219,12 @@ def _ask(call: Any, desk: Any, place: int) -> None:
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _restart(call: Any, desk: Any, own: int, chosen: int) -> None:
+def _restart(call: Any, desk: Any, row: int, own: int, chosen: int) -> None:
     """Have `_find` begin with a row's first segment."""
     desk.chosen = chosen
     desk.begun = _whole(call.of_row, own)
     desk.segment = desk.begun
-    desk.at = call.live
+    desk.at = _live(call, row)
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
@@ -232,23 +238,26 @@ def _find(call: Any, desk: Any, row: int, head: int, first: int, count: int) -> 
     Returns:
         how many runs there are, and how many tokens and slots in them.
     """
-    dim, live, number, total, runs = call.dim, call.live, 0, 0, _runs(desk)
+    dim, live, number, total, runs = call.dim, _live(call, row), 0, 0, _runs(desk)
     if first < live:
-        at = 4 * (row * call.live_row + head * call.live_head + first * dim)
+        at = 4 * (head * _whole(call.lives, 4 * row + 2) + first * dim)
         total = min(count, live - first)
-        runs[0, 0], runs[0, 1], runs[0, 2] = call.live_keys + at, call.live_values + at, total
+        runs[0, 0], runs[0, 1] = _whole(call.lives, 4 * row) + at, _whole(call.lives, 4 * row + 1) + at
+        runs[0, 2] = total
         runs[0, 3], runs[0, 4], runs[0, 5], runs[0, 6] = 0, -1, 0, 0
         number = 1
-    size, segment, at = dim * (2 if call.half else 4), desk.segment, desk.at
+    segment, at = desk.segment, desk.at
     while at < first + count and segment < call.segments:
         begins = call.begins + 8 * (segment * (call.heads + 1) + head)
         begin = _whole(begins, 0)
         after = at + _whole(begins, 1) - begin
         low, high = max(first, at), min(first + count, after)
         if low < high and not (desk.chosen and _whole(desk.wanted, segment - desk.begun) == 0):
-            slot, run, tensors = begin + low - at, runs[number], call.tensors + 24 * segment
+            slot, run, tensors = begin + low - at, runs[number], call.tensors + 32 * segment
+            half = _whole(tensors, 3)
+            size = dim * (2 if half else 4)
             run[0], run[1] = _whole(tensors, 0) + slot * size, _whole(tensors, 1) + slot * size
-            run[2], run[3], run[4] = high - low, call.half, segment - desk.begun
+            run[2], run[3], run[4] = high - low, half, segment - desk.begun
             run[5], run[6] = _whole(tensors, 2) + 4 * slot, low - first
             number, total = number + 1, total + high - low
         if after > first + count:
@@ -276,9 +285,10 @@ def _begin(call: Any, desk: Any, several: int, logits: int, columns: int, share:
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _hide(call: Any, desk: Any, part: int, row: int, first: int) -> None:
     """Add the mask of the live tokens from ``first`` on to the logits of a part's queries."""
-    mask = _array(pointer(call.mask + 4 * row * call.mask_row), (call.tokens, call.live), np.float32)
+    live = _live(call, row)
+    mask = _array(pointer(call.mask + 4 * row * call.mask_row), (call.tokens, live), np.float32)
     logits, count = _array(pointer(desk.logits), (WIDTH, call.step), np.float32), _count(call, part)
-    for s in range(min(call.live - first, WIDTH)):
+    for s in range(min(live - first, WIDTH)):
         for p in range(count):
             logits[s, p] += max(mask[(part * call.each + p) % call.tokens, first + s], _NONE)
 
@@ -478,8 +488,8 @@ def _look_at_all(call: Any, desk: Any, place: int, begin: int, end: int, largest
     _, row, head, own = _where(call, place)
     at = _whole(desk.starts, place)
     stop = min(end, _whole(desk.starts, place + 1)) - at
-    _restart(call, desk, own, np.int64(0))
-    for first in range(max(begin - at, call.live), stop, WIDTH):
+    _restart(call, desk, row, own, np.int64(0))
+    for first in range(max(begin - at, _live(call, row)), stop, WIDTH):
         several, some = _find(call, desk, row, head, first, min(stop - first, WIDTH))
         here = logits + 4 * first * call.step
         _look(call, desk, several, some, here)
@@ -490,13 +500,13 @@ def _look_at_all(call: Any, desk: Any, place: int, begin: int, end: int, largest
 def _take_all(call: Any, desk: Any, place: int, begin: int, end: int, held: int) -> None:
     """Read what of a place lies from ``begin`` to ``end`` in the line: where queries choose, only the live tokens."""
     part, row, head, own = _where(call, place)
-    at, live = _whole(desk.starts, place), call.live
+    at, live = _whole(desk.starts, place), _live(call, row)
     stop = min(end - at, live if _whole(call.focus, own) else _whole(desk.starts, place + 1) - at)
     read, top, total = _held(call, desk, held)
     fill(read, call.step * call.wide // LANES, _ZERO)
     fill(top, call.filled // LANES, _NONE)
     fill(total, call.filled // LANES, _ZERO)
-    _restart(call, desk, own, np.int64(0))
+    _restart(call, desk, row, own, np.int64(0))
     for first in range(max(begin - at, 0), stop, WIDTH):
         several, some = _find(call, desk, row, head, first, min(stop - first, WIDTH))
         _look(call, desk, several, some, desk.logits)
@@ -514,8 +524,8 @@ def _take_all_chosen(
     at = _whole(desk.starts, place)
     stop = min(end, _whole(desk.starts, place + 1)) - at
     _choose(call, desk, place, held, largest, threads)
-    _restart(call, desk, own, np.int64(1))
-    for first in range(max(begin - at, call.live), stop, WIDTH):
+    _restart(call, desk, row, own, np.int64(1))
+    for first in range(max(begin - at, _live(call, row)), stop, WIDTH):
         several, _ = _find(call, desk, row, head, first, min(stop - first, WIDTH))
         _take_chosen(call, desk, several, logits + 4 * first * call.step, held)
 
@@ -525,17 +535,32 @@ def _line(call: Any, desk: Any) -> Any:
     """Note where each place begins in the line, and return how long it is."""
     starts, at = _array(pointer(desk.starts), (call.places + 1,), np.int64), 0
     for place in range(call.places):
-        _, _, head, own = _where(call, place)
+        _, row, head, own = _where(call, place)
         starts[place] = at
-        at += call.live + _whole(call.slots, own * call.heads + head)
+        at += _live(call, row) + _whole(call.slots, own * call.heads + head)
     starts[call.places] = at
     return at
+
+
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _append(call: Any) -> None:
+    """Put each row's new key and value where its last live token's are."""
+    for row in range(call.rows):
+        keys, values = _whole(call.lives, 4 * row), _whole(call.lives, 4 * row + 1)
+        for head in range(call.heads):
+            at = 4 * (head * _whole(call.lives, 4 * row + 2) + (_live(call, row) - 1) * call.dim)
+            key = call.new_keys + 4 * (row * call.new_keys_row + head * call.new_keys_head)
+            value = call.new_values + 4 * (row * call.new_values_row + head * call.new_values_head)
+            _array(pointer(keys + at), (call.dim,), np.float32)[:] = _array(pointer(key), (call.dim,), np.float32)
+            _array(pointer(values + at), (call.dim,), np.float32)[:] = _array(pointer(value), (call.dim,), np.float32)
 
 
 @njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _attend(call: Any) -> None:
     """A thread's part of a call (see `Attend`)."""
     size, thread = team.size(), team.number()
+    if call.new_keys:
+        _append(call)  # every thread all of them, to the same effect: none need wait for another
     desk = _desk(call, thread)
     line = _line(call, desk)
     begin, end = line * thread // size, line * (thread + 1) // size

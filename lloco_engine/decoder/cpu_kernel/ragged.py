@@ -6,9 +6,12 @@ half precision if the segments are (docs/decisions/0002).
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +21,131 @@ from lloco_engine.decoder.cpu_kernel import kernel, team
 from lloco_engine.decoder.slots import LayerSlots
 from lloco_engine.types import Segment
 
-__all__ = ["Ragged", "Segments"]
+__all__ = ["Ragged", "Room", "Segments", "Table"]
 
 _ALONE = 4096  # queries times tokens and slots below which a second thread costs more than it saves
 
 
-class _Room(NamedTuple):
-    """A call of the kernel for what is asked in one shape.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What the kernel is told of rows' segments, for all layers: see `calls.Attend`.
 
-    ``result`` is the shape of what it makes; there is room for at most ``live`` live tokens. What the call is given the
-    addresses of is ``held``.
+    tensors : (segments, 4). begins : (layers, segments, H + 1). slots : (layers, rows, H). prior : (segments,)
+    of_row, many, focus : (rows,). dim : D. held : what there are addresses of
     """
 
-    call: calls.Attend
-    result: tuple[int, int, int]
-    live: int
-    held: list[object]
+    tensors: np.ndarray
+    begins: np.ndarray
+    slots: np.ndarray
+    of_row: np.ndarray
+    many: np.ndarray
+    focus: np.ndarray
+    prior: np.ndarray
+    dim: int
+    held: object
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Segment]], focus: Sequence[int], prior: Sequence[Sequence[float]]) -> Table:
+        """That of segments, as `Segments` takes them."""
+        segments = [segment for row in rows for segment in row]
+        for segment in segments:
+            _check_segment(segment, segments[0])
+        held = [_given(segment) for segment in segments]
+        tensors = [[*(one.data_ptr() for one in given), given[0].dtype == torch.float16] for given in held]
+        lengths = np.array([one.lengths.numpy() for one in segments], np.int64)
+        ends = lengths.reshape(len(segments), -1).cumsum(1).reshape(lengths.shape)
+        begins = np.concatenate((ends[:, :, :1] - lengths[:, :, :1], ends), 2)
+        many = [len(row) for row in rows]
+        of_row = np.cumsum(many, dtype=np.int64) - many
+        chosen = [most if most < len(row) else 0 for most, row in zip(focus, rows, strict=True)]
+        priors = [given or [0.0] * len(row) for given, row in zip(prior, rows, strict=True)]
+        return cls(
+            np.array(tensors, np.int64),
+            np.ascontiguousarray(begins.swapaxes(0, 1)),
+            np.stack([of_row.sum(0) for of_row in np.split(lengths, of_row[1:])], 1),
+            of_row,
+            np.array(many, np.int64),
+            np.array(chosen, np.int64),
+            np.array([one for given in priors for one in given], np.float32),
+            segments[0].keys.shape[1],
+            held,
+        )
+
+    @cached_property
+    def most(self) -> int:
+        """Slots of a layer in all rows together, of that which has most."""
+        return int(self.slots.sum((1, 2)).max())
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return int(self.slots.shape[2])
+
+    def tell(self, call: calls.Attend) -> None:
+        """Tell a call all but the layer."""
+        call.tensors, call.of_row, call.segments = self.tensors.ctypes.data, self.of_row.ctypes.data, len(self.tensors)
+        call.many, call.most, call.shared = self.many.ctypes.data, int(self.many.max()), len(self.many) == 1
+        call.focused, call.focus = bool(self.focus.any()), self.focus.ctypes.data
+        call.prior = self.prior.ctypes.data
+
+    def layer(self, index: int) -> tuple[int, int]:
+        """`calls.Attend.begins` and ``slots`` of a layer."""
+        return _at(self.begins, index), _at(self.slots, index)
+
+
+def _at(array: np.ndarray, index: int) -> int:
+    return int(array.ctypes.data + index * array.strides[0])
+
+
+def _given(segment: Segment) -> list[torch.Tensor]:
+    """A segment's tensors as the kernel reads them."""
+    half = segment.keys.dtype == segment.values.dtype == torch.float16
+    dtype = torch.float16 if half else torch.float32
+    return [one.contiguous() for one in (segment.keys.to(dtype), segment.values.to(dtype), segment.bias.float())]
+
+
+class Room:
+    """A call of the kernel for queries of one shape, with the room that its threads have for it.
+
+    Args:
+        call: has been told of a table.
+        q: (rows, H * group, tokens, D) float32.
+        heads: KV heads.
+        slots: of all rows together in a layer.
+        live: live tokens of all rows together that there is room for.
+        scale: factor of the logits.
+        threads: at most.
+
+    ``live`` and ``slots`` are how many there is room for.
+    """
+
+    def __init__(
+        self, call: calls.Attend, q: torch.Tensor, heads: int, slots: int, live: int, scale: float, threads: int
+    ) -> None:
+        call.rows, query_heads, call.tokens, call.dim = q.shape
+        call.heads, call.group, call.scale = heads, query_heads // heads, scale
+        call.q_row, call.q_head, call.q_token, _ = q.stride()
+        call.each, call.filled, call.few, call.step = calls.parts(call.group * call.tokens, call.dim)
+        parts = -(-call.group * call.tokens // call.each)
+        call.places = parts * call.rows * call.heads
+        self.call, self.result = call, (call.rows, call.tokens, query_heads * call.dim)
+        self.live, self.slots, self._heads, self._threads = sys.maxsize, slots, heads, threads
+        self._held: list[object] = [calls.furnish(call, threads)]
+        if call.focused:  # room for logits
+            self.live = live + live // 4  # more, since the live tokens become more
+            line = parts * (heads * self.live + slots)
+            self._held.append(largest := torch.empty(threads, call.places, call.most, call.filled))
+            self._held.append(kept := torch.empty(calls.kept(line, call.places, threads, call.step)))
+            call.largest, call.kept = largest.data_ptr(), kept.data_ptr()
+
+    def run(self, task: team.Task, q: torch.Tensor, layer: tuple[int, int], lives: int, live: int) -> torch.Tensor:
+        """What is read, (rows, tokens, H * group * D), of a layer, by `calls.Attend.lives`: ``live`` tokens in all."""
+        call, out = self.call, torch.empty(self.result)
+        call.q, call.out, call.lives = q.data_ptr(), out.data_ptr(), lives
+        call.begins, call.slots = layer
+        much = call.group * call.tokens * (self._heads * live + self.slots) >= _ALONE
+        task(call, self._threads if much else 1)
+        return out
 
 
 class Segments:
@@ -48,105 +160,61 @@ class Segments:
     def __init__(
         self, rows: Sequence[Sequence[Segment]], focus: Sequence[int], prior: Sequence[Sequence[float]]
     ) -> None:
-        segments = [segment for row in rows for segment in row]
-        for segment in segments:
-            _check_segment(segment, segments[0])
-        self._rows, self._form = len(rows), (segments[0].lengths.shape[1], segments[0].keys.shape[1])
-        half = all(t.dtype == torch.float16 for one in segments for t in (one.keys, one.values))
-        dtype = torch.float16 if half else torch.float32
-        given = [(one.keys.to(dtype), one.values.to(dtype), one.bias.float()) for one in segments]
-        # held, since the kernel is given addresses
-        self._held = [[tensor.contiguous() for tensor in one] for one in given]
-        self._tensors = np.array([[tensor.data_ptr() for tensor in one] for one in self._held], np.int64)
-        lengths = np.array([one.lengths.numpy() for one in segments], np.int64)
-        ends = lengths.reshape(len(segments), -1).cumsum(1).reshape(lengths.shape)
-        begins = np.concatenate((ends[:, :, :1] - lengths[:, :, :1], ends), 2)
-        self._begins = np.ascontiguousarray(begins.swapaxes(0, 1))  # (layers, segments, heads + 1)
-        many = [len(row) for row in rows]
-        self._many = np.array(many, np.int64)
-        self._of_row = np.cumsum(many, dtype=np.int64) - many
-        self._focus = np.array(
-            [most if most < len(row) else 0 for most, row in zip(focus, rows, strict=True)], np.int64
-        )
-        priors = [given or [0.0] * len(row) for given, row in zip(prior, rows, strict=True)]
-        self._prior = np.array([one for given in priors for one in given], np.float32)
-        of_rows = np.split(lengths, self._of_row[1:])
-        self._slots = np.stack([of_row.sum(0) for of_row in of_rows], 1)  # (layers, rows, heads)
-        self._most = int(self._slots.sum((1, 2)).max())  # slots of a layer
+        self.table = Table.of(rows, focus, prior)
         self._threads = team.threads()
         self._run = kernel.prepare()
-        self._rooms: dict[tuple[object, ...], _Room] = {}  # by the shapes of what is asked: steps alternate between few
-        self._facts: dict[str, int] = {
-            "tensors": self._tensors.ctypes.data,
-            "of_row": self._of_row.ctypes.data,
-            "segments": len(segments),
-            "shared": len(rows) == 1,
-            "half": half,
-            "focused": bool(self._focus.any()),
-            "many": self._many.ctypes.data,
-            "most": max(many),
-            "focus": self._focus.ctypes.data,
-            "prior": self._prior.ctypes.data,
-        }
+        # by the shapes of what is asked: steps alternate between few
+        self._rooms: dict[tuple[object, ...], tuple[Room, Any]] = {}
 
     def layer(self, index: int) -> Ragged:
         """The slots of one layer."""
-        return Ragged(self, self._begins[index].ctypes.data, self._slots[index].ctypes.data)
+        return Ragged(self, self.table.layer(index))
 
     def attend(
         self,
-        begins: int,
-        slots: int,
+        layer: tuple[int, int],
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """`LayerSlots.attend` of the layer whose `calls.Attend.begins` and ``slots`` are there."""
+        """`LayerSlots.attend` of the layer that `Table.layer` says."""
         live, shapes = keys.shape[2], (q.shape, q.stride(), _form(keys), _form(values), q.dtype, scale)
         if values.shape[2] != live:
             raise ValueError(f"live values must be of as many tokens as keys, {live}, not of {values.shape[2]}")
-        room = self._rooms.get(shapes)
-        if room is None or live > room.live:
-            room = self._rooms[shapes] = self._prepare(q, keys, values, scale)
-        call, out = room.call, torch.empty(room.result)
-        call.q, call.out, call.begins, call.slots = q.data_ptr(), out.data_ptr(), begins, slots
-        call.live_keys, call.live_values, call.live = keys.data_ptr(), values.data_ptr(), live
+        rows = len(q)
+        found = self._rooms.get(shapes)
+        if found is None or rows * live > found[0].live:
+            found = self._rooms[shapes] = self._prepare(q, keys, values, scale)
+        room, lives = found
+        at, at_values, beside = keys.data_ptr(), values.data_ptr(), 4 * keys.stride(0)
+        for row in range(rows):
+            lives[4 * row] = at + row * beside
+            lives[4 * row + 1] = at_values + row * beside
+            lives[4 * row + 3] = live
+        call = room.call
         call.mask = 0
         if mask is not None:
-            if mask.shape[0] not in (1, call.rows) or mask.shape[1:] != (1, call.tokens, live) or mask.dtype != q.dtype:
+            if mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, call.tokens, live) or mask.dtype != q.dtype:
                 raise ValueError(
-                    f"a mask must be (1 or {call.rows}, 1, {call.tokens}, {live}) in float32, not "
+                    f"a mask must be (1 or {rows}, 1, {call.tokens}, {live}) in float32, not "
                     f"{tuple(mask.shape)} in {mask.dtype}"
                 )
             mask = mask.contiguous()
             call.mask, call.mask_row = mask.data_ptr(), 0 if len(mask) == 1 else call.tokens * live
-        much = call.group * call.tokens * (call.rows * call.heads * live + self._most) >= _ALONE
-        self._run(call, self._threads if much else 1)
-        return out
+        return room.run(self._run, q, layer, ctypes.addressof(lives), rows * live)
 
-    def _prepare(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> _Room:
-        """A call that says all but the layer, how many live tokens there are, and where they, mask and result are."""
-        _check_tokens(q, keys, values, self._rows, self._form)
-        call, (heads, live) = calls.Attend(**self._facts), keys.shape[1:3]
-        call.rows, query_heads, call.tokens, call.dim = q.shape
-        call.heads, call.group, call.scale = heads, query_heads // heads, scale
-        call.q_row, call.q_head, call.q_token, _ = q.stride()
-        call.live_row, call.live_head, *_ = keys.stride()
-        call.each, call.filled, call.few, call.step = calls.parts(call.group * call.tokens, call.dim)
-        parts = -(-call.group * call.tokens // call.each)
-        call.places = parts * call.rows * call.heads
-        held = [calls.furnish(call, self._threads)]
-        if call.focused:  # room for logits
-            live += live // 4  # more, since the live tokens become more
-            line = call.places * live + parts * self._most * (call.rows if call.shared else 1)
-            held.append(largest := torch.empty(self._threads, call.places, call.most, call.filled))
-            held.append(kept := torch.empty(calls.kept(line, call.places, self._threads, call.step)))
-            call.largest, call.kept = largest.data_ptr(), kept.data_ptr()
-        else:
-            live = sys.maxsize
-        return _Room(call, (call.rows, call.tokens, query_heads * call.dim), live, held)
+    def _prepare(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> tuple[Room, Any]:
+        """Room for a call, and for its `calls.Attend.lives`."""
+        table, rows = self.table, len(q)
+        _check_tokens(q, keys, values, len(table.many), (table.heads, table.dim))
+        call, lives = calls.Attend(), (ctypes.c_int64 * (4 * rows))()
+        table.tell(call)
+        for row in range(rows):
+            lives[4 * row + 2] = keys.stride(1)
+        slots = table.most * (rows if call.shared else 1)
+        return Room(call, q, table.heads, slots, rows * keys.shape[2], scale, self._threads), lives
 
 
 def _check_segment(segment: Segment, first: Segment) -> None:
@@ -205,15 +273,14 @@ class Ragged(LayerSlots):
 
     Args:
         segments: what the layers share.
-        begins, slots: where the layer's `calls.Attend.begins` and ``slots`` are.
+        layer: as `Table.layer` says it.
     """
 
-    def __init__(self, segments: Segments, begins: int, slots: int) -> None:
-        self._segments = segments
-        self._place = begins, slots
+    def __init__(self, segments: Segments, layer: tuple[int, int]) -> None:
+        self._segments, self._layer = segments, layer
 
     def attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         """See `LayerSlots.attend`."""
-        return self._segments.attend(*self._place, q, keys, values, mask, scale)
+        return self._segments.attend(self._layer, q, keys, values, mask, scale)
