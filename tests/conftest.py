@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("live", 200, "files damaged under a running engine"),
         ("full", 60, "changes on a disk with little room"),
         ("soak", 30, "seconds of asking beside a writer"),
+        ("victims", os.cpu_count() or 1, "processes at once that are killed"),
     ):
         group.addoption(f"--{name}", type=int, default=count, metavar="N", help=f"{what} in tests/torture ({count})")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,8 @@ from lloco_engine.store.verify import DAMAGE, catalogue_problems, index_problems
 from lloco_engine.store.writer import Writer
 
 __all__ = ["repair_store"]
+
+_FILES = ("", "-wal", "-shm")  # what SQLite makes of a catalogue
 
 
 def repair_store(
@@ -125,18 +129,39 @@ def _repair_catalogue(layout: Layout, manifest: Manifest) -> tuple[list[str], bo
         aside = _set_aside(layout)
         told = f"{error}: moved to {aside.name}, and an empty one was made; ingest the documents again"
         return [told], True
-    aside = _set_aside(layout)
-    move(made, layout.catalogue)
+    aside = _keep_beside(layout)
+    move(made, layout.catalogue)  # in one step: a process that is killed leaves the one or the other
     return [
         f"{why}: catalogue.sqlite was made anew with what is sound in it, and the former one moved to {aside.name}",
         *lost,
     ], bool(lost)
 
 
+def _keep_beside(layout: Layout) -> Path:
+    """Give the catalogue a second name, so that another can take its place; its log and index go."""
+    aside = _aside(layout.catalogue)
+    for suffix in _FILES:
+        with suppress(FileNotFoundError):
+            _second_name(Path(f"{layout.catalogue}{suffix}"), Path(f"{aside}{suffix}"))
+    for suffix in _FILES[1:]:  # of what has the name now: to another catalogue they would be another's log
+        Path(f"{layout.catalogue}{suffix}").unlink(missing_ok=True)
+    remove_index_files(layout)
+    return aside
+
+
+def _second_name(file: Path, other: Path) -> None:
+    try:
+        os.link(file, other)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(file, other)
+
+
 def _set_aside(layout: Layout) -> Path:
     """Move the catalogue out of the way, and remove the index that was made of it."""
     aside = _aside(layout.catalogue)
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in _FILES:
         with suppress(FileNotFoundError):
             move(Path(f"{layout.catalogue}{suffix}"), Path(f"{aside}{suffix}"))
     remove_index_files(layout)

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,43 @@ def test_damage_inside_the_catalogues_rows_is_found(path, statement):
     with Store.open(path) as store:
         assert [info.doc_id for info in store.documents()] == ["b", "c"]
         assert {problem.kind for problem in store.verify()} == {"orphan"}
+
+
+def test_a_repair_that_is_cut_off_anywhere_loses_nothing(path, tmp_path, monkeypatch):
+    with Store.open(path) as store:
+        texts = {info.doc_id: store.document_text(info.doc_id) for info in store.documents()}
+    done = 0
+    for fatal in range(100):
+        place, left = shutil.copytree(path, tmp_path / str(fatal)), [fatal]
+        with closing(sqlite3.connect(place / "catalogue.sqlite")) as connection, connection:
+            connection.execute("DELETE FROM words_data WHERE id > 10")
+        with monkeypatch.context() as patch:
+            for name in ("link", "replace", "unlink"):
+                patch.setattr(os, name, cut_off(getattr(os, name), left))
+            with suppress(KeyboardInterrupt):
+                Store.repair(place)
+                done += 1
+        with suppress(StoreCorrupt), Store.open(place):
+            pass
+        Store.repair(place)
+        with Store.open(place) as store:
+            assert store.verify() == []
+            assert {info.doc_id: store.document_text(info.doc_id) for info in store.documents()} == texts, fatal
+        if done:
+            break
+    assert fatal > 4
+
+
+def cut_off(work, left):
+    """Do so many things more, and no other."""
+
+    def counted(*arguments, **named):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return work(*arguments, **named)
+
+    return counted
 
 
 def test_repair_removes_what_is_left_over_and_what_is_damaged(path):

@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from victim import open_engine
+from changes import open_engine
 
 from lloco_engine import Document, Engine, GenerateConfig, LLoCOError
 from lloco_engine.decoder.local import LocalDecoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from victim import open_engine
+from changes import open_engine
 
 from lloco_engine import Document
 from lloco_integrations.handles import HandleFragment, Handles

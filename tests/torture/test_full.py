@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from adapter_cases import adapter
-from test_kills import Expected, actual, steps_of
-from victim import open_engine, take
+from changes import Expected, Site, actual, drawn
 
 from lloco_engine.errors import StoreFull
 from lloco_engine.store import Store
 
 SIZE = 8 * 2**20
+REMOVALS = ("delete", "remove")
 
 
 @pytest.fixture
@@ -45,30 +45,28 @@ def fill(place: Path, left: int) -> None:
 def test_every_change_on_a_disk_with_little_room_is_done_or_refused(request, report, tmp_path, disk, tiny_loaded):
     count, seed = request.config.getoption("--full"), request.config.getoption("--seed")
     rng = random.Random(seed)
-    made, store, files = adapter(tmp_path / "adapter", tiny_loaded), disk / "store", tmp_path / "files"
-    files.mkdir()
-    open_engine(store, tiny_loaded).close()
-    expected, tried, refused, deleted = Expected(), 0, 0, 0
+    made = adapter(tmp_path / "adapter", tiny_loaded)
+    site = Site(disk / "store", tmp_path / "files", tmp_path / "copy", tiny_loaded, made)
+    site.make()
+    expected, tried, refused, removed = Expected(), 0, 0, 0
     while tried < count:
-        for step in steps_of(rng, expected):
-            fill(disk, rng.choice((0, 0, rng.randrange(65_536), rng.randrange(2**20))))
-            before = expected.state()
-            try:
-                with open_engine(store, tiny_loaded) as engine:
-                    take(engine, step, made, files)
-                expected.take(step)
-            except StoreFull:
-                refused += 1
-                assert step[0] != "delete", "deleting makes room"
-            deleted += step[0] == "delete"
-            tried += 1
-            (disk / "filler").unlink()
-            with Store.open(store) as opened:
-                state = actual(opened)
-                with opened.writer() as writer:
-                    writer.collect_garbage()
-                assert opened.verify() == []
-            assert state == expected.state(), (step, before)
-    note = f"{refused} refused; all of {deleted} deletions done"
+        change = drawn(rng, expected)
+        fill(disk, rng.choice((0, 0, rng.randrange(65_536), rng.randrange(2**20))))
+        try:
+            site.take(change)
+            expected.take(change)
+        except StoreFull:
+            refused += 1
+            assert change[0] not in REMOVALS, "deleting makes room"
+        removed += change[0] in REMOVALS
+        tried += 1
+        (disk / "filler").unlink()
+        with Store.open(site.store) as opened:
+            state = actual(opened)
+            with opened.writer() as writer:
+                writer.collect_garbage()
+            assert opened.verify() == []
+        assert state == expected.state(), change
+    note = f"{refused} refused; all of {removed} deletions done"
     report("changes on a disk with little room", tried, 0, note)
     assert count < 30 or 0 < refused < tried

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bad_inputs import MAKERS
+from odd_inputs import MAKERS
 
 MOST_SECONDS = 60
 MOST_MEMORY = 1_500_000_000  # bytes, of the process that ingests and the one that reads for it

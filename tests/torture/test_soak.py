@@ -7,7 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from victim import open_engine
+from changes import open_engine
 
 from lloco_engine import Document, GenerateConfig
 from lloco_engine.errors import SegmentUnavailable
