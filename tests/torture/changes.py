@@ -46,7 +46,7 @@ class Site:
     store: Path
     files: Path
     copy: Path
-    decoder: LocalDecoder
+    decoder: LocalDecoder | str
     adapter: Path
 
     def make(self) -> None:
@@ -57,8 +57,10 @@ class Site:
     def take(self, change: Change) -> None:
         """Make one change."""
         kind, *rest = change
-        if kind in ("backup", "restore"):
-            shutil.rmtree(self.copy, ignore_errors=True)
+        if kind in ("backup", "restore") and self.copy.exists():
+            before = self.copy.with_name(f"{self.copy.name}.before")
+            shutil.rmtree(before, ignore_errors=True)
+            shutil.rmtree(self.copy.rename(before))
         if kind == "restore":
             Store.restore(self.store, self.copy)
         elif kind == "repair":

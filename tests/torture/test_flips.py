@@ -7,15 +7,17 @@ import random
 import shutil
 import sqlite3
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from store_cases import document, make_store
+from store_cases import document, make_store, put, segment
 
 from lloco_engine.errors import LLoCOError
 from lloco_engine.store import Store, verify
 from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout
+from lloco_engine.types import Divergence
 
 KINDS = 3  # among which the changes of --flips are shared: cells, bits of the catalogue, bits of other files
 A_REPAIR = 32  # changes for each that is repaired
@@ -40,7 +42,7 @@ def at_once(monkeypatch):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A store of two tenants, with shared segments, metadata of every type and an adapter; at rest."""
+    """A store of two tenants, with shared and refined segments, metadata of every type and an adapter; at rest."""
     path = tmp_path_factory.mktemp("flips") / "s"
     documents = [document(f"d{n}", 70, year=2000 + n, draft=n % 2 == 0, share=n / 7, who="Ann") for n in range(4)]
     documents += [document("copy", 70, seed="d1"), document("d1", 50, tenant="red", note="é漢")]
@@ -51,6 +53,10 @@ def original(tmp_path_factory):
             "lloco.json": b"{}",
         }
         store.adapters.add(files, "", "letters", "run1")
+        former = store.chunks("d0")[0]
+        made = replace(segment(former.text), divergence=Divergence(0.5, 0.25, 8))
+        with store.writer() as writer:
+            writer.replace_segments({former.segment_id: writer.save_segment("ab" * 16, made)})
     assert Store.verify_path(path) == []
     with closing(sqlite3.connect(path / "catalogue.sqlite")) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -257,6 +263,22 @@ def test_whole_files_that_are_damaged_are_named(original, store, kind, rng, repo
             path.rmdir()
         restore(original, store, str(file))
     report(f"files: {kind}", 6, 0)
+
+
+def test_files_that_say_nothing_may_be_anything(store, rng, report):
+    """The lock and the reserve: a store goes on without them, and with others in their place."""
+    names, kinds = ("reserve", "write.lock"), ("gone", "garbage", "empty")
+    for name in names:
+        for kind in kinds:
+            (store / name).unlink(missing_ok=True)
+            if kind != "gone":
+                (store / name).write_bytes(rng.randbytes(99) if kind == "garbage" else b"")
+            assert harmful(store) == []
+            with Store.open(store) as opened, opened.writer() as writer:
+                put(writer, document("new", 30, seed=f"{name} {kind}"))
+                writer.delete_document("new")
+            assert (store / "reserve").stat().st_size == 2**20
+    report("the reserve and the lock", len(names) * len(kinds), 0)
 
 
 def test_blocks_of_zeros_in_the_catalogue_are_seen(original, store, rng, report, flips):

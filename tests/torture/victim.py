@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import NoReturn
@@ -154,9 +155,10 @@ class Victim:
 
     def _work(self, mark: Marks, pipe: int, changes: list[Change]) -> NoReturn:
         try:
+            site = replace(self._site, decoder=LocalDecoder.load(str(self._site.decoder)))  # none is used after a fork
             mark.place()
             for change in changes:
-                mark.take(self._site, change)
+                mark.take(site, change)
         except BaseException as error:
             os.write(pipe, f"!{type(error).__name__} in {changes}: {error}".encode())
         finally:
@@ -186,11 +188,19 @@ def harmful(store: Store) -> list[str]:
     return [f"{problem.path}: {problem.detail}" for problem in store.verify() if problem.kind != "orphan"]
 
 
+def warm_up(site: Site) -> None:
+    """Import and compile what changes need, which no child then does."""
+    site.make()
+    for change in (["put", "a", "The pump of hall nine needs oil. " * 9, ""], ["refine", "a"], ["adapter", "add"]):
+        site.take(change)
+
+
 def main() -> None:
     folder, decoder, adapter = map(Path, sys.argv[1:4])
     count, seed = map(int, sys.argv[4:])
     verify._LOOKS = 0  # nobody writes when it is looked at
-    site = Site(folder / "store", folder / "files", folder / "copy", LocalDecoder.load(str(decoder)), adapter)
+    warm_up(Site(*(folder / "first" / name for name in ("store", "files", "copy")), str(decoder), adapter))
+    site = Site(*(folder / name for name in ("store", "files", "copy")), str(decoder), adapter)
     site.make()
     victim = Victim(site, random.Random(seed))
     for _ in range(count):
