@@ -53,6 +53,20 @@ class Database:
             self.connection, follows = connect_reader(self.path)
             self._state = None if follows else state
 
+    def file_and_tables(self) -> tuple[int, ...]:
+        """Equal as long as the path is that of the same file, and nobody has changed its tables.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        try:
+            file = self.path.stat()
+        except OSError as error:
+            raise StoreCorrupt(f"{self.path} cannot be read ({error.strerror})") from error
+        with self.errors():
+            (schema,) = self.connection.execute("PRAGMA schema_version").fetchone()
+        return file.st_dev, file.st_ino, int(schema)
+
     def _current(self) -> None:
         """Connect anew where the file has changed under a connection that does not see it."""
         if self._state is not None and self._state != file_state(self.path):

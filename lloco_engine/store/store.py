@@ -26,6 +26,7 @@ from lloco_engine.store.catalogue import Catalogue
 from lloco_engine.store.files import Layout, check_segment_id
 from lloco_engine.store.held import HeldSegments
 from lloco_engine.store.index import Query, SearchIndex
+from lloco_engine.store.kept import KeptCatalogue
 from lloco_engine.store.lock import CLAIM, claim, write_lock
 from lloco_engine.store.making import make_ready, make_store
 from lloco_engine.store.manifest import Manifest
@@ -63,6 +64,7 @@ class Store:
         self._held = HeldSegments(self._files)
         self._lock = ProcessLock(f"the store at {path}")
         self._catalogue = Catalogue(self._layout.catalogue)
+        self._for_writers = KeptCatalogue(self._layout.catalogue)
         self.adapters = StoredAdapters(self._layout, self._reading)
 
     @property
@@ -163,6 +165,7 @@ class Store:
         if self._lock.here:  # a forked child must not close what its parent has open
             with self._lock:
                 self._catalogue.close()
+                self._for_writers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -188,12 +191,9 @@ class Store:
         self._lock.check()
         with write_lock(self._layout.lock, timeout):
             self._layout.clear_temporary()
-            catalogue = Catalogue(self._layout.catalogue)
-            try:
+            with self._for_writers.open() as catalogue:
                 yield Writer(self._layout, self.manifest, catalogue)
                 keep_reserve(self._layout)
-            finally:
-                catalogue.close()
         if publish:
             self.publish()
 

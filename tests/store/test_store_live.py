@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
@@ -108,3 +110,25 @@ def test_a_segment_that_is_made_again_is_read_again(store):
     assert torch.equal(store.load_segment(hit.segment_id).keys, made.keys.half())
     with Store.open(store.path) as other:
         assert torch.equal(other.load_segment(hit.segment_id).keys, made.keys.half())
+
+
+def test_writers_share_a_connection_while_the_file_is_the_same(store, tmp_path):
+    def connection():
+        with store.writer() as writer:
+            return writer._catalogue
+
+    first = connection()
+    assert connection() is first
+    with pytest.raises(ZeroDivisionError), store.writer() as writer:
+        assert writer._catalogue is first
+        _ = 1 / 0
+    second = connection()
+    assert second is not first, "one that an error came out of is not kept"
+    with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as other:
+        other.execute("CREATE TABLE later (x)")
+    assert connection() is not second, "its triggers know nothing of a new table"
+    third = connection()
+    copy = tmp_path / "copy"
+    copy.write_bytes((store.path / "catalogue.sqlite").read_bytes())
+    os.replace(copy, store.path / "catalogue.sqlite")
+    assert connection() is not third, "another file"
