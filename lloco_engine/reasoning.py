@@ -22,10 +22,11 @@ _END = re.compile("end", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Markers:
-    """What a decoder writes before and after its thoughts."""
+    """What a decoder writes before and after its thoughts; and ``head``, before an answer without any."""
 
     begin: str
     end: str
+    head: str = ""
 
     def are_open(self, text: str) -> bool:
         """Whether a text ends inside thoughts."""

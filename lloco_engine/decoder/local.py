@@ -215,8 +215,9 @@ class LocalDecoder(AdaptedDecoder):
 
     def _least(self, config: GenerateConfig) -> int:
         """Tokens that an answer must have room for: its own, and the markers of thoughts."""
-        thoughts = self._thoughts
-        return config.max_new_tokens + (0 if thoughts is None else len(thoughts.begin) + len(thoughts.close))
+        if (thoughts := self._thoughts) is None:
+            return config.max_new_tokens
+        return config.max_new_tokens + sum(map(len, (thoughts.begin, thoughts.close, thoughts.head)))
 
     def _budget(self, used: int, config: GenerateConfig) -> int:
         """Tokens that thoughts may take after ``used`` positions: what is asked for, as far as the window has room."""

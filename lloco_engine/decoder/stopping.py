@@ -40,6 +40,7 @@ class TextStream:
         self.forced = 0  # tokens that were not the decoder's choice
         self._thought: list[int] = []
         self._ended: list[str] = []  # thoughts
+        self._pending: list[int] = []  # tokens that a marker may begin with
         self._decoded = Detokenizer(tokenizer)
         self._held = ""  # whole text that is not shown yet
         self._said = False  # whether anything but white space was shown
@@ -51,13 +52,14 @@ class TextStream:
         self.tokens += 1
         if self._thoughts is not None and self.inside:
             return self._think(token, self._thoughts)
-        if self._thoughts is not None and token == self._thoughts.begin_id:
-            return self._begin(self._held + self._decoded.rest(), 1)
+        if self._thoughts is not None and self._thoughts.begin_is_token:
+            return self._match(token, self._thoughts)
         return self._write(self._decoded.push(token))
 
     def finish(self) -> str:
         """The text held back, once no token follows."""
-        rest = self._held + self._decoded.rest()
+        rest = self._held + "".join(map(self._decoded.push, self._pending)) + self._decoded.rest()
+        self._pending = []
         self._decoded, self._held = Detokenizer(self._tokenizer), ""
         return self._show(rest)
 
@@ -78,7 +80,7 @@ class TextStream:
             return self.tokens >= most
         text = self._held + self._decoded.rest()
         if not self._said and self._thoughts.markers.begin.startswith(text.strip()):
-            most += len(self._thoughts.begin)  # what may be the marker that thoughts begin with
+            most += max(len(self._thoughts.begin), len(self._thoughts.head))  # what may be the marker of either
         lost = self.forced > len(self._thoughts.close)
         return lost or (not self.inside and self.tokens - self.thought_tokens >= most)
 
@@ -87,6 +89,27 @@ class TextStream:
         """The thoughts so far."""
         going_on = self._thought_text(0) if self.inside else ""
         return "\n\n".join(text for one in (*self._ended, going_on) if (text := one.strip()))
+
+    def _match(self, token: int, thoughts: Thoughts) -> str:
+        """Add a token where markers are tokens: what may become one is held back, and is no text when it is whole."""
+        self._pending.append(token)
+        shown = ""
+        while self._pending:
+            size = len(self._pending)
+            if self._pending == thoughts.begin:
+                self._pending = []
+                return shown + self._begin(self._held + self._decoded.rest(), size)
+            if self._pending == thoughts.head and not self._said:
+                self._pending = []
+                self.tokens -= size
+            elif self._pending in (thoughts.begin[:size], thoughts.head[:size]):
+                break
+            else:
+                shown += self._write(self._decoded.push(self._pending.pop(0)))
+                if self.stopped or self.inside:
+                    later, self._pending = self._pending, []
+                    return shown + "".join(self._think(one, thoughts) for one in later if self.inside)
+        return shown
 
     def _write(self, new: str) -> str:
         """Add text that is whole; returns what can be shown of all that is held back."""
@@ -123,14 +146,16 @@ class TextStream:
 
     def _think(self, token: int, thoughts: Thoughts) -> str:
         self.thought_tokens += 1
-        rest, ended = "", token == thoughts.end_id
-        if not ended:
-            self._thought.append(token)
-            if thoughts.end_id is None:
-                _, found, rest = self._thought_text(-_MARKER).partition(thoughts.markers.end)
-                ended = bool(found)
-        if not ended:
-            return ""
+        self._thought.append(token)
+        rest, size = "", len(thoughts.close)
+        if thoughts.end_is_token:
+            if self._thought[-size:] != thoughts.close:
+                return ""
+            del self._thought[-size:]
+        else:
+            _, found, rest = self._thought_text(-_MARKER).partition(thoughts.markers.end)
+            if not found:
+                return ""
         self._ended.append(self._thought_text(0).partition(thoughts.markers.end)[0])
         self.inside = False
         return self._write(rest)

@@ -25,6 +25,7 @@ __all__ = ["NAMES", "Template", "encode"]
 
 _MARK = "\u2402Memory\u2403"  # stands for the user turn's content while the chat template is rendered
 _THOUGHT = "\u2402Thought\u2403"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what chat templates call an answer's thoughts
 _CLOCK = "strftime_now"  # what chat templates call the clock
 _FORMAT = re.compile(_CLOCK + r"""\(\s*(?:format\s*=\s*)?(["'])(.*?)\1""")
 _JOINT = "\n\nAnswer the question from the text above.\nQuestion: "
@@ -316,20 +317,30 @@ def _markers(tokenizer: Any) -> Markers | None:
     if not getattr(tokenizer, "chat_template", None):
         return find_markers(named)
     asked = [{"role": "user", "content": "?"}]
-    said = {"role": "assistant", "content": _MARK, "reasoning_content": _THOUGHT}
     source = str(tokenizer.chat_template)
-    try:
-        before = _render(tokenizer, asked, answered=True)
-        turn = _render(tokenizer, [*asked, said], answered=True).removeprefix(before)
-        opening = _render(tokenizer, asked).removeprefix(before)
-    except UnsupportedModel:
-        return find_markers([*named, source])
-    begin, thought, rest = turn.partition(_THOUGHT)
-    end, answer, _ = rest.partition(_MARK)
-    if not (thought and answer):
-        return find_markers([*named, source])
-    if own := find_markers([begin, end]):
-        return own
-    common = next((n for n, (own, other) in enumerate(zip(begin, opening, strict=False)) if own != other), len(opening))
-    begin, end = begin[common:].strip(), end.strip()
-    return Markers(begin, end) if begin and end else find_markers([*named, source])
+    for name in _REASONING:
+        said = {"role": "assistant", "content": _MARK, name: _THOUGHT}
+        try:
+            before = _render(tokenizer, asked, answered=True)
+            turn = _render(tokenizer, [*asked, said], answered=True).removeprefix(before)
+            plain = _render(tokenizer, [*asked, {"role": "assistant", "content": _MARK}], answered=True)
+            opening = _render(tokenizer, asked).removeprefix(before)
+        except UnsupportedModel:
+            continue
+        begin, thought, rest = turn.partition(_THOUGHT)
+        end, answer, _ = rest.partition(_MARK)
+        if not (thought and answer):
+            continue
+        if own := find_markers([begin, end]):
+            return own
+        head = plain.removeprefix(before).partition(_MARK)[0]
+        begin, head = _after_common(begin, opening).strip(), _after_common(head, opening).strip()
+        if begin and end.strip():
+            return Markers(begin, end.strip(), "" if begin in head else head)
+    return find_markers([*named, source])
+
+
+def _after_common(text: str, other: str) -> str:
+    """A text without what it has in common with the beginning of another."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return text[next((n for n, (own, its) in pairs if own != its), min(len(text), len(other))) :]

@@ -17,8 +17,9 @@ class Thoughts:
         tokenizer: the decoder's.
         template: says what the markers are, and whether a prompt ends inside thoughts.
 
-    ``begin`` and ``close`` are the tokens that begin and end thoughts; ``begin_id`` and ``end_id`` are None where a
-    marker is several tokens.
+    ``begin`` and ``close`` are the tokens that begin and end thoughts, ``head`` those before an answer without any.
+    Where an added token is among them they are looked for as tokens (``begin_is_token``, ``end_is_token``), for such
+    are no text; else as text, which may be written in other tokens.
     """
 
     def __init__(self, tokenizer: Any, template: Template) -> None:
@@ -26,8 +27,10 @@ class Thoughts:
         encoder, self.markers, self.opened = encoder_of(tokenizer), template.markers, template.thinks
         self.begin = encoder.prompt_ids([(self.markers.begin, True)], "text")
         self.close = encoder.prompt_ids([(self.markers.end, True)], "text")
-        self.begin_id = self.begin[0] if len(self.begin) == 1 else None
-        self.end_id = self.close[0] if len(self.close) == 1 else None
+        self.head = encoder.prompt_ids([(self.markers.head, True)], "text")
+        added = set(getattr(tokenizer, "added_tokens_decoder", None) or ())
+        self.begin_is_token = not added.isdisjoint(self.begin)
+        self.end_is_token = not added.isdisjoint(self.close)
 
     @classmethod
     def of(cls, tokenizer: Any, template: Template) -> Thoughts | None:

@@ -27,17 +27,31 @@ _CANDIDATES = (
     "iso2022_jp_2", "gb18030", "big5hkscs", "cp932", "euc_jis_2004", "cp949",
     "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874",
     "iso8859-2", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u",
-    "mac-roman", "cp437", "cp850", "cp852", "cp866",
+    "mac-roman", "mac-cyrillic", "cp437", "cp850", "cp852", "cp866",
 )  # fmt: skip
-_SELDOM = {"mac-roman", "cp437", "cp850", "cp852", "cp866", "cp1258", "iso8859-15", "iso8859-16", "iso8859-6"}
+_SELDOM = {
+    "mac-roman",
+    "mac-cyrillic",
+    "cp437",
+    "cp850",
+    "cp852",
+    "cp866",
+    "cp1258",
+    "iso8859-15",
+    "iso8859-16",
+    "iso8859-6",
+}
 _SELDOM_WEIGHT = 0.9
 _CLEAR = 0.9  # the second best decoding must be less likely than this share of the best
 _WHOLE = 20  # characters beyond ASCII that are right, for each place in UTF-8 that is not
 _DAMAGED = 200  # bytes for each that is a control character, in a text that was damaged and is not binary
 _CONTROLS = bytes((*range(9), *range(14, 27), *range(28, 32)))
 _ODD_WIDE = 0.02  # of UTF-16 and UTF-32 without a mark
+_ODD_WEIGHT = 4  # how much what is odd counts among decodings that are about as likely
 _ODD = 0.12  # share of the characters beyond ASCII that may be odd
 _ALONE = re.compile(r"(?<![^\W_])[^\W\d_](?![^\W_])")
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_ENOUGH = 20  # characters beyond ASCII that it takes to doubt a declaration
 _WORDS = "àÀáéÉèêíóÓòúùåÅöÖæøØý"
 _DECLARED = (
     re.compile(rb"""<meta\b[^>]{0,512}?\bcharset\s{0,16}=\s{0,16}["']?\s{0,16}([\w:.-]{2,40})""", re.IGNORECASE),
@@ -98,8 +112,27 @@ def find_encoding(data: bytes, *, declared: str = "", whole: bool = True) -> tup
     if not data.isascii() and (_decodes(data, "utf-8", whole) or _damage(data)):
         return "utf-8", 0
     if (named := _codec(declared)) and _decodes(data, named, whole):
-        return named, 0
+        return _unless_false(named, data, whole), 0
     return _detect(data, whole), 0
+
+
+def _unless_false(named: str, data: bytes, whole: bool) -> str:
+    """The encoding that is declared; where nobody writes what it makes of the text, the one that is clear."""
+    text = codecs.getincrementaldecoder(named)().decode(_around_high_bytes(data)[:_SAMPLE], final=False)
+    strange = [word for word in _WORD.findall(text) if not word.isascii()]
+    odd, capitals = _oddness(text), sum(map(str.isupper, strange))  # capitals: KOI8-R and windows-1251 swap case
+    false = odd > _ODD or sum(map(_is_mojibake, strange)) * 2 > len(strange) or (odd and capitals * 2 > len(strange))
+    if not false or sum(char >= "\x80" for char in text) < _ENOUGH:
+        return named
+    try:
+        return _detect(data, whole)
+    except UnclearEncoding:
+        return named
+
+
+def _is_mojibake(word: str) -> bool:
+    """Whether a word has letters of the Latin alphabet, and none of those that all its languages write most."""
+    return all(char >= "\x80" and _script(char) in ("LATIN", "SIGN", "") for char in word)
 
 
 def _damage(data: bytes) -> int:
@@ -171,9 +204,13 @@ def _wide_without_mark(data: bytes) -> str:
     return ""
 
 
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char)[0] == "M"
+
+
 def _plain(text: str) -> bool:
     """Whether a text is mostly letters, digits and spaces below U+3000 or common Han, Kana and Hangul."""
-    good = sum(char.isalnum() or char.isspace() or char in ".,;:!?'\"()-/" for char in text)
+    good = sum(char.isalnum() or char.isspace() or char in ".,;:!?'\"()-/" or _is_mark(char) for char in text)
     blocks = {ord(char) >> 8 for char in text if char.isalpha()}
     return good >= 0.7 * len(text) and (len(blocks) <= 6 or all(0x30 <= block <= 0xD7 for block in blocks if block > 5))
 
@@ -201,8 +238,8 @@ def _detect(data: bytes, whole: bool) -> str:
         if not name or not _decodes(sample, name, whole):
             continue
         text = codecs.getincrementaldecoder(name)().decode(sample, final=whole)
-        if _oddness(text) <= _ODD:
-            weight = _SELDOM_WEIGHT if name in _SELDOM else 1.0
+        if (odd := _oddness(text)) <= _ODD:
+            weight = (_SELDOM_WEIGHT if name in _SELDOM else 1.0) * (1 - odd) ** _ODD_WEIGHT
             ranked.append((float(found["confidence"] or 0.0) * weight, name, text))
     ranked.sort(key=lambda entry: -entry[0])
     if ranked:
@@ -248,7 +285,7 @@ def _oddness(text: str) -> float:
                 odd += 1
         if char >= "\x80" or (before and before >= "\x80"):
             mixed = now and kind and now != kind and not {now, kind} & {"SIGN", "HAN", "ODD"}
-            odd += bool(mixed) or (now == kind == "LATIN" and char.isupper() and before.islower())
+            odd += bool(mixed) or (now == kind and char.isupper() and before.islower())
         before, kind = char, now
     return float(odd / max(strange, 1))
 
@@ -266,6 +303,6 @@ def _script(char: str) -> str:
         if category == "Mn" and word == "COMBINING":
             return ""
         return "" if word in ("FEMININE", "MASCULINE") else word
-    if category[0] == "S":
+    if category[0] == "S" or char in "\u00b6\u00a7":
         return "SIGN" if char not in "\u20ac\u00b0\u00a3" else ""
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lloco_engine.errors import DocumentError
@@ -22,7 +23,8 @@ __all__ = ["parse_html", "text_of_html"]
 
 _UNSEEN = {
     "head", "script", "style", "template", "iframe", "noembed", "audio", "video", "canvas", "datalist", "rp",
-    "annotation", "annotation-xml", "defs", "symbol", "clippath", "mask", "marker", "pattern", "desc", "metadata",
+    "annotation", "annotation-xml", "mphantom", "defs", "symbol", "clippath", "mask", "marker", "pattern", "desc",
+    "metadata",
 }  # fmt: skip
 _FALLBACK = {"noscript", "noframes"}
 _BLOCKS = {
@@ -45,7 +47,18 @@ _CLOSES_ITSELF = {"p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tf
                   "colgroup", "html", "head", "body"}  # fmt: skip
 _TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]{0,64})")
 _SHOWN_INPUTS = {"", "text", "search", "tel", "url", "email", "number", "button", "submit", "reset", "date", "time"}
+_MOST_SCRIPTS = 64
+_TEMPLATE = re.compile(
+    r"<(?P<end>/?)template(?P<said>\b[^>]*)>|(?P<style><style\b.*?</style\s*>)", re.IGNORECASE | re.DOTALL
+)
+_WHOLE = re.compile(r"-?\d{1,9}")
 _FORMULA = re.compile(r"(?:^|[\s_-])(?:math|latex|tex|equation|formula)", re.IGNORECASE)
+_NUMERALS = {  # how the items of a list are numbered, by its attribute and in style sheets
+    "a": "a", "lower-alpha": "a", "lower-latin": "a", "A": "A", "upper-alpha": "A", "upper-latin": "A",
+    "i": "i", "lower-roman": "i", "I": "I", "upper-roman": "I",
+}  # fmt: skip
+_ROMAN = ((1000, "m"), (900, "cm"), (500, "d"), (400, "cd"), (100, "c"), (90, "xc"), (50, "l"), (40, "xl"), (10, "x"),
+          (9, "ix"), (5, "v"), (4, "iv"), (1, "i"))  # fmt: skip
 _INVISIBLE_SIGNS = dict.fromkeys(range(0x2061, 0x2065))
 
 
@@ -65,7 +78,7 @@ def text_of_html(source: str, max_nesting: int) -> tuple[str, str]:
     from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
     _check_nesting(source, max_nesting)
-    source, fallback = _close_raw(source)
+    source, fallback = _close_raw(_open_shadows(source))
     try:
         tree = LexborHTMLParser(source)
     except SelectolaxError as error:
@@ -113,6 +126,18 @@ def _close_raw(source: str) -> tuple[str, bool]:
     return source, small.rfind("<noscript") > small.rfind("</noscript")
 
 
+@dataclass
+class _List:
+    """A list that is open: the number of its next item, what comes after that, and how numbers are written.
+
+    ``kind`` is "1", "a", "A", "i" or "I"; "" for a list without numbers.
+    """
+
+    number: int = 1
+    step: int = 1
+    kind: str = ""
+
+
 class _Page:
     """One walk through a tree, without recursion."""
 
@@ -126,7 +151,10 @@ class _Page:
         self._verbatim = 0
         self._formula = 0
         self._raised = False
-        self._lists: list[int | None] = []
+        self._lists: list[_List] = []
+        self._readings: list[
+            tuple[int, list[str]]
+        ] = []  # of each ruby that is open: where its reading begins, those before
 
     def title(self) -> str:
         """The page's title; "" where it has none."""
@@ -198,26 +226,41 @@ class _Page:
         elif tag == "h1" and self._heading is None:
             self._heading, self._in_heading = [], True
         elif tag in ("ol", "ul", "menu"):
-            start = attributes.get("start") or "1"
-            number = int(start) if re.fullmatch(r"-?\d{1,9}", start) else 1
-            self._lists.append(number if tag == "ol" and not look.unmarked else None)
-        elif tag == "li" and self._lists and (number_or_none := self._lists[-1]) is not None:
-            value = attributes.get("value") or ""
-            number = int(value) if re.fullmatch(r"-?\d{1,9}", value) else number_or_none
-            self._pieces.append(f"{number}. ")
-            self._lists[-1] = number + 1
+            self._lists.append(_list_of(node, attributes, look) if tag == "ol" else _List())
+        elif tag == "li" and self._lists and self._lists[-1].kind:
+            self._number(self._lists[-1], attributes, look)
+        elif tag == "q" and look.seen:
+            self._data("\u201c")
+            return "\u201d"
+        elif tag == "ruby":
+            self._readings.append((0, []))
+        elif tag in ("rt", "rtc") and self._readings:
+            self._readings[-1] = (len(self._pieces), self._readings[-1][1])
         elif tag == "sup":
             self._raised = True
         elif tag == "img" and look.seen and _FORMULA.search(attributes.get("class") or ""):
             self._data(f" {attributes.get('alt') or ''} ")
         elif tag == "input" and look.seen and (attributes.get("type") or "").lower() in _SHOWN_INPUTS:
-            self._data(f" {attributes.get('value') or ''} ")
+            self._data(f" {attributes.get('value') or attributes.get('placeholder') or ''} ")
         return closing
+
+    def _number(self, opened: _List, attributes: Mapping[str, str | None], look: Look) -> None:
+        """Write the number of a list's item, unless its styles say that it has none."""
+        value = attributes.get("value") or ""
+        number = int(value) if _WHOLE.fullmatch(value) else opened.number
+        opened.number = number + opened.step
+        kind = _NUMERALS.get(attributes.get("type") or look.numbers, opened.kind)
+        if look.numbers != "none":
+            self._pieces.append(f"{_numeral(number, kind)}. ")
 
     def _enter_part(self, node: LexborNode, tag: str) -> str:
         parent = node.parent
-        joints = _BETWEEN.get((parent.tag or "").lower() if parent is not None else "")
-        if joints is not None:
+        above = (parent.tag or "").lower() if parent is not None else ""
+        joints = _BETWEEN.get(above)
+        if above == "mmultiscripts" and tag not in ("none", "mprescripts"):
+            self._pieces.append(_script_sign(node))
+            joints = ()
+        elif joints is not None:
             place, before = 0, node.prev
             while before is not None and place <= len(joints):
                 place += before.is_element_node
@@ -247,6 +290,12 @@ class _Page:
             self._in_heading = False
         elif tag in ("ol", "ul", "menu"):
             self._lists.pop()
+        elif tag in ("rt", "rtc") and self._readings:
+            begin, readings = self._readings[-1]
+            readings.append("".join(self._pieces[begin:]).strip())
+            del self._pieces[begin:]
+        elif tag == "ruby" and any(readings := self._readings.pop()[1]):
+            self._pieces.append(f"({''.join(readings)})")
         elif tag == "sup":
             self._raised = False
 
@@ -274,3 +323,56 @@ class _Page:
             self._pieces.append("\n")
         elif opens and tag in ("td", "th", "mtd"):
             self._pieces.append("\t")
+
+
+def _script_sign(node: LexborNode) -> str:
+    """What stands before a part of ``mmultiscripts``: the base has nothing, then indices and powers take turns."""
+    place, before = 0, node.prev
+    while before is not None and before.tag != "mprescripts" and place < _MOST_SCRIPTS:
+        place += before.is_element_node
+        before = before.prev
+    return "^_"[place % 2] if before is None and place else "" if before is None else "_^"[place % 2]
+
+
+def _open_shadows(source: str) -> str:
+    """A page whose shadow trees, which browsers show, are plain elements; their style sheets hold for no other text."""
+    if "shadowrootmode" not in source.lower():
+        return source
+    opened: list[bool] = []
+
+    def plain(found: re.Match[str]) -> str:
+        if found["style"]:
+            return "" if any(opened) else found[0]
+        if not found["end"]:
+            opened.append("shadowrootmode" in found["said"].lower())
+            return "<div>" if opened[-1] else found[0]
+        return "</div>" if opened and opened.pop() else found[0]
+
+    return _TEMPLATE.sub(plain, source)
+
+
+def _list_of(node: LexborNode, attributes: Mapping[str, str | None], look: Look) -> _List:
+    """What a numbered list begins with."""
+    start, backwards = attributes.get("start") or "", "reversed" in attributes
+    number = int(start) if _WHOLE.fullmatch(start) else 1
+    if backwards and not start:
+        number, child = 0, node.first_child
+        while child is not None:
+            number, child = number + (child.tag == "li"), child.next
+    if look.numbers == "none":
+        return _List()
+    return _List(number, -1 if backwards else 1, _NUMERALS.get(look.numbers or attributes.get("type") or "", "1"))
+
+
+def _numeral(number: int, kind: str) -> str:
+    """A number as a list writes it: in digits where letters or Roman numerals have none for it."""
+    text = ""
+    if kind in ("a", "A") and number > 0:
+        while number:
+            number, letter = divmod(number - 1, 26)
+            text = chr(ord("a") + letter) + text
+    elif kind in ("i", "I") and 0 < number < 4000:
+        for value, letters in _ROMAN:
+            text += letters * (number // value)
+            number %= value
+    return (text.upper() if kind in ("A", "I") else text) or str(number)

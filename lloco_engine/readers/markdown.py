@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import dataclass
 from typing import Any
 
 from lloco_engine.readers.encodings import decode
@@ -17,7 +18,10 @@ __all__ = ["parse_markdown"]
 _FRONT = 64 * 1024  # characters in which front matter must end
 _HEAD = 64 * 1024  # characters in which the first heading must stand
 _LONGEST_HEADING = 1_000  # characters
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_FENCE = re.compile(r"[ \t]*(`{3,}(?=[^`]*$)|~{3,})")
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_BLANK = re.compile(r"\n[ \t>]*\r?\n")
+_CONTAINERS = re.compile(r"[ \t]*(?:(?:>|(?P<marker>[-*+]|\d{1,9}[.)])(?=\s))[ \t]*)*")  # quotations and lists
 _TICKS = re.compile("`+")
 _COMMENT_LABEL = re.compile(r" {0,3}\[(?://|comment|_)\]:\s{0,8}(?:#|<>)[ \t]")  # [//]: # (a comment)
 
@@ -73,28 +77,72 @@ def _heading(blocks: list[Any]) -> str:
 
 
 def _without_comments(body: str) -> str:
-    """The body without HTML comments and without link definitions that serve as comments; code stays as it is."""
+    """The body without HTML comments and without link definitions that serve as comments; code stays as it is.
+
+    By lines: a parser takes a minute for some megabytes.
+    """
     kept: list[str] = []
-    fence = ""
-    inside = False
-    for line in re.findall(r"[^\n]*\n|[^\n]+", body):
-        if fence:
-            if (closes := _FENCE.match(line)) and closes[1].startswith(fence) and not line[closes.end() :].strip():
-                fence = ""
-        elif not inside and (opens := _FENCE.match(line)):
-            fence = opens[1]
+    fence = _Fence()
+    inside = listed = False
+    paragraph = close = 0  # where that of the line ends, and the next comment after the line
+    for found in _LINE.finditer(body):
+        line = found[0]
+        if fence.takes(line):
+            kept.append(line)
+            continue
+        place = _CONTAINERS.match(line)
+        assert place is not None  # it matches what is empty, too
+        if marker := place["marker"]:
+            listed = True
+        elif line[:1].strip():
+            listed = False
+        rest = line[place.end() :]
+        deep = not listed and not marker and line.startswith(("    ", "\t"))
+        if not inside and not deep and (opens := _FENCE.match(rest)):
+            fence = _Fence(opens[1], ">" in place[0], 2 if marker else int(listed and line[:1] == " "))
         elif not inside and _COMMENT_LABEL.match(line):
             continue
-        elif inside or not line.startswith(("    ", "\t")):
-            shown, inside = _cut(line, inside)
-            kept.append(shown)
-            continue
+        elif inside or (not deep and "<!--" in line):
+            if paragraph < found.end():
+                blank = _BLANK.search(body, found.end() - 1)
+                paragraph = blank.start() + 1 if blank else len(body)
+            if 0 <= close < found.end():
+                close = body.find("-->", found.end())
+            goes_on = rest.startswith("<!--") or 0 <= close < paragraph
+            line, inside = _cut(line, inside, goes_on)
         kept.append(line)
     return "".join(kept)
 
 
-def _cut(line: str, inside: bool) -> tuple[str, bool]:
-    """A line without what of it is in a comment, and whether the comment goes on; code spans are kept."""
+@dataclass
+class _Fence:
+    """A fence that is open: its sign, whether it stands in a quotation, and how far a list indents its lines."""
+
+    sign: str = ""
+    quoted: bool = False
+    indent: int = 0
+
+    def takes(self, line: str) -> bool:
+        """Whether a line is within the fence, or ends it."""
+        if not self.sign:
+            return False
+        if line.strip() and (
+            (self.quoted and not line.lstrip().startswith(">")) or line[: self.indent].strip(" \t") != ""
+        ):
+            self.sign = ""  # where what it stands in ends
+            return False
+        bare = line.lstrip(" \t>").strip() if self.quoted else line.strip()
+        if bare.startswith(self.sign) and not bare.strip(self.sign[0]):
+            self.sign = ""
+        return True
+
+
+def _cut(line: str, inside: bool, goes_on: bool) -> tuple[str, bool]:
+    """A line without what of it is in a comment, and whether the comment goes on; code spans are kept.
+
+    What begins within a paragraph and does not end there (``goes_on``) is no comment; one that begins a line may go on
+    to the end of the document.
+    """
     kept: list[str] = []
     at, comment = 0, -1
     alone = set[int]()  # lengths of runs of backticks that nothing closes any more
@@ -119,6 +167,9 @@ def _cut(line: str, inside: bool) -> tuple[str, bool]:
             kept.append(line[at:stop])
             at = stop
             continue
+        if not goes_on and line.find("-->", comment + 2) < 0:
+            kept.append(line[at:])
+            break
         kept.append(line[at:comment])
-        at, inside = comment + 4, True
+        at, inside = comment + 2, True  # <!--> is a whole one
     return "".join(kept), inside

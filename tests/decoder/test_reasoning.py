@@ -28,9 +28,11 @@ PAIRS = [
 ]
 
 
-def decoder_of(pair, template: str, added: bool, said: str) -> LocalDecoder:
+def decoder_of(pair, template: str, added: bool, said: str, special: tuple[str, ...] = ()) -> LocalDecoder:
     """A decoder that always says this."""
     tokenizer = tiny_tokenizer()
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     if added:
         tokenizer.add_tokens(list(pair))
     tokenizer.chat_template = template.replace("OPEN", pair[0]).replace("CLOSE", pair[1])
@@ -162,3 +164,46 @@ def test_thoughts_of_a_frameworks_earlier_turns_are_not_read_again():
     said = "<think>secret</think>Hall 3."
     assert plain([AIMessage(said), HumanMessage("And?")])[0].text == "Hall 3."
     assert _message(ChatMessage(role="assistant", content=said)).text == "Hall 3."
+
+
+CHANNELS = (  # as gpt-oss has it: thoughts and answer are messages of their own, and what marks them is several tokens
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+ANALYSIS = "<|channel|>analysis<|message|>"
+FINAL = "<|channel|>final<|message|>"
+BETWEEN = f"<|end|><|start|>assistant{FINAL}"
+
+
+def channels(said: str) -> LocalDecoder:
+    return decoder_of(("", ""), CHANNELS, False, said, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"))
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "reasoning"),
+    [
+        (f"{ANALYSIS}It is the pump.{BETWEEN}Hall 3.", "Hall 3.", "It is the pump."),
+        (f"{FINAL}Hall 3.", "Hall 3.", ""),
+        ("Hall 3.", "Hall 3.", ""),
+        (f"{ANALYSIS}It is{BETWEEN}", "", "It is"),
+    ],
+)
+def test_markers_of_several_tokens_are_no_text(said, text, reasoning):
+    decoder = channels(said)
+    assert decoder.template.markers == Markers(ANALYSIS, BETWEEN, FINAL)
+    generation, pieces = decoder.stream(Prompt("Where?"), bare(12))
+    assert "".join(pieces) == generation.text == text
+    assert generation.reasoning == reasoning
+
+
+def test_thoughts_between_markers_of_several_tokens_have_a_budget():
+    decoder = channels(ANALYSIS + "Thinking, " * 30)
+    generation, pieces = decoder.stream(Prompt("Where?"), bare(5, reasoning_tokens=10))
+    list(pieces)
+    close = decoder.tokenizer(BETWEEN, add_special_tokens=False)["input_ids"]
+    at = generation.token_ids.index(close[0])
+    assert generation.token_ids[at : at + len(close)] == close
+    assert "ended for it" in generation.warnings[0]

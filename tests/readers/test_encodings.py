@@ -42,6 +42,43 @@ def test_a_clear_encoding_is_detected(text, encoding):
     assert decode(text.encode(encoding))[0] == text
 
 
+POLISH = "Klucz leży na półce przy oknie. Pompa stoi w trzeciej hali, żółta, świeżo malowana."
+THAI = "กุญแจอยู่บนชั้นข้างหน้าต่าง ปั๊มต้องใช้น้ำมัน"
+
+
+@pytest.mark.parametrize(("text", "encoding"), [(POLISH, "cp1250"), (THAI, "utf-16-le"), (THAI, "cp874")])
+def test_marks_and_odd_signs_tell_encodings_apart(text, encoding):
+    assert decode(text.encode(encoding))[0] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "declared"),
+    [
+        (RUSSIAN, "cp1251", "iso-8859-1"),
+        (RUSSIAN, "koi8-r", "windows-1251"),
+        (RUSSIAN, "cp1251", "koi8-r"),
+        (GREEK, "cp1253", "windows-1252"),
+        (JAPANESE, "cp932", "iso-8859-1"),
+        (KOREAN, "cp949", "iso-8859-1"),
+        (THAI, "cp874", "iso-8859-1"),
+        (CHINESE, "gb18030", "iso-8859-1"),
+        (FRENCH, "utf-8", "iso-8859-1"),
+    ],
+)
+def test_a_declaration_that_nobody_can_have_meant_is_not_followed(text, encoding, declared):
+    assert decode(text.encode(encoding), declared=declared)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(FRENCH, "cp1252"), (POLISH, "iso8859-2"), (RUSSIAN.upper(), "cp1251"), (RUSSIAN.upper(), "koi8-r"),
+     ("ÄÖÜ äöü a×b÷c", "cp1252"), (GREEK, "iso8859-7"), (KOREAN, "cp949"), ("đường phố", "cp1258")],
+)  # fmt: skip
+def test_a_declaration_that_is_right_is_followed(text, encoding):
+    data = text.encode(encoding, "ignore")
+    assert decode(data, declared=encoding)[0] == data.decode(encoding)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_decides(encoding):
     assert decode("né".encode(encoding))[0] == "né"

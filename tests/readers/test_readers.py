@@ -89,8 +89,24 @@ def test_a_title_that_cannot_be_told_does_not_cost_the_text(title):
 
 
 def test_comments_among_code_spans():
-    line = "a `<!-- kept -->` b<!-- gone --> ``c ` <!-- kept --> `` ` ``` <!-- gone -->`` d <!-- gone"
-    assert read_markdown(line.encode())[1] == "a `<!-- kept -->` b ``c ` <!-- kept --> `` ` ``` `` d "
+    line = "a `<!-- kept -->` b<!-- gone --> ``c ` <!-- kept --> `` ` ``` <!-- gone -->`` d <!-- shown"
+    assert read_markdown(line.encode())[1] == "a `<!-- kept -->` b ``c ` <!-- kept --> `` ` ``` `` d <!-- shown"
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        ("> ```\n> <!-- code -->\n> ```\n\n<!-- no -->a\n", "> ```\n> <!-- code -->\n> ```\n\na\n"),
+        ("- ```html\n  <!-- x -->\n  ```\n\n<!-- no -->\nb\n", "- ```html\n  <!-- x -->\n  ```\n\n\nb\n"),
+        ("1.  a\n\n    <!-- no -->\n    c\n", "1.  a\n\n    \n    c\n"),
+        ("a <!-- b\n\nrest\n", "a <!-- b\n\nrest\n"),
+        ("<!-- a\n\n```\nx\n-->\nrest\n", "\n\n\n\n\nrest\n"),
+        ("````\n```\n<!-- x -->\n````\n<!-- n -->\n", "````\n```\n<!-- x -->\n````\n\n"),
+        ("[^1]: note\n\n[//]: # (gone)\r\nb [x]: c<!--> d\n", "[^1]: note\n\nb [x]: c d\n"),
+    ],
+)
+def test_what_is_code_and_what_a_comment(source, kept):
+    assert read_markdown(source.encode())[1] == kept
 
 
 def test_html_gives_what_a_browser_shows():
