@@ -22,7 +22,7 @@ from lloco_engine.process import ProcessLock
 __all__ = ["LIMIT", "PIECE", "Batching", "Stream"]
 
 LIMIT = 16  # answers that share a step: what a step holds, and takes, is bounded
-PIECE = 128  # tokens of a prompt that are read between two steps of others
+PIECE = 128  # tokens of prompts that are read between two steps of others
 _SHORTEST_S, _LONGEST_S = 0.001, 0.05
 
 
@@ -122,6 +122,7 @@ class Batching:
         self._patience = _SHORTEST_S
         self._reading = threading.Lock()
         self._readers: list[threading.Lock] = []  # who wait until a step has been run
+        self._read = 0  # tokens of prompts since the last step
 
     @property
     def crowded(self) -> bool:
@@ -160,25 +161,27 @@ class Batching:
             self._elect()
 
     @contextmanager
-    def turn(self) -> Iterator[int | None]:
-        """A piece of a prompt may be read within, of so many tokens (None: all there are).
-
-        Where others are being answered, pieces are read one at a time, and a step that is due comes first.
+    def turn(self, tokens: int) -> Iterator[int]:
+        """Of the ``tokens`` that are left of a prompt, as many as is said may be read within: all, where nobody else
+        is being answered. Else prompts are read one at a time, and `PIECE` tokens of all of them between two steps.
         """
         with self._mutex:
             alone = not self._expected
         if alone:
-            yield None
+            yield tokens
             return
+        piece = min(tokens, PIECE)
         with self._reading:
             stepped = threading.Lock()
             with self._mutex:
                 due = bool(self._queue) or self._leader is not None
-                if due:
+                if due and self._read + piece > PIECE:
                     stepped.acquire()
                     self._readers.append(stepped)
             stepped.acquire()
-            yield PIECE
+            with self._mutex:
+                self._read += piece
+            yield piece
 
     def _go_on(self, stream: Stream) -> None:
         """Run a step where that is this thread's part, or wait."""
@@ -225,7 +228,7 @@ class Batching:
             with self._mutex:
                 self._patience = min(max(took / 2, _SHORTEST_S), _LONGEST_S)
                 self._queue = [*(one for one in first if not one.answered), *self._queue]
-                self._leader, self._last = None, leader
+                self._leader, self._last, self._read = None, leader, 0
                 for one in first:
                     one.wake()
                 self._let_read()

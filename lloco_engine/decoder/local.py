@@ -188,8 +188,8 @@ class LocalDecoder(AdaptedDecoder):
         """Logits (B, vocabulary) after prompts (B, T), which are read in pieces where others wait for their steps."""
         begin, end = 0, len(tokens[0])
         while True:
-            with self._batching.turn() as most:
-                piece = slice(begin, end if most is None else begin + most)
+            with self._batching.turn(end - begin) as most:
+                piece = slice(begin, begin + most)
                 hidden = self.step([row[piece] for row in tokens], offset, cache, memory, adapter, wanted=1)
             if (begin := piece.stop) >= end:
                 return self.runner.logits(hidden[:, -1])
