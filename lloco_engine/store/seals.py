@@ -80,18 +80,18 @@ class Sealing:
         total = _total(connection)
         doubted = []
         for root, key, made in rows.fetchall():
-            known = connection.execute("SELECT seal FROM seals WHERE root = ? AND key = ?", (root, key)).fetchone()
+            known = _kept(connection, root, key)
             parts = shape.parts(root, key)
-            if known is not None and parts is not None and not made:
-                if known[0] == parts_text(parts):
+            if known and parts is not None and not made:
+                if known[0][3] == parts_text(parts):
                     continue
                 doubted.append((root, key))
-            total ^= _renew(connection, root, key, None if parts is None else shape.label(root, key), parts)
+            label = None if parts is None else shape.label(root, key)
+            total ^= _renew(connection, root, key, label, parts, known)
         if doubted:
             total ^= self._take_back(doubted)
-        connection.execute("UPDATE sealed SET total = ?", (f"{total:064x}",))
         rest = parts_text(self._rest())
-        connection.execute("UPDATE sealed SET rest = ? WHERE rest <> ?", (rest, rest))
+        connection.execute("UPDATE sealed SET total = ?, rest = ?", (f"{total:064x}", rest))
         connection.execute("DELETE FROM changed")
 
     def _rest(self) -> Parts:
@@ -301,13 +301,25 @@ def _total(connection: sqlite3.Connection) -> int:
         return 0  # damaged: it fits nothing, as before
 
 
-def _renew(connection: sqlite3.Connection, root: str, key: Key, label: str | None, seal: Parts | str | None) -> int:
-    """Write one seal, or none; returns what that changes in the total."""
+def _kept(connection: sqlite3.Connection, root: str, key: Key) -> list[Any]:
+    """The rows of ``seals`` for a document or segment: one, or none."""
+    found = connection.execute("SELECT root, key, label, seal FROM seals WHERE root = ? AND key = ?", (root, key))
+    return found.fetchall()
+
+
+def _renew(
+    connection: sqlite3.Connection,
+    root: str,
+    key: Key,
+    label: str | None,
+    seal: Parts | str | None,
+    known: list[Any] | None = None,
+) -> int:
+    """Write one seal, or none, in the place of what `_kept` found; returns what that changes in the total."""
     change = 0
-    old = connection.execute("SELECT root, key, label, seal FROM seals WHERE root = ? AND key = ?", (root, key))
-    for row in old.fetchall():
+    for row in _kept(connection, root, key) if known is None else known:
         change ^= _weight(row)
-    connection.execute("DELETE FROM seals WHERE root = ? AND key = ?", (root, key))
+        connection.execute("DELETE FROM seals WHERE root = ? AND key = ?", (root, key))
     if seal is not None:
         row = (root, key, label, seal if isinstance(seal, str) else parts_text(seal))
         connection.execute("INSERT INTO seals (root, key, label, seal) VALUES (?, ?, ?, ?)", row)

@@ -11,7 +11,7 @@ import sqlite3
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 __all__ = ["Key", "Parts", "Shape", "packed", "quoted"]
@@ -42,7 +42,7 @@ class _Table:
     order: str
     key_of: Callable[[str], str]  # the root's key as SQL, of a row that a trigger calls by this name
 
-    @property
+    @cached_property
     def select(self) -> str:
         columns = ", ".join(map(quoted, self.columns))
         return f"SELECT {columns} FROM {quoted(self.name)} WHERE {self.where} ORDER BY {self.order}"
@@ -57,6 +57,7 @@ class Shape:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self._queries: dict[str, tuple[str, tuple[str, ...]]] = {}
         statements = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name")
         tables: dict[str, str] = {name: sql or "" for name, sql in statements.fetchall()}
         self._answers = _ANSWERS.setdefault(tuple(tables.items()), {})
@@ -119,10 +120,7 @@ class Shape:
         """
         made = {}
         for name in self.others if names is None else [name for name in self.others if name in names]:
-            columns = self.columns(name)
-            listed = ", ".join(map(quoted, columns))
-            query = f"SELECT {listed} FROM {quoted(name)} ORDER BY {self._order(name)}"
-            made[name] = self._hash(query, columns)
+            made[name] = self._hash(*self._whole(name))
         return made | {name: self.beside(name) for name in _BESIDE if names is None or name in names}
 
     def beside(self, name: str) -> str:
@@ -134,6 +132,15 @@ class Shape:
         for row in self._connection.execute(query):
             digest.update(packed(row))
         return str(digest.hexdigest()[:32])
+
+    def _whole(self, table: str) -> tuple[str, tuple[str, ...]]:
+        """The query for all rows of a table, and its columns."""
+        if table not in self._queries:
+            columns = self.columns(table)
+            listed = ", ".join(map(quoted, columns))
+            query = f"SELECT {listed} FROM {quoted(table)} ORDER BY {self._order(table)}"
+            self._queries[table] = query, columns
+        return self._queries[table]
 
     def columns(self, table: str) -> tuple[str, ...]:
         """A table's columns, those that are worked out too."""
@@ -189,6 +196,11 @@ class Shape:
 
 
 def _digest(columns: tuple[str, ...]) -> Any:
+    return _begun(columns).copy()
+
+
+@lru_cache(maxsize=256)
+def _begun(columns: tuple[str, ...]) -> Any:
     return hashlib.sha256(packed(columns))
 
 
