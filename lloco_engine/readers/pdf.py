@@ -90,6 +90,7 @@ def _refusal(error: Exception) -> DocumentError:
 def _text_of_page(document: Any, number: int) -> str:
     page = document[number]
     try:
+        page.set_rotation(0)  # else the lines of a page that is shown turned come in the wrong order
         _remove_unseen(page)
         words = page.get_textpage()
         try:

@@ -93,6 +93,17 @@ def test_comments_among_code_spans():
     assert read_markdown(line.encode())[1] == "a `<!-- kept -->` b ``c ` <!-- kept --> `` ` ``` `` d <!-- shown"
 
 
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_lines_of_a_page_that_is_shown_turned_keep_their_order(angle):
+    from pypdf import PdfReader, PdfWriter
+
+    writer = PdfWriter()
+    writer.add_page(PdfReader(io.BytesIO(pdf("one) Tj 0 -14 Td (two) Tj 0 -14 Td (three"))).pages[0].rotate(angle))
+    turned = io.BytesIO()
+    writer.write(turned)
+    assert read_pdf(turned.getvalue())[1] == "one\ntwo\nthree"
+
+
 @pytest.mark.parametrize(
     ("source", "kept"),
     [
