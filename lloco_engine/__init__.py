@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         WrongProcess,
     )
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
+    from lloco_engine.kinds import MemoryKind, register_memory
     from lloco_engine.metadata import plain_metadata
     from lloco_engine.reasoning import without_thoughts
     from lloco_engine.request import AskRequest
@@ -73,6 +74,7 @@ _HOMES = {
     "compress.base": ("Compressor",),
     "compress.registry": ("register",),
     "compress.scorer": ("Observed", "ScorerCompressor"),
+    "kinds": ("MemoryKind", "register_memory"),
     "config": (
         "ChunkConfig",
         "CompressConfig",
@@ -145,6 +147,7 @@ __all__ = [
     "Hit",
     "IngestReport",
     "LLoCOError",
+    "MemoryKind",
     "ModelNotFound",
     "Not",
     "NotInStore",
@@ -175,6 +178,7 @@ __all__ = [
     "parse_filter",
     "plain_metadata",
     "register",
+    "register_memory",
     "without_thoughts",
 ]
 

@@ -36,9 +36,18 @@ def setting(default: Any, help: str, **how: Any) -> Any:
         help: what it does, in a line.
         how: ``least`` and ``most``, its bounds; ``metavar``, what stands for a value in a flag's help; ``flags``, other
             names of its flag; ``switch``, the value that a flag of this name sets, where there are two; ``only``,
-            ``"search"`` or ``"answer"`` where it says nothing of the other.
+            ``"search"`` or ``"answer"`` where it says nothing of the other; ``each``, what the parts are of a flag with
+            commas in it; ``envvar``, that a flag is taken from.
     """
     return field(default=default, metadata={"help": help, **how})
+
+
+def same_setting(kind: type[Any], name: str, default: str | None = None) -> Any:
+    """The setting of another dataclass: its flag, and its default unless ``default`` says what None stands for."""
+    (one,) = (one for one in fields(kind) if one.name == name)
+    if default is None:
+        return field(default=one.default, metadata=one.metadata)
+    return field(default=None, metadata={**one.metadata, "help": f"{one.metadata['help']} {default}"})
 
 
 class Config:

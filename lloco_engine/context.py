@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lloco_engine.compress.chained import reads_chain
 from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.errors import ConfigError, SegmentUnavailable
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.relevance import doubt, floor_of
 from lloco_engine.request import AskRequest
 from lloco_engine.retrieve import Retriever, with_history
@@ -178,13 +179,10 @@ class ContextBuilder:
         assembly = assemble(
             [own.segment for own in read],
             config,
-            template_tokens=decoder.template_tokens,
-            room=room,
-            window=decoder.shape.window,
+            room=Room.of(decoder, room),
             hits=[own.hit for own in read],
             needs=[[places[earlier.hit.segment_id] for earlier in own.after] for own in wanted],
             scores=_scores([own.hit for own in read]),
-            rotary=decoder.shape.rotary,
         )
         if assembly.dropped:
             budget = f"max_slots is {config.max_slots}" if config.max_slots else "the decoder's window is full"
@@ -246,8 +244,7 @@ class ContextBuilder:
 
     @cached_property
     def _reads_chain(self) -> bool:
-        facts: Any = self._setup.facts  # has what is read of a decoder
-        return self._setup.compressor.reads_chain(facts)
+        return reads_chain(self._setup.compressor, self._setup.facts)
 
     def _try_segment(self, hit: Hit) -> AnySegment | SegmentUnavailable:
         """A hit's segment, or what is wrong with it."""

@@ -129,6 +129,8 @@ class Engine:
             template=template,
             compressor=compressor,
         )
+        if prefix is not None:
+            setup.check(prefix)
         opened = open_store(path, setup, stored=stored, create=create)
         return cls(
             opened,

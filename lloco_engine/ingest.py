@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lloco_engine.chunking import Chunker
+from lloco_engine.compress.chained import chain_starts, compress_after
 from lloco_engine.documents import file_of, is_older_note, printable
 from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
 from lloco_engine.metadata import same_metadata
@@ -190,7 +191,7 @@ class Ingest:
             if not missing:
                 return self._relabel(document, item, state)
         chunks = self._chunker.split(document)
-        starts = self._chain_starts(chunks)
+        starts = chain_starts(self._compressor, self._facts, [len(chunk.token_ids) for chunk in chunks])
         ids: list[str] = []
         for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
             previous = ids[-1] if start < number else None
@@ -247,10 +248,6 @@ class Ingest:
             return "unchanged"
         return "moved" if not stays and document.origin else "replaced"
 
-    def _chain_starts(self, chunks: Sequence[Chunk]) -> list[int]:
-        facts: Any = self._facts  # has what is read of a decoder
-        return self._compressor.chain_starts(facts, [len(chunk.token_ids) for chunk in chunks])
-
     def _segments(
         self, document: Document, chunks: Sequence[Chunk], ids: Sequence[str], starts: Sequence[int]
     ) -> list[SegmentStats]:
@@ -278,7 +275,7 @@ class Ingest:
         decoder, tally = self._decoder(), self._tally
         with self._one_at_a_time:
             began = time.perf_counter()
-            (segment,) = self._compressor.compress(decoder, chunk.token_ids, [self._ratio], before)
+            (segment,) = compress_after(self._compressor, decoder, chunk.token_ids, [self._ratio], before)
             tally.compress_s += time.perf_counter() - began
         with self._store.writer(publish=False) as writer:
             saved = writer.save_segment(segment_id, segment)

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lloco_engine import __version__, fingerprints, models
-from lloco_engine.config import ChunkConfig, CompressConfig, StoreConfig
+from lloco_engine import __version__, fingerprints, kinds, models
+from lloco_engine.config import ChunkConfig, CompressConfig, PrefixConfig, StoreConfig
 from lloco_engine.errors import ConfigError, StoreError, StoreNotFound
+from lloco_engine.kinds import Room
 from lloco_engine.pretrained import read_decoder_config
 from lloco_engine.store import FORMAT_VERSION, Manifest, Store
 
@@ -157,6 +158,7 @@ class Setup:
         self._chunk = chunk
         self.store = store or StoreConfig()
         self.compressor = compressor or registry.get(self.compress.name, **self.compress.settings)
+        self.kind = kinds.get(self.compressor.memory)
 
     @cached_property
     def facts(self) -> DecoderFacts:
@@ -174,8 +176,7 @@ class Setup:
         if self._chunk is not None:
             return self._chunk
         default, facts = ChunkConfig(), self.facts
-        compressible: Any = facts  # has what `longest_chunk` reads of a decoder
-        longest = self.compressor.longest_chunk(compressible)
+        longest = self.compressor.longest_chunk(facts)
         if not _LEAST <= longest < default.segment_tokens:
             return default
         fitting = replace(default, segment_tokens=longest // _STEP * _STEP)
@@ -188,24 +189,42 @@ class Setup:
 
     def expected(self) -> dict[str, Any]:
         """The fields of a manifest that a store must have to be used with this."""
-        facts: Any = self.facts  # has what a compressor reads of a decoder
-        shape, summary = facts.shape, self.compressor.memory == "summary"
+        facts, embeds = self.facts, self.kind.embeds
+        shape = facts.shape
         return {
             "decoder_fingerprint": facts.fingerprint,
             "tokenizer_fingerprint": facts.tokenizer_fingerprint,
-            "template_fingerprint": "none" if summary else facts.template.fingerprint,
+            "template_fingerprint": "none" if embeds else facts.template.fingerprint,
             "layers": shape.layers,
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
             "memory": self.compressor.memory,
             "compressor": self.compressor.name,
             "compressor_settings": self.compressor.settings,
-            "ratio": float(self.compressor.ratio(facts, self.compress.ratio, self.chunk.segment_tokens)),
+            "ratio": self._ratio(),
             "dtype": self.store.dtype,
             "embedder_fingerprint": self.embedder.fingerprint,
             "chunk": self.chunk.to_json(),
-            "summary_dim": shape.embedding if summary else 0,
+            "summary_dim": shape.embedding if embeds else 0,
         }
+
+    def _ratio(self) -> float:
+        """Source tokens per slot of a whole segment."""
+        asked, slots = self.compress.ratio, self.compressor.slots(self.facts)
+        if slots is None:
+            return float(asked)
+        given = max(1.0, self.chunk.segment_tokens / slots)
+        if asked not in (CompressConfig.ratio, given):
+            raise ConfigError(
+                f"ratio must be left out for the compressor {self.compressor.name!r}: the decoder {self.facts.name!r} "
+                f"makes {slots} slots of any segment, {given:g} tokens each, not {asked:g}; choose "
+                "segment_tokens instead"
+            )
+        return given
+
+    def check(self, prefix: PrefixConfig) -> None:
+        """Raise `ConfigError` where the decoder cannot read segments as they are to be placed."""
+        self.kind.check(prefix, Room.of(self.facts, 0))
 
     def manifest(self) -> Manifest:
         """The manifest of a new store.
@@ -213,7 +232,7 @@ class Setup:
         Raises:
             ConfigError: a chunk can be longer than the compressor can take with this decoder.
         """
-        facts: Any = self.facts  # has what `longest_chunk` reads of a decoder
+        facts = self.facts
         longest = self.compressor.longest_chunk(facts)
         if self.chunk.segment_tokens > longest:
             raise ConfigError(

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lloco_engine import kinds
 from lloco_engine.config import RefineConfig
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.store import DocumentInfo, SegmentStats, Store
@@ -112,7 +113,8 @@ class Refining:
         progress: Callable[[RefineProgress], None] | None = None,
     ) -> None:
         if store.manifest.memory != "compact_kv":
-            raise ConfigError(f"only segments of compact KV are refined, and {store.path} holds summary embeddings")
+            held = kinds.get(store.manifest.memory).called
+            raise ConfigError(f"only segments of compact KV are refined, and {store.path} holds {held}")
         if not config.steps:
             raise ConfigError("steps must be at least 1 to refine, not 0")
         self._store, self._chunker, self._decoder = store, chunker, decoder

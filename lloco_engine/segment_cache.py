@@ -14,10 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lloco_engine import kinds
 from lloco_engine.adapters.loading import facts_of
 from lloco_engine.compress.base import Compressor
+from lloco_engine.compress.chained import compress_after
 from lloco_engine.errors import SegmentUnavailable
-from lloco_engine.store.segments import SegmentFiles, SegmentFormat, SummaryFormat, checksum, content_id
+from lloco_engine.kinds import Sizes
+from lloco_engine.store.segments import SegmentFiles, checksum, content_id
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
@@ -52,10 +55,7 @@ class SegmentCache:
         self.decoder, self.compressor = decoder, compressor
         self.source = _source_hash(compressor)
         self._store, self._tenant = store, tenant
-        shape = decoder.shape
-        form: SegmentFormat | SummaryFormat = SegmentFormat(shape.layers, shape.kv_heads, shape.head_dim, "float16")
-        if compressor.memory == "summary":
-            form = SummaryFormat(shape.embedding, "float16")
+        form = kinds.get(compressor.memory).format(Sizes.of(decoder.shape), "float16")
         self._files = SegmentFiles(folder, folder / "tmp", form)
         self._made_with = {
             **facts_of(decoder),
@@ -89,7 +89,7 @@ class SegmentCache:
         others = (other for other in together if other != ratio and self._found(token_ids, other, previous) is None)
         ratios = [ratio, *others]
         self.made += 1
-        made = self.compressor.compress(self.decoder, token_ids, ratios, before)
+        made = compress_after(self.compressor, self.decoder, token_ids, ratios, before)
         for each, segment in zip(ratios, made, strict=True):
             self._files.write(self._id(token_ids, each, previous), segment)
         return self._files.read(self._id(token_ids, ratio, previous))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lloco_engine.errors import UnsupportedModel
 
-__all__ = ["DecoderShape"]
+__all__ = ["SHAPED", "DecoderShape"]
+
+SHAPED = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are, operation by operation, Llama's
+_IMMOVABLE = (
+    "placement must be 'parallel' with a decoder of {!r}: keys can be moved to other positions only in decoders of "
+    "Llama's shape"
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class DecoderShape:
     ``head_dim`` is the largest, where layers differ, or keys and values; ``window`` is the largest number of positions
     it can attend over; ``embedding`` the numbers of one input embedding (and of a final hidden state), which is not
     ``hidden`` where a family projects them; ``rotary`` whether positions turn queries and keys, rather than being
-    learned embeddings added to the input.
+    learned embeddings added to the input; ``immovable`` why keys cannot be moved to other positions, "" where they can.
     """
 
     layers: int
@@ -30,6 +36,7 @@ class DecoderShape:
     vocabulary: int
     embedding: int
     rotary: bool
+    immovable: str = ""
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
@@ -63,7 +70,13 @@ class DecoderShape:
             vocabulary=int(config.vocab_size),
             embedding=int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size),
             rotary=bool(ropes),
+            immovable="" if _turns_alike(config, ropes) else _IMMOVABLE.format(config.model_type),
         )
+
+
+def _turns_alike(config: Any, ropes: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every layer turns whole keys, halves against each other, by one rotary embedding: Llama's shape."""
+    return config.model_type in SHAPED and len(ropes) == 1 and ropes[0].get("partial_rotary_factor", 1) in (None, 1)
 
 
 def _head_dim(config: Any) -> int:

@@ -2,7 +2,7 @@
 
 All are frozen. Every tensor's shape, dtype and meaning is stated here and nowhere else.
 Letters used for shapes: ``L`` layers, ``H`` KV heads, ``D`` head dimension, ``N`` slots of all heads together,
-``K`` summary vectors of one segment, ``E`` numbers of an input embedding.
+``E`` numbers of an input embedding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 if TYPE_CHECKING:  # a type never costs the import of torch
     import torch
@@ -29,7 +29,6 @@ __all__ = [
     "Prefix",
     "Segment",
     "Span",
-    "SummarySegment",
     "Turn",
     "Usage",
 ]
@@ -152,24 +151,18 @@ class Segment:
         return -(-int(self.keys.shape[0]) // heads)
 
 
-@dataclass(frozen=True, eq=False)
-class SummarySegment:
-    """The compressed memory of one chunk as summary embeddings: slots that enter the decoder before the text's tokens.
-
-    vectors : (K, E)  final hidden states of the decoder at its summary tokens, read in the place of input embeddings
-    source_tokens : decoder tokens of the chunk that the slots stand for
-    """
-
-    vectors: torch.Tensor
-    source_tokens: int
+class AnySegment(Protocol):
+    """The compressed memory of one chunk, of any kind (`lloco_engine.kinds`)."""
 
     @property
     def slots(self) -> int:
-        """Slots of the segment: one for each vector."""
-        return int(self.vectors.shape[0])
+        """What it costs in a prompt."""
+        ...
 
-
-AnySegment = Segment | SummarySegment
+    @property
+    def source_tokens(self) -> int:
+        """Decoder tokens of the chunk that it stands for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -225,14 +218,16 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Segments placed for one prompt, all of one kind.
+    """Segments placed for one prompt, all of one kind, as the decoder reads them.
 
     ``segments`` in placement order; ``start`` is the position of the first text token after them; ``placement`` is
-    ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (re-rotated one after another, or summaries,
-    which stand one after another before all text, the template prefix too); ``offsets`` are the positions added to each
-    segment's own (all 0 in parallel and for summaries). ``focus`` is how many segments of compact KV each query reads,
+    ``"parallel"`` (each at the positions it was made at) or ``"sequence"`` (one after another); ``offsets`` are the
+    positions added to each segment's own. ``focus`` is how many segments of compact KV each query reads,
     those in which the largest of its logits lie (0: all); ``prior``, one number a segment, is added to its largest
     logit where they are compared (empty: 0 for all).
+
+    embeddings : (S, E) what stands before all text, the template prefix too, in the place of input embeddings; None
+        where the segments are compact KV, read in attention after the template prefix
     """
 
     segments: tuple[AnySegment, ...]
@@ -241,16 +236,12 @@ class Prefix:
     placement: Literal["parallel", "sequence"] = "parallel"
     focus: int = 0
     prior: tuple[float, ...] = ()
+    embeddings: torch.Tensor | None = None
 
     @property
     def compact(self) -> tuple[Segment, ...]:
-        """The segments that are compact KV: all or none."""
-        return tuple(segment for segment in self.segments if isinstance(segment, Segment))
-
-    @property
-    def summaries(self) -> tuple[SummarySegment, ...]:
-        """The segments that are summary embeddings: all or none."""
-        return tuple(segment for segment in self.segments if isinstance(segment, SummarySegment))
+        """The segments that attention reads: all or none."""
+        return cast("tuple[Segment, ...]", self.segments) if self.embeddings is None else ()
 
     @property
     def slots(self) -> int:

@@ -55,7 +55,7 @@ def usage_of(
     return Usage(
         prompt_tokens=generation.prompt_tokens,
         prompt_slots=0 if prefix is None else prefix.slots,
-        template_tokens=0 if prefix is not None and prefix.summaries else decoder.template_tokens,
+        template_tokens=decoder.template_tokens if prefix is None or prefix.embeddings is None else 0,
         source_tokens=0 if prefix is None else prefix.source_tokens,
         source_tokens_tiktoken=sum(count_tiktoken(text) or 0 for text in texts),
         completion_tokens=len(generation.token_ids),

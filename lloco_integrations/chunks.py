@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lloco_engine import ConfigError, Document, Engine, Hit, IngestReport, SegmentUnavailable
+from lloco_integrations.handle_syntax import neutralise
 from lloco_integrations.handles import Handles
-from lloco_integrations.sentinel import neutralise
 
 __all__ = ["OnMissing", "View", "check_on_missing", "repair", "views"]
 

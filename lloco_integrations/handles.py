@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from lloco_engine import ConfigError, Engine, Hit, LLoCOError
+from lloco_integrations.handle_syntax import SENTINEL, heads, neutralise, runs, write
 from lloco_integrations.minting import CERTAIN, Mint, Nonces, Signatures, Ticket
-from lloco_integrations.sentinel import SENTINEL, heads, neutralise, runs, write
 
 __all__ = ["HandleFragment", "Handles", "Resolved"]
 

@@ -10,7 +10,7 @@ import torch
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import PrefixConfig
 from lloco_engine.decoder.local import LocalDecoder
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.testing import tiny_decoder, tiny_tokenizer
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix, Segment
@@ -63,8 +63,7 @@ def whole(decoder: LocalDecoder, text: str = TEXT) -> Segment:
 
 def place(decoder: LocalDecoder, segments: Sequence[Segment], placement: str = "parallel") -> Prefix:
     config = PrefixConfig(placement=placement)
-    made = assemble(segments, config, template_tokens=decoder.template_tokens, room=0, window=decoder.shape.window)
-    return made.prefix
+    return assemble(segments, config, room=Room.of(decoder, 0)).prefix
 
 
 def ragged(seed: int, lengths: Sequence[Sequence[int]], dim: int = 8, source_tokens: int = 50) -> Segment:

@@ -18,9 +18,10 @@ PACKAGE = Path(lloco_engine.__file__).parent
 STAGES = (
     ("errors",),
     ("atomic", "config", "graphemes", "journal", "process", "types", "unicode", "metadata", "filters", "documents"),
-    ("reasoning", "tokenizing", "tokens", "weights"),
+    ("flags", "plugins", "reasoning", "tokenizing", "tokens", "weights"),
     ("fingerprints", "processor", "shape", "pretrained", "hub", "models"),
     ("embedder", "chunking", "readers", "keyword_score"),
+    ("kinds",),
     ("store",),
     ("retrieve", "relevance"),
     ("prefix",),
@@ -37,7 +38,7 @@ STAGES = (
     ("__main__",),
 )
 RANK = {part: rank for rank, stage in enumerate(STAGES) for part in stage}
-APART = (("decoder", "store"), ("compress", "store"))  # the first must not know the second
+APART = (("decoder", "store"), ("compress", "store"), ("decoder", "kinds"))  # the first must not know the second
 HEAVY = ("torch", "transformers", "faiss", "numpy", "sentence_transformers", "peft", "tiktoken", "matplotlib")
 COMPILES = ("llvmlite", "numba")
 READ_SEGMENTS = f"""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lloco_engine.cli import factory
-from lloco_engine.cli.flags import with_settings
 from lloco_engine.cli.options import (
     Adapter,
     AsJSON,
@@ -27,6 +26,8 @@ from lloco_engine.cli.options import (
     parse_filters,
 )
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
+from lloco_engine.flags import values_of, with_flags
+from lloco_engine.request import SETTINGS
 from lloco_engine.types import Answer, Turn
 
 if TYPE_CHECKING:
@@ -148,12 +149,12 @@ def _command(answer: Answering) -> Callable[..., None]:
             "history": _history(history),
             "adapter": adapter,
             "tenant": tenant,
-            **settings,
+            **values_of(settings, SETTINGS),
         }
         with factory.open_engine(store, **models) as engine:
             answer(engine, question, wanted, as_json)
 
-    return with_settings(run, parameters)
+    return with_flags(run, parameters, list(SETTINGS.values()))
 
 
 def _row(name: str, answer: Answer) -> tuple[object, ...]:

@@ -28,6 +28,7 @@ from lloco_engine.types import Segment
 if TYPE_CHECKING:
     from lloco_engine.decoder.attention import Cache
     from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.spec import DecoderSpec
 
 __all__ = ["AttentionMatching"]
 
@@ -81,7 +82,7 @@ class AttentionMatching(Compressor):
         own = super().settings
         return own if self.refine else {name: own[name] for name in own if name not in ("refine", "stretch")}
 
-    def longest_chunk(self, decoder: LocalDecoder) -> int:
+    def longest_chunk(self, decoder: DecoderSpec) -> int:
         """Half the window: the chunk is read twice, once to be kept and once to be repeated."""
         return (decoder.shape.window - decoder.template_tokens - len(decoder.template.repeat_ids())) // 2
 

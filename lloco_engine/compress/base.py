@@ -11,6 +11,7 @@ from lloco_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.spec import DecoderSpec
     from lloco_engine.types import AnySegment
 
 __all__ = ["Compressor"]
@@ -25,11 +26,11 @@ class Compressor(ABC):
     Compression always uses the decoder's base weights, never an adapter. Learned parameters are the compressor's own:
     it finds them by the decoder it is given, and the decoder's fingerprint stands for them in a store's manifest.
 
-    A segment is made from its chunk alone unless the leaf says otherwise (`chain_starts`, `make_after`).
+    A segment is made from its chunk alone; `lloco_engine.compress.chained` is for those that build on others.
     """
 
     name: ClassVar[str]
-    memory: ClassVar[str] = "compact_kv"  # which kind of memory: "compact_kv" or "summary"
+    memory: ClassVar[str] = "compact_kv"  # which kind of memory (`lloco_engine.kinds`)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -40,39 +41,12 @@ class Compressor(ABC):
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> Sequence[AnySegment]:
         """One segment per ratio; the arguments have been checked."""
 
-    def make_after(
-        self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float], before: Sequence[AnySegment]
-    ) -> Sequence[AnySegment]:
-        """The same for a chunk whose segment builds on at least one other."""
-        raise ConfigError(f"{self.name!r} makes each segment by itself, and {len(before)} were given to go on from")
-
-    def chain_starts(self, decoder: LocalDecoder, lengths: Sequence[int]) -> list[int]:
-        """For each chunk of a document, the first of the chunks whose segments its own builds on; by default itself.
-
-        Args:
-            decoder: only what a `DecoderFacts` has is read.
-            lengths: tokens of the chunks, in order.
-        """
-        return list(range(len(lengths)))
-
-    def reads_chain(self, decoder: LocalDecoder) -> bool:
-        """Whether a segment is read after all those that it builds on, and not alone."""
-        return False
-
-    def ratio(self, decoder: LocalDecoder, asked: float, segment_tokens: int) -> float:
-        """Source tokens per slot of a whole segment, where that many are asked for.
-
-        Raises:
-            ConfigError: the compressor cannot be asked for that.
-        """
-        return asked
+    def slots(self, decoder: DecoderSpec) -> int | None:
+        """How many slots it makes of any chunk; None: as many as are asked for."""
+        return None
 
     def compress(
-        self,
-        decoder: LocalDecoder,
-        token_ids: Sequence[int],
-        ratios: Sequence[float],
-        before: Sequence[AnySegment] = (),
+        self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]
     ) -> Sequence[AnySegment]:
         """Compress one chunk.
 
@@ -80,16 +54,20 @@ class Compressor(ABC):
             decoder: the decoder that will read the segment.
             token_ids: n >= 1 decoder tokens of the chunk, without the template prefix.
             ratios: source tokens per slot, each >= 1; work that does not depend on the ratio is shared.
-            before: the segments that this one builds on, in document order, as `chain_starts` says.
 
         Returns:
             a segment per ratio. Compact KV has about ``n / ratio`` slots per KV head on average, at least one in each
             head, and its keys carry the rotary embedding of positions P .. P+n-1, where P is the length of the
-            template prefix. Summary embeddings have as many slots as the compressor was trained for.
+            template prefix. Where `slots` says a number, a segment has so many.
 
         Raises:
             ConfigError: the chunk is empty or too long for the decoder's window, or a ratio is below 1.
         """
+        self.check(decoder, token_ids, ratios)
+        return self.make(decoder, token_ids, ratios)
+
+    def check(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> None:
+        """Raise as `compress` says."""
         if not token_ids:
             raise ConfigError("a chunk must have at least one token")
         if bad := [ratio for ratio in ratios if ratio < 1]:
@@ -100,8 +78,7 @@ class Compressor(ABC):
                 f"a chunk must have at most {longest} tokens to be compressed by {self.name!r} in the decoder's window "
                 f"of {decoder.shape.window}, not {len(token_ids)}; lower segment_tokens"
             )
-        return self.make_after(decoder, token_ids, ratios, before) if before else self.make(decoder, token_ids, ratios)
 
-    def longest_chunk(self, decoder: LocalDecoder) -> int:
+    def longest_chunk(self, decoder: DecoderSpec) -> int:
         """Most tokens a chunk may have with this decoder."""
         return decoder.shape.window - decoder.template_tokens

@@ -13,7 +13,7 @@ import torch
 from lloco_engine.compress.scorer import Observed, ScorerCompressor
 
 if TYPE_CHECKING:
-    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.spec import DecoderSpec
 
 __all__ = ["KVzip"]
 
@@ -28,7 +28,7 @@ class KVzip(ScorerCompressor):
     name = "kvzip"
     budget = "decoder"
 
-    def observer(self, decoder: LocalDecoder, token_ids: Sequence[int]) -> list[int]:
+    def observer(self, decoder: DecoderSpec, token_ids: Sequence[int]) -> list[int]:
         """The request to repeat the text, and the repetition."""
         return [*decoder.template.repeat_ids(), *token_ids]
 

@@ -5,27 +5,22 @@ A package offers its own through the entry-point group ``lloco.compressors``::
     [project.entry-points."lloco.compressors"]
     key_norm = "my_package.key_norm:KeyNorm"
 
-A file does with `register`; the command line and its worker processes run the files that ``$LLOCO_PLUGINS`` names
-(``lloco --plugin FILE``), and nothing that a store or a document names.
+A file does with `register` (`lloco_engine.plugins`).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lloco_engine.compress.base import Compressor
 from lloco_engine.errors import ConfigError
+from lloco_engine.plugins import run_plugins
 
-__all__ = ["GROUP", "NAMES", "PLUGINS", "get", "names", "register", "run_plugin"]
+__all__ = ["GROUP", "NAMES", "get", "names", "register"]
 
 GROUP = "lloco.compressors"
-PLUGINS = "LLOCO_PLUGINS"
 
 _WHERE = {
     "autocompressor": ("lloco_engine.compress.summary", "SummaryEmbeddings"),
@@ -37,7 +32,6 @@ _WHERE = {
 NAMES = tuple(_WHERE)  # the engine's own
 
 _registered: dict[str, type[Compressor]] = {}
-_run: set[Path] = set()  # plugins
 
 _Class = TypeVar("_Class", bound=type[Compressor])
 
@@ -62,7 +56,7 @@ def register(compressor: _Class) -> _Class:
 
 def names() -> list[str]:
     """Names of all compressors that can be asked for."""
-    _run_plugins()
+    run_plugins()
     return sorted({*_WHERE, *_registered, *(point.name for point in entry_points(group=GROUP))})
 
 
@@ -79,40 +73,12 @@ def get(name: str, **settings: Any) -> Compressor:
         raise ConfigError(f"compressor {name!r}: {error}") from error
 
 
-def run_plugin(path: str | Path) -> None:
-    """Run a Python file of the user's, which registers compressors. A file is run once.
-
-    Raises:
-        ConfigError: it cannot be read, or fails.
-    """
-    file = Path(path).expanduser().resolve()
-    if file in _run:
-        return
-    name = f"lloco_plugin_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file) if file.suffix == ".py" else None
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"a plugin must be a Python file (.py), not {str(path)!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        del sys.modules[name]
-        raise ConfigError(f"the plugin {path} failed: {type(error).__name__}: {error}") from error
-    _run.add(file)
-
-
-def _run_plugins() -> None:
-    for path in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
-        run_plugin(path)
-
-
 def _class_of(name: str) -> type[Compressor]:
     if name in _WHERE:
         module, attribute = _WHERE[name]
         found: type[Compressor] = getattr(importlib.import_module(module), attribute)
         return found
-    _run_plugins()
+    run_plugins()
     if name not in _registered:
         for point in entry_points(group=GROUP, name=name):
             register(point.load())

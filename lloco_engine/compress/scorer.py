@@ -17,6 +17,7 @@ from lloco_engine.types import Segment
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.spec import DecoderSpec
 
 __all__ = ["Observed", "ScorerCompressor"]
 
@@ -86,11 +87,11 @@ class ScorerCompressor(Compressor):
     def score(self, observed: Observed) -> torch.Tensor:
         """How much every position of the chunk is worth in one layer: (H, n), the higher the better."""
 
-    def observer(self, decoder: LocalDecoder, token_ids: Sequence[int]) -> list[int]:
+    def observer(self, decoder: DecoderSpec, token_ids: Sequence[int]) -> list[int]:
         """Token ids of a text that is read after the chunk and observes it; empty: the chunk observes itself."""
         return []
 
-    def longest_chunk(self, decoder: LocalDecoder) -> int:
+    def longest_chunk(self, decoder: DecoderSpec) -> int:
         """The window less the template prefix; with an observer that repeats the chunk, half of that."""
         room = decoder.shape.window - decoder.template_tokens
         after, more = (len(self.observer(decoder, [0] * count)) for count in (1, 2))

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lloco_engine.compress.autocompressor import AutoCompressor
-from lloco_engine.compress.base import Compressor
+from lloco_engine.compress.chained import ChainedCompressor
 from lloco_engine.compress.summary_tokens import SummaryFacts, SummaryTokens
-from lloco_engine.config import CompressConfig
 from lloco_engine.errors import ConfigError
+from lloco_engine.kinds.summary import SummarySegment
 from lloco_engine.models import decoder_folder
-from lloco_engine.types import AnySegment, SummarySegment
+from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.spec import DecoderSpec
 
 __all__ = ["SummaryEmbeddings"]
 
 
 @dataclass(kw_only=True, eq=False)
-class SummaryEmbeddings(Compressor):
+class SummaryEmbeddings(ChainedCompressor):
     """Makes the K summary vectors of each chunk with the decoder's own summary tokens, a published AutoCompressor's.
 
     A chunk is a segment of the model, and by default every segment of a document builds on all those before it, as the
@@ -46,14 +47,10 @@ class SummaryEmbeddings(Compressor):
         self._known: dict[str, SummaryFacts] = {}  # by the decoder's name
         self._loaded: weakref.WeakKeyDictionary[Any, AutoCompressor] = weakref.WeakKeyDictionary()
 
-    def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[SummarySegment]:
-        """The same segment for every ratio: the number of vectors is the model's."""
-        return self.make_after(decoder, token_ids, ratios, ())
-
     def make_after(
         self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float], before: Sequence[AnySegment]
     ) -> list[SummarySegment]:
-        """The same after earlier summaries: all of them, or the last, as the model was trained."""
+        """The same segment for every ratio, after earlier summaries: all, or the last, as the model was trained."""
         earlier = [segment.vectors for segment in before if isinstance(segment, SummarySegment)]
         with decoder.base() as runner:
             if decoder not in self._loaded:
@@ -66,7 +63,7 @@ class SummaryEmbeddings(Compressor):
             (vectors,) = model.summarise([token_ids], softprompt[None])
         return [SummarySegment(vectors, len(token_ids)) for _ in ratios]
 
-    def chain_starts(self, decoder: LocalDecoder, lengths: Sequence[int]) -> list[int]:
+    def chain_starts(self, decoder: DecoderSpec, lengths: Sequence[int]) -> list[int]:
         """As the contract says."""
         facts = self._facts(decoder)
         starts: list[int] = []
@@ -78,26 +75,19 @@ class SummaryEmbeddings(Compressor):
             starts.append(number if too_long or positions > decoder.shape.window else start)
         return starts
 
-    def reads_chain(self, decoder: LocalDecoder) -> bool:
+    def reads_chain(self, decoder: DecoderSpec) -> bool:
         """A model that accumulates summaries reads all of them; another reads the last, which carries the others."""
         return self._facts(decoder).accumulate
 
-    def ratio(self, decoder: LocalDecoder, asked: float, segment_tokens: int) -> float:
-        """Source tokens per vector of a whole segment; the number of vectors cannot be chosen."""
-        given = max(1.0, segment_tokens / self._facts(decoder).length)
-        if asked not in (CompressConfig.ratio, given):
-            raise ConfigError(
-                f"ratio must be left out for the compressor {self.name!r}: the decoder {decoder.name!r} makes "
-                f"{self._facts(decoder).length} vectors of any segment, {given:g} tokens each, not {asked:g}; choose "
-                "segment_tokens instead"
-            )
-        return given
+    def slots(self, decoder: DecoderSpec) -> int:
+        """As many as the model has summary tokens."""
+        return self._facts(decoder).length
 
-    def longest_chunk(self, decoder: LocalDecoder) -> int:
+    def longest_chunk(self, decoder: DecoderSpec) -> int:
         """The window, less the summary tokens where these take positions."""
         return decoder.shape.window - (self._facts(decoder).length if decoder.shape.rotary else 0)
 
-    def _facts(self, decoder: LocalDecoder) -> SummaryFacts:
+    def _facts(self, decoder: DecoderSpec) -> SummaryFacts:
         if decoder.name not in self._known:
             self._known[decoder.name] = SummaryFacts.of_folder(decoder_folder(decoder.name))
         return self._known[decoder.name]

@@ -176,7 +176,7 @@ class AdaptedDecoder:
     ) -> Cache:
         """A cache that holds, in every row, what the text follows, and has room for ``room`` tokens more.
 
-        That is the template prefix; or, where ``prefix`` is of summaries, these.
+        That is the template prefix; or what ``prefix`` has in the place of input embeddings.
         """
         lead = self._lead_cache(prefix, adapter)
         cache = self.spread(lead, rows, room)
@@ -192,25 +192,25 @@ class AdaptedDecoder:
         return cache
 
     def _lead_cache(self, prefix: Prefix | None, adapter: str | None) -> Cache:
-        if prefix is None or not prefix.summaries:
+        if prefix is None or prefix.embeddings is None:
             return self.template_cache(adapter)
-        cache = self.new_cache(1, prefix.slots)
+        cache = self.new_cache(1, len(prefix.embeddings))
         self.read_lead(prefix, cache, adapter)
         return cache
 
     def read_lead(self, prefix: Prefix | None, cache: Cache, adapter: str | None) -> int:
         """Run what the text of a prompt follows into an empty cache; returns how many places that is.
 
-        Summaries stand before all text and take the positions before ``prefix.start``: those from 0 on with rotary
+        Embeddings stand before all text and take the positions before ``prefix.start``: those from 0 on with rotary
         positions, and with learned ones negative positions, which are none.
         """
-        if prefix is None or not prefix.summaries:
+        if prefix is None or prefix.embeddings is None:
             if ids := self.template.prefix_ids:
                 self.step([ids], 0, cache, None, adapter)
             return len(ids)
-        vectors = [summary.vectors.to(self.runner.device, self.runner.dtype) for summary in prefix.summaries]
-        self.step(torch.cat(vectors)[None], prefix.start - prefix.slots, cache, None, adapter)
-        return prefix.slots
+        vectors = prefix.embeddings.to(self.runner.device, self.runner.dtype)
+        self.step(vectors[None], prefix.start - len(vectors), cache, None, adapter)
+        return len(vectors)
 
     @contextmanager
     def base(self) -> Iterator[Runner]:

@@ -196,7 +196,7 @@ def _attend_by(
         if hidden is not None:
             mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     if slots is not None:
-        return slots.attend_by(rules, q, keys, values, mask, scale, None if at is None else at[0])
+        return slots.attend(q, keys, values, mask, scale, rules, None if at is None else at[0])
     q = q.reshape(rows, heads, -1, dim)
     read = attend_by(rules, q, keys, values, mask.repeat(1, 1, query_heads // heads, 1), scale)
     return read.view(rows, query_heads, tokens, dim).transpose(1, 2).flatten(2)

@@ -30,7 +30,7 @@ from lloco_engine.decoder.linear import pack
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.rules import Rules, attend_by
 from lloco_engine.decoder.runner import Attention, Runner
-from lloco_engine.errors import ConfigError, UnsupportedModel
+from lloco_engine.errors import UnsupportedModel
 from lloco_engine.shape import DecoderShape
 
 if TYPE_CHECKING:
@@ -307,17 +307,6 @@ class InterfaceRunner(Runner):
             made = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
         logits: torch.Tensor = made.float().view(*hidden.shape[:-1], -1)
         return logits
-
-    def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
-        """See `Runner.rotate`.
-
-        Raises:
-            ConfigError: always; how a family's positions turn keys is its own business.
-        """
-        raise ConfigError(
-            f"placement must be 'parallel' with a decoder of {self.model.config.model_type!r}: keys can be moved to "
-            "other positions only in decoders of Llama's shape"
-        )
 
     def linears(self) -> list[Any]:
         """See `Runner.linears`."""

@@ -19,22 +19,21 @@ from lloco_engine.decoder.linear import FusedLinear
 from lloco_engine.decoder.lora import LowRank, Product, adapted, read_adapter
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.rules import PLAIN
-from lloco_engine.decoder.runner import Attention, Runner
+from lloco_engine.decoder.runner import Attention, Runner, turns
 from lloco_engine.decoder.slots import LayerSlots
-from lloco_engine.shape import DecoderShape
+from lloco_engine.shape import SHAPED, DecoderShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["LeanRunner", "serves"]
 
-_SHAPED = ("llama", "mistral", "qwen2", "qwen3")  # whose layers are, operation by operation, those of the loop
 _FEW = 256  # rows of a product up to which the packed weights are quicker than the plain ones (docs/decisions/0001)
 
 
 def serves(config: Any) -> bool:
     """Whether a decoder of this configuration is of Llama's shape: no layer reads a window of what lies before."""
-    if config.model_type not in _SHAPED:
+    if config.model_type not in SHAPED:
         return False
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     windowed = sliding and getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
@@ -229,16 +228,7 @@ class LeanRunner(Runner):
         few = hidden.shape[:-1].numel() <= _FEW and not torch.is_grad_enabled()
         return (self._head.quick(hidden) if few else self.head(hidden)).float()
 
-    def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
-        """See `Runner.rotate`."""
-        position = torch.tensor([[offset]], device=self.device)
-        cos, sin = (part[0, 0] / self.rotary.attention_scaling for part in self._rotary(position))
-        keys = keys.to(self.device, torch.float32)
-        return torch.addcmul(keys * cos.float(), torch.roll(keys, self.shape.head_dim // 2, -1), sin.float())
-
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B, T, 1, D); the rotation's sign is folded into sin, so that a roll replaces rotate-half."""
-        cos, sin = self.rotary(self._probe, positions)
-        half = self.shape.head_dim // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        """cos and sin (B, T, 1, D), as `turns` gives them."""
+        cos, sin = turns(self.rotary, self._probe, positions)
         return cos[:, :, None], sin[:, :, None]

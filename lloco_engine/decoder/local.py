@@ -81,9 +81,9 @@ class LocalDecoder(AdaptedDecoder):
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt's text: all that follows the template prefix and the segments.
 
-        Summaries stand before the template prefix, which then is a part of the text.
+        Embeddings stand before the template prefix, which then is a part of the text.
         """
-        before = self.template.prefix_ids if prompt.prefix is not None and prompt.prefix.summaries else []
+        before = [] if prompt.prefix is None or prompt.prefix.embeddings is None else self.template.prefix_ids
         joint = None
         if prompt.verbatim:
             joint = "\n\n" if prompt.prefix is not None or prompt.context else ""
@@ -125,7 +125,7 @@ class LocalDecoder(AdaptedDecoder):
         config = config or GenerateConfig()
         asked = [self._checked_ids(prompt, config) for prompt in prompts]
         generations = [Generation(prompt_tokens=len(ids)) for ids in asked]
-        groups = _by_summaries(prompts) if config.beams == 1 else [[number] for number in range(len(prompts))]
+        groups = _by_embeddings(prompts) if config.beams == 1 else [[number] for number in range(len(prompts))]
         for group in groups:
             some, ids = [prompts[number] for number in group], [asked[number] for number in group]
             for _ in self._run(some, ids, config, adapter, [generations[number] for number in group]):
@@ -241,7 +241,7 @@ class LocalDecoder(AdaptedDecoder):
         Raises:
             PromptTooLong: a prompt with its answer does not fit the window.
         """
-        groups = _by_summaries(prompts)
+        groups = _by_embeddings(prompts)
         if len(groups) != 1:
             parts = [([prompts[n] for n in group], [answers[n] for n in group]) for group in groups]
             return _regrouped(groups, [self.answer_losses(*part, adapter) for part in parts])
@@ -308,11 +308,11 @@ class _Ahead:
         self._cache.reorder(self._decoder.tensor(origins), self._shared)
 
 
-def _by_summaries(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Numbers of the prompts that can be run together: those that read the same summaries, and those that read none."""
+def _by_embeddings(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Numbers of the prompts that can be run together: those that read the same embeddings; those that read none."""
     groups: dict[int | None, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        read = prompt.prefix if prompt.prefix is not None and prompt.prefix.summaries else None
+        read = None if prompt.prefix is None else prompt.prefix.embeddings
         groups.setdefault(None if read is None else id(read), []).append(number)
     return list(groups.values())
 

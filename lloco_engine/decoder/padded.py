@@ -148,29 +148,6 @@ class Padded(LayerSlots):
         self.keys, self.values, self.bias = keys, values, bias
         self._owner, self._choice, self._positions = owner, choice, positions
 
-    def attend(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
-    ) -> torch.Tensor:
-        """See `LayerSlots.attend`."""
-        return self._attend(PLAIN, q, keys, values, mask, scale, None)
-
-    def attend_by(
-        self,
-        rules: Rules,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor,
-        scale: float,
-        at: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See `LayerSlots.attend_by`.
-
-        Raises:
-            SegmentUnavailable: the layer has a window, and the segments do not say where their slots are.
-        """
-        return self._attend(rules, q, keys, values, mask, scale, self._hidden(rules, at))
-
     def _hidden(self, rules: Rules, at: torch.Tensor | None) -> torch.Tensor | None:
         """(B or 1, H, T, N) bool: slots that lie outside a token's window; None without one."""
         if rules.sees is None or at is None:
@@ -186,16 +163,22 @@ class Padded(LayerSlots):
             )
         return rules.hidden(at[:, None, :, None], self._positions[:, :, None])
 
-    def _attend(
+    def attend(
         self,
-        rules: Rules,
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float,
-        hidden: torch.Tensor | None,
+        rules: Rules = PLAIN,
+        at: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """See `LayerSlots.attend`.
+
+        Raises:
+            SegmentUnavailable: the layer has a window, and the segments do not say where their slots are.
+        """
+        hidden = self._hidden(rules, at)
         rows, query_heads, tokens, dim = q.shape
         heads = keys.shape[1]
         group = query_heads // heads

@@ -12,15 +12,26 @@ from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.lora import LowRank
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.rules import Rules
+from lloco_engine.errors import ConfigError
 from lloco_engine.shape import DecoderShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Attention", "Runner"]
+__all__ = ["Attention", "Runner", "turns"]
 
 # (layer, queries (B, query heads, T, D), keys (B, KV heads, S, D), values) -> (B, T, query heads * D)
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def turns(rotary: Any, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (B, T, D) of positions (B, T) by a decoder's rotary embedding, of device and dtype of ``like``.
+
+    The rotation's sign is folded into sin, so that a roll by half of D replaces rotate-half.
+    """
+    cos, sin = rotary(like, positions)
+    half = sin.shape[-1] // 2
+    return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
 
 class Runner(ABC):
@@ -78,13 +89,20 @@ class Runner(ABC):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., vocabulary) in float32 from hidden states (..., hidden)."""
 
-    @abstractmethod
     def rotate(self, keys: torch.Tensor, offset: int) -> torch.Tensor:
         """Keys (N, D) moved ``offset`` positions on, as if the rotary embedding had been applied there.
 
         Raises:
             ConfigError: this decoder's keys cannot be moved.
         """
+        if self.shape.immovable:
+            raise ConfigError(self.shape.immovable)
+        model: Any = self.model
+        rotary = model.get_decoder().rotary_emb
+        keys = keys.to(self.device, torch.float32)
+        turned = turns(rotary, keys, torch.tensor([[offset]], device=self.device))
+        cos, sin = (part[0, 0].float() / rotary.attention_scaling for part in turned)
+        return torch.addcmul(keys * cos, torch.roll(keys, keys.shape[-1] // 2, -1), sin)
 
     @abstractmethod
     def linears(self) -> list[Any]:

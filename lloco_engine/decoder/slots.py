@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from lloco_engine.decoder.rules import Rules
+from lloco_engine.decoder.rules import PLAIN, Rules
 
 __all__ = ["TIE", "LayerSlots", "SegmentSlots"]
 
@@ -26,7 +26,14 @@ class LayerSlots(ABC):
 
     @abstractmethod
     def attend(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        rules: Rules = PLAIN,
+        at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Softmax attention over these slots and the live tokens together.
 
@@ -34,24 +41,13 @@ class LayerSlots(ABC):
             q: (B, H*G, T, D), any strides but a row's numbers side by side. keys, values: (B, H, S, D) of the live
                 tokens, likewise. mask: additive (B or 1, 1, T, S), or None where all of them may be read.
             scale: factor of the logits.
+            rules: of the layer; ``mask`` says which live tokens they let be read. Whoever reads plain layers alone
+                raises `ValueError` at others.
+            at: (B or 1, T) the new tokens' positions, where the layer has a window.
 
         Returns:
             (B, T, H*G*D).
         """
-
-    def attend_by(
-        self,
-        rules: Rules,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor,
-        scale: float,
-        at: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The same in a layer with rules. ``mask`` says which live tokens are read; ``at`` (B or 1, T) are the new
-        tokens' positions, where the layer has a window."""
-        raise NotImplementedError(f"{type(self).__name__} reads layers without rules alone")
 
 
 class SegmentSlots(Protocol):

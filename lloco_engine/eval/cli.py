@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from lloco_engine.config import PrefixConfig
 from lloco_engine.eval.cli_data import data
 from lloco_engine.eval.cli_memories import memories
 from lloco_engine.eval.cli_report import report
 from lloco_engine.eval.cli_scores import scores
+from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.eval.tasks import NAMES as TASKS
+from lloco_engine.flags import split, with_flags
 
 __all__ = ["register"]
-
-T = TypeVar("T")
 
 _SCORES = (
     "f1", "em", "rouge_1", "rouge_2", "rouge_l", "rouge_geometric", "accuracy", "accuracy_generated", "success",
@@ -36,7 +35,7 @@ Device = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
-    app.command("eval")(evaluate)
+    app.command("eval")(with_flags(evaluate, _parameters, [EvalConfig], after="data_folder"))
     app.command()(bench)
     app.command()(data)
     app.command()(report)
@@ -44,7 +43,7 @@ def register(app: typer.Typer) -> None:
     app.command()(scores)
 
 
-def evaluate(
+def _parameters(
     data: Annotated[
         Path | None,
         typer.Option("--data", metavar="FILE", help="JSON Lines, one document with its questions a line."),
@@ -54,67 +53,10 @@ def evaluate(
     ] = "plain",
     data_folder: Annotated[
         Path | None,
-        typer.Option(
-            "--data-folder",
-            envvar="LLOCO_DATA",
-            metavar="DIR",
-            help="Where --task finds NAME/val.jsonl.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="DOCS", min=1, help="Read only the first documents.")
-    ] = None,
-    methods: Annotated[str, typer.Option(metavar="NAMES", help="What the decoder reads; see below.")] = "none,full,kv",
-    ratios: Annotated[str, typer.Option(metavar="NUMBERS", help="Source tokens per slot, for kv.")] = "8,16,32",
-    passages_per_chunk: Annotated[
-        int, typer.Option(metavar="K", min=1, help="Join the texts of K consecutive documents into one chunk.")
-    ] = 1,
-    segments: Annotated[
-        int, typer.Option(metavar="K", min=1, help="Compress K consecutive chunks apart and place them together.")
-    ] = 1,
-    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Chunks that the _retrieved methods read.")] = 4,
-    focus: Annotated[
-        int, typer.Option(metavar="K", min=0, help="Segments of a prompt that each query reads; 0: all of them.")
-    ] = PrefixConfig.focus,
-    relevance: Annotated[
-        float,
-        typer.Option(metavar="X", min=0.0, help="How much search weighs in where queries choose segments; 0: nothing."),
-    ] = PrefixConfig.relevance,
-    adapter: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Adapters, a block of rows each: none, default, a folder; auto: the shipped one that fits.",
-        ),
-    ] = "auto",
-    answers: Annotated[
-        bool, typer.Option("--answers/--no-answers", help="Also generate answers and score them.")
-    ] = True,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest answer. Default: the task's own.")
-    ] = None,
-    min_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Shortest answer. Default: the task's own.")
-    ] = None,
-    no_repeat_ngram: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="No run of N tokens comes twice in an answer. Default: the task's own."),
-    ] = None,
-    beams: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Answers followed side by side; the likeliest is given.")
-    ] = 1,
-    hints: Annotated[
-        str, typer.Option(metavar="NAMES", help="Hints that are on, with commas between them: spelling,pointing.")
-    ] = "",
-    spelling: Annotated[
-        float | None, typer.Option(metavar="X", min=0.0, help="Weight of the hint spelling. Default: its own.")
-    ] = None,
-    pointing: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=0.0, help="How much words that a question asks for are preferred; 0: nothing."),
+        typer.Option("--data-folder", envvar="LLOCO_DATA", metavar="DIR", help="Where --task finds NAME/val.jsonl."),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(metavar="NUMBERS", help="Task needle: haystack lengths in tokens, such as 1k,8k,32k.")
+        str | None, typer.Option("--lengths", metavar="NUMBERS", help="Task needle: tokens, such as 1k,8k,32k.")
     ] = None,
     depths: Annotated[int | None, typer.Option(metavar="N", min=1, help="Task needle: how many depths.")] = None,
     json_out: Annotated[
@@ -126,11 +68,20 @@ def evaluate(
     workers: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that measure beside each other, some documents each.")
     ] = 1,
-    compressor: Annotated[
-        str, typer.Option(metavar="NAME", help="What makes kv: attention_matching, or autocompressor (summaries).")
-    ] = "attention_matching",
-    decoder: Decoder = "embedded",
-    device: Device = None,
+) -> None:
+    """What ``lloco eval`` takes besides the settings of an evaluation."""
+
+
+def evaluate(
+    data: Path | None,
+    task: str,
+    data_folder: Path | None,
+    lengths: str | None,
+    depths: int | None,
+    json_out: Path | None,
+    predictions: Path | None,
+    workers: int,
+    settings: Mapping[str, Any],
 ) -> None:
     """Measure answers over questions about documents.
 
@@ -165,39 +116,15 @@ def evaluate(
     """
     from lloco_engine.eval import tasks
     from lloco_engine.eval.progress import bar
-    from lloco_engine.eval.run import EvalConfig, run
+    from lloco_engine.eval.run import run
 
-    settings: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     if lengths is not None:
-        settings["lengths"] = _parts(lengths, _length, "--lengths")
+        own["lengths"] = split(lengths, _length, "--lengths")
     if depths is not None:
-        settings["depths"] = depths
-    source = data or tasks.get(task, **settings).source(data_folder)
-    config = EvalConfig(
-        data="" if source is None else str(source),
-        task=task,
-        task_settings=settings,
-        limit=limit,
-        methods=tuple(_parts(methods, str, "--methods")),
-        ratios=tuple(_parts(ratios, float, "--ratios")),
-        passages_per_chunk=passages_per_chunk,
-        segments=segments,
-        top_k=top_k,
-        focus=focus,
-        relevance=relevance,
-        adapter=adapter,
-        answers=answers,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        no_repeat_ngram=no_repeat_ngram,
-        beams=beams,
-        hints=tuple(_parts(hints, str, "--hints")),
-        spelling=spelling,
-        pointing=pointing,
-        compressor=compressor,
-        decoder=decoder,
-        device=device,
-    )
+        own["depths"] = depths
+    source = data or tasks.get(task, **own).source(data_folder)
+    config = EvalConfig(data="" if source is None else str(source), task=task, task_settings=own, **settings)
     with bar() as progress:
         result = run(config, output=json_out, predictions=predictions, workers=workers, progress=progress)
     _print_results(result)
@@ -249,15 +176,6 @@ def bench(
         draw(result, plot)
     _print_bench(result)
     typer.echo(json.dumps(result, ensure_ascii=False))
-
-
-def _parts(text: str, kind: Callable[[str], T], option: str) -> list[T]:
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"must be numbers with commas between them, not {text!r}", param_hint=option
-        ) from error
 
 
 def _length(text: str) -> int:

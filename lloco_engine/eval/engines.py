@@ -10,7 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from lloco_engine.compress import chained
 from lloco_engine.compress.base import Compressor
+from lloco_engine.compress.chained import ChainedCompressor
 from lloco_engine.config import ChunkConfig, CompressConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.engine import Engine
 from lloco_engine.errors import DocumentError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.spec import DecoderSpec
     from lloco_engine.eval.data import Group
     from lloco_engine.opening import Encodes
     from lloco_engine.segment_cache import SegmentCache
@@ -44,7 +47,7 @@ class Blank(Compressor):
         return [segment for _ in ratios]
 
 
-class KeptSegments(Compressor):
+class KeptSegments(ChainedCompressor):
     """A cache's compressor, which makes a segment only where it is not kept yet.
 
     Args:
@@ -61,17 +64,14 @@ class KeptSegments(Compressor):
         """As the compressor has it, as what follows."""
         return self.cache.compressor.settings
 
-    def chain_starts(self, decoder: LocalDecoder, lengths: Sequence[int]) -> list[int]:
-        return self.cache.compressor.chain_starts(decoder, lengths)
+    def chain_starts(self, decoder: DecoderSpec, lengths: Sequence[int]) -> list[int]:
+        return chained.chain_starts(self.cache.compressor, decoder, lengths)
 
-    def reads_chain(self, decoder: LocalDecoder) -> bool:
-        return self.cache.compressor.reads_chain(decoder)
+    def reads_chain(self, decoder: DecoderSpec) -> bool:
+        return chained.reads_chain(self.cache.compressor, decoder)
 
-    def longest_chunk(self, decoder: LocalDecoder) -> int:
+    def longest_chunk(self, decoder: DecoderSpec) -> int:
         return self.cache.compressor.longest_chunk(decoder)
-
-    def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[AnySegment]:
-        return self.make_after(decoder, token_ids, ratios, ())
 
     def make_after(
         self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float], before: Sequence[AnySegment]

@@ -12,13 +12,13 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, CompressConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.eval import tasks
 from lloco_engine.eval.engines import Engines, GroupEngines, KeptSegments, Remembered
-from lloco_engine.eval.reading import METHODS, Reader
-from lloco_engine.eval.results import Row
+from lloco_engine.eval.methods import METHODS, Row
+from lloco_engine.eval.reading import Reader
 from lloco_engine.eval.scoring import Scorer
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.models import cache_folder
@@ -52,8 +52,8 @@ class Evaluation:
         self.task = tasks.get(config.task, **config.task_settings)
         self.decoder = decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
         compressor = registry.get(config.compressor)
-        if compressor.memory == "summary":  # its number of slots cannot be chosen
-            config = replace(config, ratios=(compressor.ratio(decoder, CompressConfig.ratio, config.segment_tokens),))
+        if slots := compressor.slots(decoder):  # which cannot be chosen
+            config = replace(config, ratios=(max(1.0, config.segment_tokens / slots),))
         self.config = config
         self.groups = self.task.groups(
             Path(config.data) if config.data else None,

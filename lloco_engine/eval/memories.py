@@ -26,11 +26,14 @@ from lloco_engine.errors import ConfigError
 from lloco_engine.eval.corpus import source_ids
 from lloco_engine.eval.machine import circumstances
 from lloco_engine.eval.timing import seconds
+from lloco_engine.kinds import Format, Sizes
+from lloco_engine.kinds.compact_kv import CompactKV
+from lloco_engine.kinds.summary import Summary, SummarySegment
 from lloco_engine.models import DEFAULT_DECODER
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.shape import DecoderShape
 from lloco_engine.store import segments as files
-from lloco_engine.types import AnySegment, Prefix, SummarySegment
+from lloco_engine.types import AnySegment, Prefix
 
 __all__ = ["LLAMA_2_7B", "MemoriesConfig", "run", "segment_bytes"]
 
@@ -76,7 +79,7 @@ class _Kind:
 
     name: str
     make: Callable[[Sequence[int], Sequence[AnySegment]], AnySegment]
-    form: Callable[[Literal["float16", "int8"]], files.AnyFormat]
+    form: Callable[[Literal["float16", "int8"]], Format]
 
 
 def run(
@@ -186,14 +189,14 @@ def _kinds(config: MemoriesConfig, decoder: LocalDecoder) -> list[_Kind]:
             _Kind(
                 f"compact KV {ratio:.3g}x",
                 partial(kv, ratio=ratio),
-                lambda dtype: files.SegmentFormat(shape.layers, shape.kv_heads, shape.head_dim, dtype),
+                partial(CompactKV().format, Sizes.of(shape)),
             )
             for ratio in dict.fromkeys((config.ratio, same))
         ),
         _Kind(
             f"summary {same:.3g}x",
             summary,
-            lambda dtype: files.SummaryFormat(shape.embedding, dtype),
+            partial(Summary().format, Sizes.of(shape)),
         ),
     ]
 
@@ -216,13 +219,7 @@ def _first_tokens(
 
     def remember(kind: _Kind, paths: Sequence[tuple[Path, str]]) -> None:
         read = [files.read(path, identity, kind.form("float16")) for path, identity in paths]
-        assembly = assemble(
-            read,
-            template_tokens=decoder.template_tokens,
-            room=64,
-            window=decoder.shape.window,
-            rotary=decoder.shape.rotary,
-        )
+        assembly = assemble(read, room=Room.of(decoder, 64))
         ask(assembly.prefix)
 
     works = [partial(ask, None), *(partial(remember, kind, paths) for kind, _, _, paths in prepared)]

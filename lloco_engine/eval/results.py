@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine.eval import metrics
+from lloco_engine.eval.methods import Row
 from lloco_engine.eval.statistics import Sample, interval
 
 if TYPE_CHECKING:
@@ -15,27 +15,13 @@ if TYPE_CHECKING:
 
     from lloco_engine.eval.data import Group
 
-__all__ = ["Row", "cells", "differences", "rows"]
+__all__ = ["cells", "differences", "rows"]
 
 _COSTS = ("prompt_slots", "prompt_tokens", "source_tokens")
 _ALWAYS = ("f1", "rouge_l")  # null where they were not taken
 _MORE = ("em", "rouge_1", "rouge_2", "accuracy", "accuracy_generated", "success")
 
 Values = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a row of the result is about."""
-
-    method: str
-    ratio: float | None
-    adapter: str
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready; a whole ratio without its point."""
-        ratio = None if self.ratio is None else int(self.ratio) if self.ratio == int(self.ratio) else self.ratio
-        return {"method": self.method, "ratio": ratio, "adapter": self.adapter}
 
 
 def rows(about: Sequence[Row], groups: Sequence[Group], values: Sequence[Sequence[Values]], seed: int) -> list[Any]:

@@ -16,8 +16,8 @@ from lloco_engine.eval import results
 from lloco_engine.eval.data import Group
 from lloco_engine.eval.evaluation import Evaluation
 from lloco_engine.eval.machine import check_writable, circumstances, write_json
+from lloco_engine.eval.methods import Row
 from lloco_engine.eval.partial import Partial
-from lloco_engine.eval.results import Row
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.eval.workers import beside
 from lloco_engine.opening import Encodes

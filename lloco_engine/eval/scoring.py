@@ -11,7 +11,8 @@ from lloco_engine.decoder.local import Prompt
 from lloco_engine.errors import DocumentError
 from lloco_engine.eval import metrics
 from lloco_engine.eval.data import Question
-from lloco_engine.eval.reading import Method, Reader, Reading
+from lloco_engine.eval.methods import Method
+from lloco_engine.eval.reading import Reader, Reading
 from lloco_engine.eval.tasks.base import Task
 from lloco_engine.tokenizing import encode
 

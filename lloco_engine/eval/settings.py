@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lloco_engine.config import ChunkConfig, Config, GenerateConfig, PrefixConfig
+from lloco_engine.config import ChunkConfig, Config, GenerateConfig, PrefixConfig, same_setting, setting
 from lloco_engine.errors import ConfigError
 from lloco_engine.eval import tasks
-from lloco_engine.eval.reading import METHODS, Method
-from lloco_engine.eval.results import Row
+from lloco_engine.eval.methods import METHODS, Method, Row
 from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER
 
 __all__ = ["EvalConfig"]
@@ -18,60 +17,63 @@ __all__ = ["EvalConfig"]
 
 @dataclass(frozen=True)
 class EvalConfig(Config):
-    """Settings of one evaluation.
+    """Settings of one evaluation; those with a help are flags of ``lloco eval``.
 
     Args:
         data: file of records, or what else the task reads; empty for a task that has documents of its own.
         task: of `lloco_engine.eval.tasks.NAMES`.
         task_settings: the task's own.
-        limit: documents to read, None for all.
-        methods: of `lloco_engine.eval.reading.METHODS`; ``"full@none"`` has a row with that one of the adapters only.
-        ratios: source tokens per slot, for the methods that have one; summary embeddings have their own.
-        passages_per_chunk: consecutive documents whose texts form one chunk.
-        segments: consecutive chunks that are compressed apart and placed together.
-        top_k: chunks that the ``_retrieved`` methods read.
-        focus, relevance: segments of a prompt that each query reads, and how search weighs in, as `PrefixConfig`
-            has it.
+        methods: of `lloco_engine.eval.methods.METHODS`; ``"full@none"`` has a row with that one of the adapters only.
         adapter: adapters with commas between them: ``"none"`` (the base weights), ``"default"`` (the shipped one), the
             name of a loaded one, or a folder; ``"auto"`` is the shipped one where it is for this decoder, else none.
-        answers: also generate answers and score them.
-        max_new_tokens: longest answer that is generated; None is the task's own.
-        min_new_tokens: shortest; None is the task's own.
-        no_repeat_ngram: tokens of which no run comes twice in an answer, 0 where it may; None is the task's own.
-        beams: answers that are followed side by side.
-        hints: that are on for the answers of methods that search, of `lloco_engine.config.HINTS`.
-        spelling, pointing: their weights, as `GenerateConfig` has it.
-        decoder, device: as `LocalDecoder.load` takes them.
         embedder: as `lloco_engine.embedder.Embedder` takes it.
-        compressor: of `lloco_engine.compress.registry.NAMES`, for ``kv``.
         segment_tokens: a single document longer than this becomes several segments.
         seed: of the bootstrap.
+        others: as their help says, and as `PrefixConfig` and `GenerateConfig` have them.
     """
 
     data: str
     task: str = "plain"
     task_settings: dict[str, Any] = field(default_factory=dict)
-    limit: int | None = None
-    methods: tuple[str, ...] = ("none", "full", "kv")
-    ratios: tuple[float, ...] = (8, 16, 32)
-    passages_per_chunk: int = 1
-    segments: int = 1
-    top_k: int = 4
-    focus: int = PrefixConfig.focus
-    relevance: float = PrefixConfig.relevance
-    adapter: str = "auto"
-    answers: bool = True
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    no_repeat_ngram: int | None = None
-    beams: int = 1
-    hints: tuple[str, ...] = ()
-    spelling: float | None = None
-    pointing: float | None = None
-    decoder: str = DEFAULT_DECODER
-    device: str | None = None
+    limit: int | None = setting(None, "Read only the first documents.", least=1, metavar="DOCS")
+    methods: tuple[str, ...] = setting(
+        ("none", "full", "kv"), "What the decoder reads; see below.", each=str, metavar="NAMES"
+    )
+    ratios: tuple[float, ...] = setting(
+        (8, 16, 32), "Source tokens per slot, for kv; summary embeddings have their own.", each=float, metavar="NUMBERS"
+    )
+    passages_per_chunk: int = setting(
+        1, "Join the texts of K consecutive documents into one chunk.", least=1, metavar="K"
+    )
+    segments: int = setting(1, "Compress K consecutive chunks apart and place them together.", least=1, metavar="K")
+    top_k: int = setting(4, "Chunks that the _retrieved methods read.", least=1, metavar="K")
+    focus: int = same_setting(PrefixConfig, "focus")
+    relevance: float = same_setting(PrefixConfig, "relevance")
+    adapter: str = setting(
+        "auto",
+        "Adapters, a block of rows each: none, default, a folder; auto: the shipped one that fits.",
+        metavar="NAMES",
+    )
+    answers: bool = setting(True, "Also generate answers and score them.")
+    max_new_tokens: int | None = same_setting(GenerateConfig, "max_new_tokens", "Default: the task's own.")
+    min_new_tokens: int | None = same_setting(GenerateConfig, "min_new_tokens", "Default: the task's own.")
+    no_repeat_ngram: int | None = same_setting(GenerateConfig, "no_repeat_ngram", "Default: the task's own.")
+    beams: int = same_setting(GenerateConfig, "beams")
+    hints: tuple[str, ...] = setting(
+        (), "Hints that are on, with commas between them: spelling,pointing.", each=str, metavar="NAMES"
+    )
+    spelling: float | None = same_setting(GenerateConfig, "spelling")
+    pointing: float | None = same_setting(GenerateConfig, "pointing")
+    compressor: str = setting(
+        "attention_matching",
+        "What makes kv: attention_matching, or autocompressor (summaries).",
+        metavar="NAME",
+    )
+    decoder: str = setting(
+        DEFAULT_DECODER, "'embedded', a local folder or a hub id.", envvar="LLOCO_DECODER", metavar="NAME"
+    )
+    device: str | None = setting(None, "cpu, cuda, cuda:N or mps. Default: the best there is.", metavar="NAME")
     embedder: str = DEFAULT_EMBEDDER
-    compressor: str = "attention_matching"
     segment_tokens: int = ChunkConfig.segment_tokens
     seed: int = 0
 
@@ -86,13 +88,7 @@ class EvalConfig(Config):
             raise ConfigError(f"ratios must name at least one ratio for the methods {', '.join(self.methods)}")
         if bad := [ratio for ratio in self.ratios if ratio < 1]:
             raise ConfigError(f"ratios must be at least 1 (source tokens per slot), not {bad[0]}")
-        for name in ("passages_per_chunk", "segments", "top_k"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("limit", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                unit = "document" if name == "limit" else "token"
-                raise ConfigError(f"{name} must be at least 1 {unit}, not {getattr(self, name)}")
+        self.check_bounds()
         object.__setattr__(self, "hints", self.generation.hints)  # this and the next raise where one breaks its rule
         _ = self.placing
         if not self.adapters:

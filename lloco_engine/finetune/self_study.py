@@ -24,7 +24,7 @@ from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.finetune.distill import teach
 from lloco_engine.journal import Journal
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Hit, Prefix
 
@@ -134,10 +134,7 @@ class SelfStudy:
         context = context[: max(room, 0)]
         # uncompressed, so every question reads all of the text, and it is run only once
         (segment,) = Uncompressed().compress(decoder, context, [1])
-        window = decoder.shape.window
-        text = assemble(
-            [segment], template_tokens=decoder.template_tokens, room=config.answer_tokens, window=window
-        ).prefix
+        text = assemble([segment], room=Room.of(decoder, config.answer_tokens)).prefix
         dropped: Counter[str] = Counter()
         asked = list(self._fresh(self._ask(text, number), seen, dropped))
         tried = len(asked) + sum(dropped.values())

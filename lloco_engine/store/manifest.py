@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from lloco_engine import kinds
 from lloco_engine.config import Config
 from lloco_engine.errors import ConfigError, StoreCorrupt, StoreMismatch
 from lloco_engine.fingerprints import agree
-from lloco_engine.store.segments import AnyFormat, SegmentFormat, SummaryFormat, content_id
+from lloco_engine.kinds import Format, Sizes
+from lloco_engine.store.segments import content_id
 
 __all__ = ["FORMAT_VERSION", "Manifest"]
 
@@ -38,13 +40,13 @@ _SEGMENT_FIELDS = (
 class Manifest(Config):
     """Models, compressor and shapes that everything in a store was made with.
 
-    ``memory`` is the kind of its segments: compact KV or summary embeddings.
+    ``memory`` is the kind of its segments (`lloco_engine.kinds`).
 
     Fingerprints identify models; ``decoder`` and ``embedder`` are only their names. ``layers``, ``kv_heads`` and
     ``head_dim`` are the decoder's; ``ratio`` is source tokens per slot; ``dtype`` is that of segment files;
     ``embedder_dim`` the length of a search vector; ``chunk`` is `ChunkConfig` as JSON; ``created`` an ISO 8601 time;
-    ``summary_dim`` the numbers of a summary vector (0 in a store of compact KV). Summaries do not depend on the
-    template, so in their stores ``template_fingerprint`` is "none".
+    ``summary_dim`` the numbers of an input embedding, where segments are read in the place of such (else 0). These do
+    not depend on the template, so in their stores ``template_fingerprint`` is "none".
     """
 
     format_version: int
@@ -55,7 +57,7 @@ class Manifest(Config):
     layers: int
     kv_heads: int
     head_dim: int
-    memory: Literal["compact_kv", "summary"]
+    memory: str
     compressor: str
     compressor_settings: dict[str, Any]
     ratio: float
@@ -78,13 +80,12 @@ class Manifest(Config):
         for name in ("layers", "kv_heads", "head_dim", "embedder_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of a manifest must be at least 1, not {getattr(self, name)!r}")
-        if (self.memory == "summary") != (self.summary_dim > 0):
+        if kinds.get(self.memory).embeds != (self.summary_dim > 0):
             raise ConfigError(
                 f"summary_dim of a manifest must suit memory {self.memory!r}, not be {self.summary_dim!r}"
             )
-        for name, allowed in (("memory", ("compact_kv", "summary")), ("dtype", ("float16", "int8"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} of a manifest must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.dtype not in ("float16", "int8"):
+            raise ConfigError(f"dtype of a manifest must be 'float16' or 'int8', not {self.dtype!r}")
 
     def dumps(self) -> str:
         """The manifest as the text of ``manifest.json``."""
@@ -137,11 +138,10 @@ class Manifest(Config):
                 )
 
     @property
-    def form(self) -> AnyFormat:
+    def form(self) -> Format:
         """What the segment files of the store have in common."""
-        if self.memory == "summary":
-            return SummaryFormat(self.summary_dim, self.dtype)
-        return SegmentFormat(self.layers, self.kv_heads, self.head_dim, self.dtype)
+        sizes = Sizes(self.layers, self.kv_heads, self.head_dim, self.summary_dim)
+        return kinds.get(self.memory).format(sizes, self.dtype)
 
     def segment_id(self, tenant: str, token_ids: Iterable[int], previous: str | None = None) -> str:
         """Content address of a segment: 32 hex digits of what it is made from.

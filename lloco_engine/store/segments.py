@@ -4,8 +4,8 @@ A segment is found again by its content: its id is a hash of all that it is made
 is ``ab/<id>.safetensors`` in a folder of such files (`SegmentFiles`).
 
 A memory map would be quicker to open, but a file that changes under it changes what was checked, and one that is cut
-ends the process by a signal. `formats` says what the tensors are. The header's strings are ``format``, ``segment_id``,
-``source_tokens`` and ``checksum``; of a refined segment also ``divergence``: before, after and steps.
+ends the process by a signal. A kind's `Format` says what the tensors are. The header's strings are ``format``,
+``segment_id``, ``source_tokens`` and ``checksum``, and what the kind adds to them.
 """
 
 from __future__ import annotations
@@ -17,32 +17,22 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lloco_engine.errors import SegmentUnavailable
+from lloco_engine.kinds import Format, Tensors
 from lloco_engine.store.files import Layout, segment_name, write_atomic
-from lloco_engine.store.formats import AnyFormat, SegmentFormat, SummaryFormat, Tensors
 from lloco_engine.store.records import SegmentStats
-from lloco_engine.types import AnySegment, Divergence, Segment
+from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
 
-__all__ = [
-    "AnyFormat",
-    "SegmentFiles",
-    "SegmentFormat",
-    "SummaryFormat",
-    "checksum",
-    "content_id",
-    "encode",
-    "read",
-    "verify",
-]
+__all__ = ["SegmentFiles", "checksum", "content_id", "encode", "read", "verify"]
 
 # Types of tensors as safetensors calls them: as numpy does, and the bytes of a number.
 _TYPES = {"F16": ("<f2", 2), "F32": ("<f4", 4), "I8": ("i1", 1), "I32": ("<i4", 4)}
@@ -75,10 +65,10 @@ class SegmentFiles:
 
     folder: Path
     temporary: Path
-    form: AnyFormat
+    form: Format
 
     @classmethod
-    def of(cls, layout: Layout, form: AnyFormat) -> Self:
+    def of(cls, layout: Layout, form: Format) -> Self:
         """Those of a store."""
         return cls(layout.segments, layout.temporary, form)
 
@@ -116,7 +106,7 @@ class SegmentFiles:
         return SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), checksum)
 
 
-def encode(segment: AnySegment, segment_id: str, form: AnyFormat) -> tuple[bytes, str]:
+def encode(segment: AnySegment, segment_id: str, form: Format) -> tuple[bytes, str]:
     """A segment as the bytes of its file, and the checksum of its content.
 
     Raises:
@@ -125,9 +115,8 @@ def encode(segment: AnySegment, segment_id: str, form: AnyFormat) -> tuple[bytes
     from safetensors.torch import save
 
     tensors = form.pack(segment, segment_id)
-    header = {"format": form.kind(tensors), "segment_id": segment_id, "source_tokens": str(segment.source_tokens)}
-    if isinstance(segment, Segment) and segment.divergence is not None:
-        header["divergence"] = _told(segment.divergence)
+    header = {"format": form.marker(tensors), "segment_id": segment_id, "source_tokens": str(segment.source_tokens)}
+    header |= form.strings(segment)
     digest = checksum(tensors, header)
     return save(tensors, metadata=header | {"checksum": digest}), digest
 
@@ -137,8 +126,8 @@ def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> 
     import torch
 
     digest = hashlib.sha256()
-    # of a segment that was never refined nothing is said, so that files of before there was refinement stay right
-    for name in ("format", "segment_id", "source_tokens", *(["divergence"] if "divergence" in header else [])):
+    first = "format", "segment_id", "source_tokens"
+    for name in (*first, *sorted(set(header) - {*first, "checksum"})):
         digest.update(f"{name}={header.get(name)}\n".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -147,7 +136,7 @@ def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def read(path: Path | str, segment_id: str, form: AnyFormat) -> AnySegment:
+def read(path: Path | str, segment_id: str, form: Format) -> AnySegment:
     """A segment on the CPU, every byte of its file compared with the checksum in its header.
 
     Keys, values and vectors are float16, bias float32, lengths int64. What becomes of the file later is no matter.
@@ -158,30 +147,18 @@ def read(path: Path | str, segment_id: str, form: AnyFormat) -> AnySegment:
     return verify(path, segment_id, form)[0]
 
 
-def verify(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[AnySegment, str]:
+def verify(path: Path | str, segment_id: str, form: Format) -> tuple[AnySegment, str]:
     """Like `read`, with the checksum."""
     tensors, header = _open(path, segment_id, form)
     if checksum(tensors, header) != header.get("checksum"):
         raise _unavailable(segment_id, path, "its content does not match its checksum")
-    segment = form.unpack(tensors, int(header["source_tokens"]))
-    if "divergence" in header and isinstance(segment, Segment):
-        try:
-            segment = replace(segment, divergence=_heard(header["divergence"]))
-        except ValueError as error:
-            raise _unavailable(segment_id, path, f"its header says divergence {header['divergence']!r}") from error
-    return segment, header["checksum"]
+    try:
+        return form.unpack(tensors, int(header["source_tokens"]), header), header["checksum"]
+    except ValueError as error:
+        raise _unavailable(segment_id, path, f"its header cannot be understood ({error})") from error
 
 
-def _told(divergence: Divergence) -> str:
-    return f"{divergence.before!r} {divergence.after!r} {divergence.steps}"
-
-
-def _heard(text: str) -> Divergence:
-    before, after, steps = text.split(" ")
-    return Divergence(float(before), float(after), int(steps))
-
-
-def _open(path: Path | str, segment_id: str, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
+def _open(path: Path | str, segment_id: str, form: Format) -> tuple[Tensors, dict[str, str]]:
     """Tensors over a private copy of the file, and the strings of its header."""
     try:
         with _opened(path) as (file, size):
@@ -213,7 +190,7 @@ def _opened(path: Path | str) -> Iterator[tuple[int, int]]:
         os.close(file)
 
 
-def _parse(file: int, size: int, form: AnyFormat) -> tuple[Tensors, dict[str, str]]:
+def _parse(file: int, size: int, form: Format) -> tuple[Tensors, dict[str, str]]:
     """Read a safetensors file of known tensors: a third of `safe_open`'s time, and a prompt may need 85 files."""
     import numpy as np
     import torch
@@ -223,8 +200,8 @@ def _parse(file: int, size: int, form: AnyFormat) -> tuple[Tensors, dict[str, st
         raise ValueError(f"a header of {start} bytes in a file of {size}")
     header = json.loads(os.pread(file, start - 8, 8))
     strings = {name: str(value) for name, value in header["__metadata__"].items()}
-    if strings.get("format") != form.kind(header):
-        raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.kind(header)!r}")
+    if strings.get("format") != form.marker(header):
+        raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.marker(header)!r}")
     places, total = {}, 0
     for name, (code, shape) in form.shapes(header).items():
         entry, (dtype, width) = header[name], _TYPES[code]

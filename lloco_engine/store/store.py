@@ -37,7 +37,7 @@ from lloco_engine.store.searching import search_segments
 from lloco_engine.store.segments import SegmentFiles
 from lloco_engine.store.verify import verify_store
 from lloco_engine.store.writer import Writer, stats_of
-from lloco_engine.types import AnySegment, Divergence, Document, Hit, Segment
+from lloco_engine.types import AnySegment, Divergence, Document, Hit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -415,8 +415,7 @@ class Store:
 
     def divergence(self, segment_id: str) -> Divergence | None:
         """How good a segment's refinement made it; None where it was not refined. Raises as `load_segment`."""
-        segment = self.load_segment(segment_id)
-        return segment.divergence if isinstance(segment, Segment) else None
+        return getattr(self.load_segment(segment_id), "divergence", None)
 
     def forget_segments(self) -> None:
         """Let go of the segments kept in memory: the next use reads and checks their files again."""

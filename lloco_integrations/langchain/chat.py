@@ -14,9 +14,9 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from lloco_engine import Answer, Engine
-from lloco_integrations.asking import usage_dict
 from lloco_integrations.langchain.messages import plain, text_of
 from lloco_integrations.langchain.model import LLoCOModel, Read
+from lloco_integrations.session import usage_dict
 
 __all__ = ["ChatLLoCO"]
 

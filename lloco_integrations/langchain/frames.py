@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.prompts.chat import SystemMessagePromptTemplate
 
-from lloco_integrations.asking import Frame
+from lloco_integrations.prompt_parser import Frame
 
 __all__ = ["SYSTEM", "USER", "frames_of"]
 

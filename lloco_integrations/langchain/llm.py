@@ -14,8 +14,9 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from lloco_engine import Answer, Engine
-from lloco_integrations.asking import Message, usage_dict
 from lloco_integrations.langchain.model import PER_CALL, LLoCOModel, Read
+from lloco_integrations.prompt_parser import Message
+from lloco_integrations.session import usage_dict
 
 __all__ = ["LLoCOLLM"]
 

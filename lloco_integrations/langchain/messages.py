@@ -16,9 +16,9 @@ from langchain_core.messages import (
 )
 
 from lloco_engine import Turn, without_thoughts
-from lloco_integrations.asking import Message
+from lloco_integrations.handle_syntax import SENTINEL, neutralise
 from lloco_integrations.langchain.documents import HANDLE
-from lloco_integrations.sentinel import SENTINEL, neutralise
+from lloco_integrations.prompt_parser import Message
 
 __all__ = ["handle_block", "plain", "text_of", "turns"]
 

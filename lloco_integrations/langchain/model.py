@@ -13,10 +13,11 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SecretStr, create_model, model_validator
 
 from lloco_engine import Answer, Engine, PrefixConfig
-from lloco_integrations.asking import Ask, Asker, AsyncReply, Frame, Message, Reply
+from lloco_integrations.handle_syntax import SENTINEL
 from lloco_integrations.handles import Handles
 from lloco_integrations.langchain.frames import SYSTEM, USER, frames_of
-from lloco_integrations.sentinel import SENTINEL
+from lloco_integrations.prompt_parser import Frame, Message, ParsedPrompt
+from lloco_integrations.session import AsyncReply, Reply, Session
 from lloco_integrations.settings import ANSWER, ask_options, pydantic_fields
 
 __all__ = ["PER_CALL", "LLoCOModel", "Read"]
@@ -28,7 +29,7 @@ _PASSED_OVER = ("model", "stream", "stream_usage")  # read by LangChain, or chec
 class Read:
     """A prompt whose handles are resolved. Its repr names the segments and their versions, for caches to key on."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: ParsedPrompt) -> None:
         self.ask = ask
 
     def key(self, options: str = "") -> str:
@@ -133,9 +134,9 @@ class LLoCOModel(_Settings):
 
     # -- a prompt ---------------------------------------------------------------------------------------------------
 
-    def _asker(self) -> Asker:
+    def _session(self) -> Session:
         user, system = self._frames
-        return Asker(
+        return Session(
             self.engine,
             handles=self.handles,
             on_missing=self.on_missing,
@@ -145,7 +146,7 @@ class LLoCOModel(_Settings):
         )
 
     def _read(self, messages: Sequence[Message]) -> Read:
-        return Read(self._asker().read(messages, self.tenant))
+        return Read(self._session().read(messages, self.tenant))
 
     def _settings(self, stop: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
         """What the engine is asked with, a call's own options first.
@@ -173,11 +174,11 @@ class LLoCOModel(_Settings):
 
     def _reply(self, read: Read, stop: list[str] | None, options: dict[str, Any]) -> Reply:
         self._check_options(options)
-        return self._asker().reply(read.ask, **self._settings(stop, options))
+        return self._session().reply(read.ask, **self._settings(stop, options))
 
     def _areply(self, read: Read, stop: list[str] | None, options: dict[str, Any]) -> AsyncReply:
         self._check_options(options)
-        return self._asker().areply(read.ask, **self._settings(stop, options))
+        return self._session().areply(read.ask, **self._settings(stop, options))
 
     def _pieces(self, reply: Reply, options: dict[str, Any]) -> Iterator[str]:
         """The text of a reply until its time is up; the reply is closed either way."""

@@ -15,7 +15,7 @@ from llama_index.core.prompts.chat_prompts import TEXT_QA_SYSTEM_PROMPT
 from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL, DEFAULT_TREE_SUMMARIZE_TMPL
 
 from lloco_engine import ConfigError
-from lloco_integrations.asking import Frame
+from lloco_integrations.prompt_parser import Frame
 
 __all__ = ["frames_of", "question_frames", "system_frames"]
 

@@ -24,11 +24,12 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 
 from lloco_engine import Answer, ConfigError, Engine, PrefixConfig, without_thoughts
-from lloco_integrations.asking import Ask, Asker, Message, usage_dict
 from lloco_integrations.chunks import check_on_missing
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.frames import frames_of, question_frames, system_frames
 from lloco_integrations.llama_index.prompt_helper import LLoCOPromptHelper, TokenCounter
+from lloco_integrations.prompt_parser import Message, ParsedPrompt
+from lloco_integrations.session import Session, usage_dict
 from lloco_integrations.settings import ANSWER, ask_options, pydantic_fields
 
 __all__ = ["LLoCOLLM"]
@@ -48,8 +49,8 @@ class LLoCOLLM(_Model):
     """The engine's decoder as a chat model. Handles in a prompt are resolved before a call returns anything.
 
     LlamaIndex's default prompts are taken apart and only their question is asked, so an answer is the engine's own for
-    the same hits; `lloco_integrations.asking` says what becomes of other prompts. Weights load on first use. Every
-    response has its cost in ``raw["usage"]``: ``prompt_tokens`` counts text tokens and slots together.
+    the same hits; `lloco_integrations.prompt_parser` says what becomes of other prompts. Weights load on first use.
+    Every response has its cost in ``raw["usage"]``: ``prompt_tokens`` counts text tokens and slots together.
 
     Args:
         engine: answers; shared by everything on one store.
@@ -79,7 +80,7 @@ class LLoCOLLM(_Model):
     context_window: int = Field(description="Tokens and slots of one prompt.")
 
     _engine: Engine = PrivateAttr()
-    _asker: Asker = PrivateAttr()
+    _session: Session = PrivateAttr()
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class LLoCOLLM(_Model):
         own = {"tenant": tenant, "adapter": adapter, "prefix": prefix, "context_window": context_window or room}
         super().__init__(**settings, **own)
         self._engine = engine
-        self._asker = Asker(
+        self._session = Session(
             engine,
             handles=handles,
             on_missing=check_on_missing(on_missing),
@@ -130,7 +131,7 @@ class LLoCOLLM(_Model):
     @property
     def token_counter(self) -> TokenCounter:
         """Counts a prompt's tokens and the slots that its handles stand for; serves as LlamaIndex's ``tokenizer``."""
-        return TokenCounter(self._engine, self._asker.handles)
+        return TokenCounter(self._engine, self._session.handles)
 
     def prompt_helper(self, chunk_overlap_ratio: float = 0.0, chunk_size_limit: int | None = None) -> LLoCOPromptHelper:
         """A prompt helper that packs prompts by the segments' true slots, and never drops or cuts one in silence.
@@ -150,16 +151,16 @@ class LLoCOLLM(_Model):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         ask, settings = self._read(messages), self._settings(kwargs)
-        return _chat_response(self._asker.reply(ask, **settings).whole())
+        return _chat_response(self._session.reply(ask, **settings).whole())
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         ask, settings = self._read(prompt), self._settings(kwargs)
-        return _completion_response(self._asker.reply(ask, **settings).whole())
+        return _completion_response(self._session.reply(ask, **settings).whole())
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        reply = self._asker.reply(self._read(messages), **self._settings(kwargs))
+        reply = self._session.reply(self._read(messages), **self._settings(kwargs))
 
         def pieces() -> ChatResponseGen:
             text = ""
@@ -173,7 +174,7 @@ class LLoCOLLM(_Model):
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        reply = self._asker.reply(self._read(prompt), **self._settings(kwargs))
+        reply = self._session.reply(self._read(prompt), **self._settings(kwargs))
 
         def pieces() -> CompletionResponseGen:
             text = ""
@@ -189,19 +190,19 @@ class LLoCOLLM(_Model):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, messages)
-        return _chat_response(await self._asker.areply(ask, **settings).whole())
+        return _chat_response(await self._session.areply(ask, **settings).whole())
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, prompt)
-        return _completion_response(await self._asker.areply(ask, **settings).whole())
+        return _completion_response(await self._session.areply(ask, **settings).whole())
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, messages)
-        reply = self._asker.areply(ask, **settings)
+        reply = self._session.areply(ask, **settings)
 
         async def pieces() -> ChatResponseAsyncGen:
             text = ""
@@ -217,7 +218,7 @@ class LLoCOLLM(_Model):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         settings = self._settings(kwargs)
         ask = await asyncio.to_thread(self._read, prompt)
-        reply = self._asker.areply(ask, **settings)
+        reply = self._session.areply(ask, **settings)
 
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
@@ -229,9 +230,9 @@ class LLoCOLLM(_Model):
 
         return pieces()
 
-    def _read(self, prompt: str | Sequence[ChatMessage]) -> Ask:
+    def _read(self, prompt: str | Sequence[ChatMessage]) -> ParsedPrompt:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else [_message(m) for m in prompt]
-        return self._asker.read(messages, self.tenant)
+        return self._session.read(messages, self.tenant)
 
     def _settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the engine is asked with, a call's own first."""

@@ -8,7 +8,7 @@ from llama_index.core.base.llms.types import TextBlock
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 
-from lloco_integrations.sentinel import neutralise
+from lloco_integrations.handle_syntax import neutralise
 
 __all__ = ["OF_THE_QUESTION", "WARNING", "LLoCONode"]
 

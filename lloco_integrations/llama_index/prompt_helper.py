@@ -8,8 +8,8 @@ from typing import Any
 from llama_index.core.indices.prompt_helper import PromptHelper
 
 from lloco_engine import Engine, PromptTooLong
+from lloco_integrations.handle_syntax import SENTINEL
 from lloco_integrations.handles import Handles
-from lloco_integrations.sentinel import SENTINEL
 
 __all__ = ["LLoCOPromptHelper", "TokenCounter"]
 

@@ -10,9 +10,9 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
 from lloco_engine import Engine, Filters, Hit, Turn
+from lloco_integrations.handle_syntax import neutralise
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index.node import OF_THE_QUESTION, WARNING, LLoCONode
-from lloco_integrations.sentinel import neutralise
 from lloco_integrations.settings import SEARCH, check_search
 
 __all__ = ["LLoCORetriever"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from decoder_cases import TEXT, place, spiced, tiny, tokens, whole
 
-from lloco_engine.compress import attention_matching, registry, repetition
+from lloco_engine.compress import attention_matching, chained, registry, repetition
 from lloco_engine.compress.attention_matching import AttentionMatching
 from lloco_engine.compress.eviction import select
 from lloco_engine.compress.least_squares import nnls
@@ -534,9 +534,10 @@ def test_every_compressor_keeps_the_contract(name, tmp_path):
         assert segment.bias.dtype == torch.float32
         assert segment.source_tokens == len(ids)
         assert not segment.keys.requires_grad
-        assert method.chain_starts(decoder, [5, 5, 5]) == [0, 1, 2] and not method.reads_chain(decoder)
+        assert chained.chain_starts(method, decoder, [5, 5, 5]) == [0, 1, 2]
+        assert not chained.reads_chain(method, decoder)
         with pytest.raises(ConfigError, match="makes each segment by itself"):
-            method.compress(decoder, ids, [2], before=[segment])
+            chained.compress_after(method, decoder, ids, [2], [segment])
     if method.memory == "compact_kv":
         same(again.compress(decoder, ids, [2])[0], segments[0])
 

@@ -11,7 +11,17 @@ import torch
 from decoder_cases import TEXT, tiny, tokens, whole
 from typer.testing import CliRunner
 
-from lloco_engine import CompressConfig, Compressor, ConfigError, Document, Engine, Observed, ScorerCompressor, register
+from lloco_engine import (
+    CompressConfig,
+    Compressor,
+    ConfigError,
+    Document,
+    Engine,
+    Observed,
+    ScorerCompressor,
+    plugins,
+    register,
+)
 from lloco_engine.cli import app
 from lloco_engine.compress import registry
 from lloco_engine.config import ChunkConfig
@@ -39,8 +49,8 @@ class KeyNorm(ScorerCompressor):
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
-    monkeypatch.setattr(registry, "_run", set())
-    monkeypatch.delenv(registry.PLUGINS, raising=False)
+    monkeypatch.setattr(plugins, "_run", set())
+    monkeypatch.delenv(plugins.PLUGINS, raising=False)
     yield
     sys.modules.pop("lloco_plugin_key_norm", None)
 
@@ -53,7 +63,7 @@ def plugin(tmp_path):
 
 
 def test_a_score_becomes_a_segment_of_the_best_positions(plugin):
-    registry.run_plugin(plugin)
+    plugins.run_plugin(plugin)
     decoder = tiny()
     ids = tokens(decoder, TEXT)
     method = registry.get("key_norm", power=2.0)
@@ -126,10 +136,10 @@ def test_names_are_checked_and_given_once(plugin):
     ):
         with pytest.raises(ConfigError, match=message):
             register(wrong)
-    registry.run_plugin(plugin)
+    plugins.run_plugin(plugin)
     with pytest.raises(ConfigError, match="'key_norm' is there already"):
         register(KeyNorm)
-    registry.run_plugin(plugin)  # the same file again is no other
+    plugins.run_plugin(plugin)  # the same file again is no other
 
 
 def test_a_class_that_is_defined_again_takes_the_place_of_the_first():
@@ -159,7 +169,7 @@ def test_a_plugin_that_cannot_be_run_is_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
-        registry.run_plugin(tmp_path / name)
+        plugins.run_plugin(tmp_path / name)
 
 
 def test_an_installed_package_offers_its_own(plugin, monkeypatch):
@@ -176,7 +186,7 @@ def test_an_installed_package_offers_its_own(plugin, monkeypatch):
 
 
 def test_a_store_is_made_and_asked_with_it(plugin, tmp_path):
-    registry.run_plugin(plugin)
+    plugins.run_plugin(plugin)
     decoder, options = tiny(max_position_embeddings=2048), {"embedder": HashingEmbedder()}
     chunk, compress = ChunkConfig(64, 24, 4), CompressConfig("key_norm", 4, {"power": 2.0})
     with Engine.open(tmp_path / "s", decoder=decoder, chunk=chunk, compress=compress, **options) as engine:
@@ -186,7 +196,7 @@ def test_a_store_is_made_and_asked_with_it(plugin, tmp_path):
     with Engine.open(tmp_path / "s", decoder=decoder, **options) as engine:  # the store remembers it, and its settings
         assert engine.compressor.settings == {"power": 2.0}
     registry._registered.clear()
-    registry._run.clear()
+    plugins._run.clear()
     with pytest.raises(ConfigError, match="not 'key_norm'; one of your own is registered"):
         Engine.open(tmp_path / "s", decoder=decoder, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,12 +23,14 @@ from lloco_engine.errors import (
     StoreMismatch,
     UnsupportedModel,
 )
+from lloco_engine.kinds.compact_kv import CompactKVFormat
+from lloco_engine.kinds.summary import SummaryFormat, SummarySegment
 from lloco_engine.models import quiet
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.store import Store, segments
 from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor, save_tiny_decoder, tiny_tokenizer
 from lloco_engine.tokenizing import encode
-from lloco_engine.types import Prefix, Segment, SummarySegment
+from lloco_engine.types import Prefix, Segment
 
 K = 4
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -281,7 +284,7 @@ def test_a_store_of_one_kind_refuses_the_other_by_name(folders, tmp_path):
 
 
 def test_a_file_of_one_kind_is_not_read_as_the_other(tmp_path):
-    summary, kv = segments.SummaryFormat(32, "float16"), segments.SegmentFormat(2, 2, 8, "float16")
+    summary, kv = SummaryFormat(32, "float16"), CompactKVFormat(2, 2, 8, "float16")
     data, _ = segments.encode(SummarySegment(torch.ones(K, 32), 9), "0" * 32, summary)
     (tmp_path / "one").write_bytes(data)
     assert segments.read(tmp_path / "one", "0" * 32, summary).source_tokens == 9
@@ -314,32 +317,32 @@ def summary(slots: int = K, source_tokens: int = 60) -> SummarySegment:
 
 def test_summaries_are_placed_whole_chains_at_a_time():
     four = [summary() for _ in range(4)]
-    sizes = {"template_tokens": 10, "room": 20, "window": 100}
-    prefix = assemble(four, **sizes).prefix
+    room = Room(10, 20, 100)
+    prefix = assemble(four, room=room).prefix
     assert (prefix.start, prefix.slots, prefix.source_tokens, prefix.offsets) == (16, 16, 240, (0,) * 4)
-    assert prefix.summaries == tuple(four) and prefix.compact == ()
-    assert assemble(four, **sizes, rotary=False).prefix.start == 0
+    assert torch.equal(prefix.embeddings, torch.cat([one.vectors for one in four])) and prefix.compact == ()
+    assert assemble(four, room=replace(room, rotary=False)).prefix.start == 0
     # the first wanted one is read after the third and the fourth, the second after none
     needs = [[2, 3], []]
-    assert assemble(four, PrefixConfig(max_slots=15), **sizes, needs=needs).kept == (2, 3, 0)
-    assert assemble(four, PrefixConfig(max_slots=16), **sizes, needs=needs).kept == (2, 3, 0, 1)
-    cut = assemble(four, PrefixConfig(max_slots=9), **sizes, needs=[[], [2, 3]])
+    assert assemble(four, PrefixConfig(max_slots=15), room=room, needs=needs).kept == (2, 3, 0)
+    assert assemble(four, PrefixConfig(max_slots=16), room=room, needs=needs).kept == (2, 3, 0, 1)
+    cut = assemble(four, PrefixConfig(max_slots=9), room=room, needs=[[], [2, 3]])
     assert (cut.kept, cut.dropped) == ((0,), (1,))  # what the second needs is not read without it
     with pytest.raises(ConfigError, match="has 12 slots, not 11"):
-        assemble(four, PrefixConfig(max_slots=11), **sizes, needs=needs)
+        assemble(four, PrefixConfig(max_slots=11), room=room, needs=needs)
 
 
 def test_summaries_beyond_the_window_are_left_out_worst_first():
     four = [summary() for _ in range(4)]
-    made = assemble(four, template_tokens=10, room=20, window=42)
+    made = assemble(four, room=Room(10, 20, 42))
     assert (made.kept, made.dropped, made.prefix.start) == ((0, 1, 2), (3,), 12)
     with pytest.raises(PromptTooLong, match="shorter chains"):
-        assemble(four, template_tokens=10, room=20, window=41, needs=[[1, 2]])
+        assemble(four, room=Room(10, 20, 41), needs=[[1, 2]])
     with pytest.raises(PromptTooLong, match="window of 25"):
-        assemble(four, template_tokens=10, room=20, window=25, rotary=False)
+        assemble(four, room=Room(10, 20, 25, rotary=False))
     kv = Segment(torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(4), torch.ones(2, 2, dtype=torch.int64), 4)
     with pytest.raises(ConfigError, match="one kind"):
-        assemble([kv, four[0]], template_tokens=1, room=1, window=99)
+        assemble([kv, four[0]], room=Room(1, 1, 99))
 
 
 def test_the_engine_says_what_the_window_left_out(folders, tmp_path):
@@ -360,9 +363,7 @@ def decoder(request, folders):
 
 
 def prefix_of(decoder: LocalDecoder, *slots: int) -> Prefix:
-    return assemble(
-        [summary(count) for count in slots], template_tokens=0, room=0, window=900, rotary=decoder.shape.rotary
-    ).prefix
+    return assemble([summary(count) for count in slots], room=Room(0, 0, 900, decoder.shape.rotary)).prefix
 
 
 def test_a_batch_answers_and_scores_as_one_by_one(decoder):
@@ -394,7 +395,7 @@ def test_a_chat_templates_opening_follows_the_summaries(folders):
     ids = decoder.prompt_ids(prompt)
     assert ids == decoder.template.prefix_ids + decoder.template.question_ids("Who?")
     model = AutoCompressor.from_pretrained(folders["llama", True], device="cpu")
-    expected = model.generate(ids, torch.cat([s.vectors for s in prefix.summaries]), 5)
+    expected = model.generate(ids, prefix.embeddings, 5)
     (made,) = decoder.generate([prompt], FIVE)
     assert made.token_ids == [token for token in expected if token not in decoder.eos]
 
@@ -544,7 +545,7 @@ def test_eval_reads_summaries_like_a_store(folders, tmp_path, key):
         engine.ingest([Document("mill", TEXT)])
         hits = engine.store.chunks("mill")
         stored = [engine.store.load_segment(hit.segment_id) for hit in hits]
-    prefix = assemble(stored, template_tokens=0, room=0, window=900, rotary=decoder.shape.rotary).prefix
+    prefix = assemble(stored, room=Room(0, 0, 900, decoder.shape.rotary)).prefix
     (loss,) = decoder.answer_losses([Prompt(question["question"], prefix)], ["Ada Brandt"])
     assert rows["kv"]["loss"] == pytest.approx(loss[0] / loss[1], abs=1e-3)
     assert rows["kv"]["prompt_slots"] == K * len(hits)

@@ -7,10 +7,10 @@ import torch
 
 from lloco_engine import ChunkConfig, CompressConfig, Document, Engine, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.kinds.summary import SummarySegment
 from lloco_engine.models import quiet
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor
-from lloco_engine.types import SummarySegment
 
 pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 
@@ -134,7 +134,7 @@ def test_an_opt_decoder_takes_adapters(tmp_path):
     decoder, tokenizer = LocalDecoder.load(folder, device="cpu"), LocalDecoder.load(folder, device="cpu").tokenizer
     expected = LocalDecoder(merged.eval(), tokenizer, "merged", "lloco")
     vectors = torch.randn(5, decoder.shape.embedding, generator=generator)
-    prefix = assemble([SummarySegment(vectors, 9)], template_tokens=0, room=0, window=900, rotary=False).prefix
+    prefix = assemble([SummarySegment(vectors, 9)], room=Room(0, 0, 900, rotary=False)).prefix
     prompts = [Prompt("Who?", prefix)]
     (base,) = decoder.answer_losses(prompts, ["Ada Brandt"])
     decoder.load_adapter(tmp_path / "adapter", "law")

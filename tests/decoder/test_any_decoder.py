@@ -21,7 +21,7 @@ from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.engine import Engine
 from lloco_engine.errors import ConfigError, SegmentUnavailable, UnsupportedModel
 from lloco_engine.finetune.packing import answer_logits
-from lloco_engine.prefix import place
+from lloco_engine.prefix import Room, assemble, place
 from lloco_engine.testing import HashingEmbedder, tiny_tokenizer
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Document, Prefix, Segment
@@ -312,9 +312,34 @@ def test_the_model_goes_on_working_by_itself():
 def test_keys_of_other_families_cannot_be_moved():
     decoder = decoder_of("granite")
     segment = whole(decoder).compact[0]
-    placed = place([segment, segment], PrefixConfig(placement="sequence"), template_tokens=decoder.template_tokens)
+    config, refused = PrefixConfig(placement="sequence"), "placement must be 'parallel' with a decoder of 'granite'"
+    with pytest.raises(ConfigError, match=refused):
+        assemble([segment, segment], config, room=Room.of(decoder, 9))
+    with pytest.raises(ConfigError, match=refused):
+        decoder.memory([place([segment, segment], config, template_tokens=decoder.template_tokens)])
+
+
+def test_a_placement_that_a_decoder_cannot_read_is_refused_when_a_store_is_opened(tmp_path):
+    granite, options = decoder_of("granite"), {"embedder": HashingEmbedder(), "chunk": ChunkConfig(64, 24, 4)}
     with pytest.raises(ConfigError, match="placement must be 'parallel' with a decoder of 'granite'"):
-        decoder.memory([placed])
+        Engine.open(tmp_path / "s", decoder=granite, prefix=PrefixConfig(placement="sequence"), **options)
+    assert not (tmp_path / "s").exists()
+    with Engine.open(tmp_path / "s", decoder=granite, compress=CompressConfig("uncompressed"), **options) as engine:
+        engine.ingest([Document("a", "Ada keeps the mill.")])
+        with pytest.raises(ConfigError, match="placement must be 'parallel' with a decoder of 'granite'"):
+            engine.stream("Who?", placement="sequence")
+
+
+@pytest.mark.parametrize("family", ["llama, default", "qwen3"])
+def test_keys_of_llamas_shape_are_moved_by_whatever_runs_them(family, monkeypatch):
+    lean = decoder_of(family)
+    monkeypatch.setattr(probe, "serves", lambda _: False)
+    other = LocalDecoder(copy.deepcopy(reference(family)), tiny_tokenizer(), "tiny")
+    assert isinstance(other.runner, InterfaceRunner) and isinstance(lean.runner, LeanRunner)
+    segments = [whole(lean).compact[0], whole(lean).compact[0]]
+    prefix = assemble(segments, PrefixConfig(placement="sequence"), room=Room.of(lean, 9)).prefix
+    ours, theirs = (decoder.answer_losses([Prompt("Who?", prefix)], ["Ada"])[0][0] for decoder in (lean, other))
+    assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 def test_weights_are_packed_where_nothing_is_learned():

@@ -13,6 +13,7 @@ from lloco_engine.decoder import cpu_kernel, memory
 from lloco_engine.decoder.attention import attend
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.slots import TIE
+from lloco_engine.kinds.compact_kv import CompactKVFormat
 from lloco_engine.store import segments
 from lloco_engine.types import Prefix, Segment
 
@@ -235,7 +236,7 @@ def test_segments_that_tie_are_read_together_in_any_order():
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_segments_out_of_a_store_are_read(tmp_path, dtype):
     written = SEGMENTS[0]
-    form = segments.SegmentFormat(LAYERS, HEADS, DIM, dtype)
+    form = CompactKVFormat(LAYERS, HEADS, DIM, dtype)
     file = tmp_path / "one.safetensors"
     file.write_bytes(segments.encode(written, "0" * 32, form)[0])
     stored = segments.read(file, "0" * 32, form)

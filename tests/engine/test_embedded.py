@@ -9,7 +9,7 @@ from lloco_engine.compress import registry
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.config import GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix, Segment
 
@@ -41,8 +41,7 @@ def compressed(embedded_decoder, passage_ids) -> list[Segment]:
 
 
 def place(decoder: LocalDecoder, segment: Segment) -> Prefix:
-    size = {"template_tokens": decoder.template_tokens, "window": decoder.shape.window}
-    return assemble([segment], room=100, **size).prefix
+    return assemble([segment], room=Room.of(decoder, 100)).prefix
 
 
 def test_greedy_text_is_transformers_own(embedded_decoder, passage_ids):

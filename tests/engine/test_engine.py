@@ -34,7 +34,7 @@ from lloco_engine.errors import (
     StoreMismatch,
     StoreNotFound,
 )
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.readers import jsonl, read, size_of_files
 from lloco_engine.readers.walk import open_file
 from lloco_engine.store import Store
@@ -437,10 +437,10 @@ def test_parallel_segments_have_no_order(engine, decoder):
     logits = []
     for order in (range(len(hits)), reversed(range(len(hits)))):
         shuffled = [segments[number] for number in order]
-        prefix = assemble(shuffled, template_tokens=decoder.template_tokens, room=50, window=1024).prefix
+        prefix = assemble(shuffled, room=Room(decoder.template_tokens, 50, 1024)).prefix
         logits.append(first_logits(decoder, prefix))
     assert torch.allclose(*logits, atol=1e-4)
-    single = assemble(segments[:1], template_tokens=decoder.template_tokens, room=50, window=1024).prefix
+    single = assemble(segments[:1], room=Room(decoder.template_tokens, 50, 1024)).prefix
     assert not torch.allclose(logits[0], first_logits(decoder, single), atol=1e-2)  # the segments do matter
 
 

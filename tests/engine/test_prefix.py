@@ -7,7 +7,7 @@ import torch
 
 from lloco_engine.config import PrefixConfig
 from lloco_engine.errors import ConfigError, PromptTooLong
-from lloco_engine.prefix import assemble
+from lloco_engine.prefix import Room, assemble
 from lloco_engine.types import Hit, Segment, Span
 
 SEQUENCE = PrefixConfig(placement="sequence")
@@ -23,7 +23,8 @@ SEGMENTS = [segment(100, 10), segment(60, 6), segment(80, 8)]
 
 
 def place(segments=SEGMENTS, config=None, **changes):
-    return assemble(segments, config, **({"template_tokens": 7, "room": 30, "window": 1000} | changes))
+    sizes = {name: changes.pop(name) for name in ("window", "immovable") if name in changes}
+    return assemble(segments, config, room=Room(**{"template": 7, "text": 30, "window": 1000} | sizes), **changes)
 
 
 def hit(doc_id: str, ordinal: int) -> Hit:

@@ -20,9 +20,9 @@ from lloco_engine.errors import AdapterError, ConfigError, DocumentError, LLoCOE
 from lloco_engine.eval import metrics
 from lloco_engine.eval.data import Group, Question, Record, group_records, read_records
 from lloco_engine.eval.evaluation import Evaluation
+from lloco_engine.eval.methods import METHODS, Row
 from lloco_engine.eval.partial import Partial
-from lloco_engine.eval.reading import METHODS, Reading
-from lloco_engine.eval.results import Row
+from lloco_engine.eval.reading import Reading
 from lloco_engine.eval.run import EvalConfig
 from lloco_engine.eval.run import run as run_eval
 from lloco_engine.models import cache_folder

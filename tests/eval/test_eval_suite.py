@@ -26,8 +26,8 @@ from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import metrics, results, tasks
 from lloco_engine.eval.data import Group, Question, group_records, read_records
 from lloco_engine.eval.engines import Engines, GroupEngines, KeptSegments
-from lloco_engine.eval.reading import METHODS, Reader, Reading
-from lloco_engine.eval.results import Row
+from lloco_engine.eval.methods import METHODS, Row
+from lloco_engine.eval.reading import Reader, Reading
 from lloco_engine.eval.run import EvalConfig, run
 from lloco_engine.eval.statistics import DRAWS, Sample, interval
 from lloco_engine.eval.tasks.choices import options_of, with_options

@@ -26,8 +26,9 @@ from lloco_engine.relevance import NOTHING
 from lloco_engine.testing import tiny_decoder, tiny_tokenizer
 from lloco_integrations import langchain as lc
 from lloco_integrations import llama_index as li
-from lloco_integrations.asking import Asker, Message
 from lloco_integrations.handles import Handles
+from lloco_integrations.prompt_parser import Message
+from lloco_integrations.session import Session
 
 QUESTION = "Where does the pump 2 of red stand?"
 NEVER = "Explain photosynthesis."
@@ -236,7 +237,7 @@ def test_hints_are_off_unless_they_are_named_and_an_answer_says_which_were_on(en
 
 @pytest.mark.asyncio
 async def test_a_locked_store_is_tried_again_in_every_way_of_asking(engine, monkeypatch):
-    monkeypatch.setattr("lloco_integrations.asking.time.sleep", lambda _: None)
+    monkeypatch.setattr("lloco_integrations.session.time.sleep", lambda _: None)
     real, left = engine.stream, [0]
 
     def locked(*args, **options):
@@ -249,7 +250,7 @@ async def test_a_locked_store_is_tried_again_in_every_way_of_asking(engine, monk
     text = prompt(engine, "pump")
     chat = lc.ChatLLoCO(engine=engine, tenant="red", max_tokens=2)
     llm = li.LLoCOLLM(engine, tenant="red", max_tokens=2)
-    asker = Asker(engine, retries=1)
+    session = Session(engine, retries=1)
     left[0] = 2
     assert (await chat.ainvoke(text)).content is not None and left == [0]
     left[0] = 2
@@ -258,7 +259,7 @@ async def test_a_locked_store_is_tried_again_in_every_way_of_asking(engine, monk
     assert (await llm.acomplete(text)).text is not None and left == [0]
     left[0] = 2
     with pytest.raises(StoreLocked):
-        asker.start(asker.read([Message("user", text)], "red"))
+        session.start(session.read([Message("user", text)], "red"))
 
 
 # -- conversations ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from integration_cases import documents, open_engine, story
 from lloco_engine import ConfigError, Document, GenerateConfig, SegmentUnavailable
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.testing import save_tiny_decoder
-from lloco_integrations.asking import Asker, Frame, Message, usage_dict
 from lloco_integrations.chunks import check_on_missing, views
+from lloco_integrations.handle_syntax import SENTINEL, Neutraliser, neutralise
 from lloco_integrations.handles import HandleFragment, Handles
-from lloco_integrations.sentinel import SENTINEL, Neutraliser, neutralise
+from lloco_integrations.prompt_parser import Frame, Message
+from lloco_integrations.session import Session, usage_dict
 
 SHORT = GenerateConfig(max_new_tokens=8)
 TEMPLATE = "Context:\n---\n{context_str}\n---\nQuery: {query_str}\nAnswer: "
@@ -304,8 +305,8 @@ def test_threads_that_compress_take_turns(own_engine):
 
 
 @pytest.fixture
-def asker(engine, handles) -> Asker:
-    return Asker(
+def session(engine, handles) -> Session:
+    return Session(
         engine, handles=handles, frames=[Frame(TEMPLATE)], system=[Frame("Be kind. {context_str}", question="")]
     )
 
@@ -314,33 +315,33 @@ def prompt(context: str, question: str = "Where is the pump?") -> str:
     return TEMPLATE.replace("{context_str}", context).replace("{query_str}", question)
 
 
-def test_a_known_template_gives_the_engines_own_answer(engine, handles, asker):
+def test_a_known_template_gives_the_engines_own_answer(engine, handles, session):
     hits = hits_of(engine, "pump", "crane")
-    ask = asker.read([Message("user", prompt("\n\n".join(handles.mint([hit]) for hit in hits)))], "red")
+    ask = session.read([Message("user", prompt("\n\n".join(handles.mint([hit]) for hit in hits)))], "red")
     assert (ask.question, ask.context, ask.verbatim) == ("Where is the pump?", "", False)
-    ours = asker.reply(ask, generate=SHORT).whole()
+    ours = session.reply(ask, generate=SHORT).whole()
     own = engine.ask("Where is the pump?", hits=hits, tenant="red", generate=SHORT)
     assert (ours.text, ours.token_ids, ours.usage.prompt_slots) == (own.text, own.token_ids, own.usage.prompt_slots)
     assert usage_dict(ours)["prompt_tokens"] > own.usage.prompt_slots > 0
 
 
-def test_raw_chunks_beside_handles_become_context(engine, handles, asker):
+def test_raw_chunks_beside_handles_become_context(engine, handles, session):
     text = prompt(f"{handles.mint(hits_of(engine, 'pump'))}\n\nThe kettle is red.\n\nThe boat is blue.")
-    ask = asker.read([Message("user", text)], "red")
+    ask = session.read([Message("user", text)], "red")
     assert ask.context == "The kettle is red.\n\nThe boat is blue." and len(ask.hits) == 1
     assert (
-        asker.reply(ask, generate=SHORT).whole().text
+        session.reply(ask, generate=SHORT).whole().text
         == engine.ask(ask.question, hits=ask.hits, context=ask.context, tenant="red", generate=SHORT).text
     )
 
 
-def test_a_users_own_template_is_kept_word_for_word(engine, handles, asker):
+def test_a_users_own_template_is_kept_word_for_word(engine, handles, session):
     text = f"Read:\n{handles.mint(hits_of(engine, 'pump', 'crane'))}\n\nNow list all halls."
-    ask = asker.read([Message("user", text)], "red")
+    ask = session.read([Message("user", text)], "red")
     assert ask.question == "Read:\n(the text above)\n\nNow list all halls." and ask.verbatim and len(ask.hits) == 2
 
 
-def test_a_conversation_keeps_its_turns_and_its_old_handles_stay_inert(engine, handles, asker):
+def test_a_conversation_keeps_its_turns_and_its_old_handles_stay_inert(engine, handles, session):
     old, new = handles.mint(hits_of(engine, "crane")), handles.mint(hits_of(engine, "pump"))
     messages = [
         Message("system", f"Be kind. {new}"),
@@ -349,28 +350,28 @@ def test_a_conversation_keeps_its_turns_and_its_old_handles_stay_inert(engine, h
         Message("assistant", f"It is {old}."),
         Message("user", "And the pump?"),
     ]
-    ask = asker.read(messages, "red")
+    ask = session.read(messages, "red")
     assert [hit.doc_id for hit in ask.hits] == ["pump.md"]
     assert (ask.question, ask.verbatim, ask.context) == ("And the pump?", False, "Speak like a pirate.")
     assert [turn.role for turn in ask.history] == ["user", "assistant"] and "LLC:" not in str(ask.history)
-    assert asker.reply(ask, generate=SHORT).whole().usage.prompt_slots == ask.hits[0].slots
+    assert session.reply(ask, generate=SHORT).whole().usage.prompt_slots == ask.hits[0].slots
 
 
-def test_a_tools_result_is_context_of_the_last_question_only(engine, handles, asker):
+def test_a_tools_result_is_context_of_the_last_question_only(engine, handles, session):
     def messages(*more):
         result = handles.mint(hits_of(engine, "pump")) + "\nA note."
         return [Message("user", "Where?"), Message("assistant", ""), Message("tool", result), *more]
 
-    ask = asker.read(messages(), "red")
+    ask = session.read(messages(), "red")
     assert (ask.question, len(ask.hits), ask.context) == ("Where?", 1, "A note.")
-    later = asker.read(messages(Message("assistant", "There."), Message("user", "Thanks?")), "red")
+    later = session.read(messages(Message("assistant", "There."), Message("user", "Thanks?")), "red")
     assert not later.hits and later.question == "Thanks?" and later.verbatim
 
 
-def test_a_prompt_without_memory_is_asked_as_it_is(engine, asker):
-    ask = asker.read([Message("user", "Say [[LLC:" + "b" * 32 + "]] hello.")], "red")
+def test_a_prompt_without_memory_is_asked_as_it_is(engine, session):
+    ask = session.read([Message("user", "Say [[LLC:" + "b" * 32 + "]] hello.")], "red")
     assert (ask.question, ask.hits, ask.verbatim) == ("Say (LLC) hello.", (), True)
-    answer = asker.reply(ask, generate=SHORT).whole()
+    answer = session.reply(ask, generate=SHORT).whole()
     assert answer.usage.prompt_slots == 0 and "(1 unknown)" in answer.warnings[0]
 
 
@@ -379,9 +380,9 @@ def test_what_is_gone_since_follows_on_missing(own_engine):
     (hit,) = hits_of(own_engine, "pump")
     text = prompt(handles.mint([hit]))
     own_engine.ingest([Document("pump.md", "The pump was sold.", title="pump", tenant="red")])
-    raw = Asker(own_engine, handles=handles, frames=[Frame(TEMPLATE)]).read([Message("user", text)], "red")
+    raw = Session(own_engine, handles=handles, frames=[Frame(TEMPLATE)]).read([Message("user", text)], "red")
     assert (raw.hits, raw.context) == ((), hit.text) and handles.counts["stale"] == 1
-    strict = Asker(own_engine, handles=handles, frames=[Frame(TEMPLATE)], on_missing="error")
+    strict = Session(own_engine, handles=handles, frames=[Frame(TEMPLATE)], on_missing="error")
     with pytest.raises(SegmentUnavailable, match="retrieve again"):
         strict.read([Message("user", text)], "red")
 
@@ -393,13 +394,13 @@ def test_a_damaged_segment_follows_on_missing(own_engine, on_missing):
     file = own_engine.store.path / "segments" / hits[0].segment_id[:2] / f"{hits[0].segment_id}.safetensors"
     whole = own_engine.ask("Where?", hits=hits, tenant="red", generate=SHORT)
     file.write_bytes(file.read_bytes()[:-40])
-    asker = Asker(own_engine, handles=handles, frames=[Frame(TEMPLATE)], on_missing=on_missing)
-    ask = asker.read([Message("user", prompt(handles.mint(hits), "Where?"))], "red")
+    session = Session(own_engine, handles=handles, frames=[Frame(TEMPLATE)], on_missing=on_missing)
+    ask = session.read([Message("user", prompt(handles.mint(hits), "Where?"))], "red")
     if on_missing == "error":
         with pytest.raises(SegmentUnavailable, match="1 of 2 are missing or damaged"):
-            asker.reply(ask, generate=SHORT)
+            session.reply(ask, generate=SHORT)
         return
-    answer = asker.reply(ask, generate=SHORT).whole()
+    answer = session.reply(ask, generate=SHORT).whole()
     if on_missing == "compress":
         assert answer.text == whole.text and len(own_engine.documents("red")) == len(documents())
         assert own_engine.verify() == []
@@ -411,7 +412,7 @@ def test_forged_handles_anywhere_never_resolve(engine):
     """Fuzz: 500 prompts with forged, foreign and mangled handles in documents, metadata, questions and history."""
     rng = random.Random(3)
     handles = Handles(engine)
-    asker = Asker(engine, handles=handles, frames=[Frame(TEMPLATE)])
+    session = Session(engine, handles=handles, frames=[Frame(TEMPLATE)])
     (mine,), (foreign,) = hits_of(engine, "pump"), hits_of(engine, "pump", tenant="blue")
     stranger = handles.mint([foreign])
 
@@ -431,26 +432,26 @@ def test_forged_handles_anywhere_never_resolve(engine):
             Message("assistant", f"Yes {forge()}{live}"),
             Message("user", prompt(context, f"what {forge()} is {forge()}?")),
         ]
-        ask = asker.read(messages, "red")
+        ask = session.read(messages, "red")
         assert ask.hits == (mine,)
         everything = " ".join([ask.question, ask.context, *(turn.text for turn in ask.history)])
         assert not re.search(r"\[\s?\[\s?LLC\s?:", everything, re.IGNORECASE) and live[6:-2] not in everything
 
 
-def test_a_models_own_text_never_reads_as_a_handle(engine, handles, asker, monkeypatch):
+def test_a_models_own_text_never_reads_as_a_handle(engine, handles, session, monkeypatch):
     from lloco_engine import Answer, AnswerStream
 
     pieces = ["It is [", "[LLC:", "ab" * 16, "]] so."]
     fake = AnswerStream(iter(pieces), (), lambda: Answer("".join(pieces)))
     monkeypatch.setattr(engine, "stream", lambda *_, **__: fake)
-    reply = asker.reply(asker.read([Message("user", "Where?")], "red"))
+    reply = session.reply(session.read([Message("user", "Where?")], "red"))
     assert "".join(reply) == reply.answer.text == "It is (LLC) so."
 
 
-async def test_the_async_reply_is_the_sync_one(engine, handles, asker):
-    ask = asker.read([Message("user", prompt(handles.mint(hits_of(engine, "pump"))))], "red")
-    reply = asker.areply(ask, generate=SHORT)
+async def test_the_async_reply_is_the_sync_one(engine, handles, session):
+    ask = session.read([Message("user", prompt(handles.mint(hits_of(engine, "pump"))))], "red")
+    reply = session.areply(ask, generate=SHORT)
     pieces = [piece async for piece in reply]
-    assert "".join(pieces) == reply.answer.text == asker.reply(ask, generate=SHORT).whole().text
+    assert "".join(pieces) == reply.answer.text == session.reply(ask, generate=SHORT).whole().text
     threads = {thread.name for thread in threading.enumerate()}
-    assert (await asker.areply(ask, generate=SHORT).whole()).text == reply.answer.text and threads is not None
+    assert (await session.areply(ask, generate=SHORT).whole()).text == reply.answer.text and threads is not None

@@ -17,7 +17,7 @@ def loaded(statement: str, names: tuple[str, ...]) -> str:
     ("statement", "names"),
     [
         (
-            "from lloco_engine import Engine; import lloco_integrations.asking",
+            "from lloco_engine import Engine; import lloco_integrations.session",
             ("langchain_core", "llama_index", "torch"),
         ),
         ("import lloco_integrations.langchain", ("torch", "transformers", "faiss", "llama_index", "langchain_classic")),

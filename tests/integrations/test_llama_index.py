@@ -31,6 +31,7 @@ from llama_index.core.vector_stores import (
 )
 
 from lloco_engine import ConfigError, DocumentError, GenerateConfig, SegmentUnavailable
+from lloco_integrations.handle_syntax import SENTINEL
 from lloco_integrations.handles import Handles
 from lloco_integrations.llama_index import (
     LLoCOEmbedding,
@@ -41,7 +42,6 @@ from lloco_integrations.llama_index import (
     LLoCOTransform,
     LLoCOVectorStore,
 )
-from lloco_integrations.sentinel import SENTINEL
 
 pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 

@@ -25,7 +25,6 @@ from places import ROOT, TESTS
 from lloco_engine import AdapterError, Engine, GenerateConfig, PromptTooLong, StoreMismatch
 from lloco_engine.adapters.loading import default_folder
 from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
-from lloco_integrations.asking import Asker
 from lloco_integrations.handles import HandleFragment, Handles
 from lloco_integrations.llama_index import (
     LLoCOCitationQueryEngine,
@@ -36,6 +35,7 @@ from lloco_integrations.llama_index import (
     LLoCOTransform,
     LLoCOVectorStore,
 )
+from lloco_integrations.session import Session
 
 pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 SHORT = GenerateConfig(max_new_tokens=8)
@@ -79,14 +79,14 @@ def post(engine):
 def asked(monkeypatch):
     """Every prompt that reaches the model: its messages, and what was made of them."""
     seen = []
-    real = Asker.read
+    real = Session.read
 
     def read(self, messages, tenant=""):
         ask = real(self, messages, tenant)
         seen.append((" ".join(message.text for message in messages), ask))
         return ask
 
-    monkeypatch.setattr(Asker, "read", read)
+    monkeypatch.setattr(Session, "read", read)
     return seen
 
 

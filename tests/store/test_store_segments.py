@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from store_cases import HEAD_DIM, KV_HEADS, LAYERS, segment
 
 from lloco_engine.errors import SegmentUnavailable, StoreError
+from lloco_engine.kinds.compact_kv import CompactKVFormat
 from lloco_engine.store import segments
 from lloco_engine.types import Segment
 
 ID = "ab" * 16
-FORMS = [segments.SegmentFormat(LAYERS, KV_HEADS, HEAD_DIM, dtype) for dtype in ("float16", "int8")]
+FORMS = [CompactKVFormat(LAYERS, KV_HEADS, HEAD_DIM, dtype) for dtype in ("float16", "int8")]
 FORM = FORMS[0]
 
 
@@ -101,7 +102,7 @@ def test_a_file_of_another_shape_type_or_name_is_refused(tmp_path):
     with pytest.raises(SegmentUnavailable, match="keys is F16"):
         segments.read(path, ID, FORMS[1])
     with pytest.raises(SegmentUnavailable, match="lengths is I32"):
-        segments.read(path, ID, segments.SegmentFormat(LAYERS + 1, KV_HEADS, HEAD_DIM, "float16"))
+        segments.read(path, ID, CompactKVFormat(LAYERS + 1, KV_HEADS, HEAD_DIM, "float16"))
     with pytest.raises(SegmentUnavailable, match="missing"):
         segments.read(tmp_path / "none", ID, FORM)
 

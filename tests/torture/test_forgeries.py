@@ -8,8 +8,8 @@ import pytest
 from changes import open_engine
 
 from lloco_engine import Document
+from lloco_integrations.handle_syntax import write
 from lloco_integrations.handles import HandleFragment, Handles
-from lloco_integrations.sentinel import write
 
 KEY = b"k" * 32
 A_PROMPT = 1000  # forged handles in one prompt

@@ -18,6 +18,7 @@ import torch
 
 from lloco_engine.decoder.cpu_kernel import call as calls
 from lloco_engine.decoder.cpu_kernel import kernel, team
+from lloco_engine.decoder.rules import PLAIN, Rules
 from lloco_engine.decoder.slots import LayerSlots
 from lloco_engine.types import Segment
 
@@ -280,7 +281,16 @@ class Ragged(LayerSlots):
         self._segments, self._layer = segments, layer
 
     def attend(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        rules: Rules = PLAIN,
+        at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `LayerSlots.attend`."""
+        if not rules.plain:
+            raise ValueError("a layer that the kernel reads must have no softcap, sinks or window; read it by `padded`")
         return self._segments.attend(self._layer, q, keys, values, mask, scale)
