@@ -43,6 +43,7 @@ class Stream:
         self._batching = batching
         self.cache, self.memory, self.adapter, self.offset = cache, memory, adapter, offset
         self.tokens: Sequence[int] = ()  # to be run
+        self.thread = 0  # that asked last
         self._logits: torch.Tensor | None = None
         self._error: Exception | None = None
         self._gate = threading.Lock()
@@ -71,6 +72,7 @@ class Stream:
     def ask(self, tokens: Sequence[int]) -> None:
         """What is to be run in the next step."""
         self.tokens, self._logits, self._error = tokens, None, None
+        self.thread = threading.get_ident()
 
     def answer(self, logits: torch.Tensor | None, error: Exception | None = None) -> None:
         """What became of it."""
@@ -202,12 +204,17 @@ class Batching:
             return
         if not self._queue:
             self._let_read()
-        elif self._expected.issubset(self._queue):
+        elif len(self._queue) >= LIMIT or not self._awaited():
             self._leader = self._last if self._last in self._queue else self._queue[0]
             assert self._leader is not None
             self._leader.wake()
         else:
             self._queue[0].wake()
+
+    def _awaited(self) -> bool:
+        """Whether someone may yet come in time: not those whose thread is here, waiting by another of its streams."""
+        here = {one.thread for one in self._queue}
+        return any(one.thread not in here for one in self._expected)
 
     def _let_read(self) -> None:
         for reader in self._readers:

@@ -214,6 +214,48 @@ def test_who_does_not_come_back_is_waited_for_once():
     assert float(idle([[4]])[0, 0]) == 8.0
 
 
+def test_streams_that_one_thread_reads_in_turn_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(batching, "_SHORTEST_S", 5.0)
+    monkeypatch.setattr(batching, "_LONGEST_S", 5.0)
+    steps = Steps()
+    one, other = steps.stream(), steps.stream()
+    began = time.perf_counter()
+    found = [float(stream([[at]])[0, 0]) for at in range(10) for stream in (one, other)]
+    assert found == [2.0 * at for at in range(10) for _ in range(2)]
+    assert time.perf_counter() - began < 5
+
+
+def test_prompts_are_read_together_up_to_a_piece_between_two_steps(monkeypatch):
+    monkeypatch.setattr(batching, "_SHORTEST_S", 5.0)
+    monkeypatch.setattr(batching, "_LONGEST_S", 5.0)
+    monkeypatch.setattr(batching, "PIECE", 10)
+    steps = Steps()
+    with steps.batching.turn(1000) as most:
+        assert most == 1000, "nobody else is answered"
+    running, gate = steps.stream(), threading.Event()
+    running([[1]])
+    steps.fails = lambda streams: not gate.wait(10)  # a step that takes until it is let go
+    stepping = threading.Thread(target=lambda: running([[2]]))
+    stepping.start()
+    while len(steps.shared) < 2:
+        time.sleep(0.001)
+    read = []
+
+    def reads() -> None:
+        for left in (6, 4, 1000):
+            with steps.batching.turn(left) as most:
+                read.append((most, gate.is_set()))
+
+    reading = threading.Thread(target=reads)
+    reading.start()
+    while len(read) < 2:
+        time.sleep(0.001)
+    gate.set()
+    for thread in (stepping, reading):
+        thread.join(10)
+    assert read == [(6, False), (4, False), (10, True)]
+
+
 def test_a_step_that_fails_is_run_one_by_one_and_harms_none_but_the_one_at_fault():
     steps = Steps()
     bad = steps.stream()
