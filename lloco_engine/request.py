@@ -37,7 +37,7 @@ class AskRequest:
         whole_document: id of a document to read all of, instead of a search; or several, to be read together.
         filters: which documents a search may find, as `lloco_engine.filters` says.
         tenant: whose documents.
-        history: earlier turns of the conversation, oldest first: what the user said last counts in the search. The
+        history: earlier turns of the conversation, oldest first: what the user said counts in the search. The
             segments stand before them.
         adapter: ``"auto"`` takes that of the hits' group, as `lloco_engine.adapters.routing` says; ``"none"`` answers
             with the base weights; else a group, or the name of a loaded adapter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from lloco_engine.config import RetrieveConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "Retriever", "best_windows", "searched_for", "with_history"]
 
+_TURNS = 3  # of the user, that a question is searched for after
+_LONG_BEFORE = 0.9  # of the score of what is found so
 _WINDOWS = 4  # search windows whose text an answer may repeat
 
 
@@ -82,10 +85,14 @@ def searched_for(question: str, history: Sequence[Turn]) -> list[str]:
     """The texts that a question is searched for as.
 
     A follow-up ("How large is it?") does not say what it is about: the user's turn before it does. So the question is
-    searched for after that turn and alone, for it may also be about something new (docs/scores.md has what this does).
+    searched for after that turn and alone, for it may also be about something new (docs/scores.md has what this does);
+    and after the last few turns, where the one before it may be a follow-up, too.
     """
-    before = next((turn.text.strip() for turn in reversed(history) if turn.role == "user" and turn.text.strip()), "")
-    return [f"{before}\n{question}", question] if before else [question]
+    said = [turn.text.strip() for turn in history if turn.role == "user" and turn.text.strip()]
+    if not said:
+        return [question]
+    texts = [f"{said[-1]}\n{question}", question]
+    return texts if len(said) == 1 else [*texts, "\n".join([*said[-_TURNS:], question])]
 
 
 def with_history(
@@ -98,11 +105,13 @@ def with_history(
         question, history: what is said, and what was before, oldest first.
         top_k, neighbours: as in `RetrieveConfig`.
     """
-    first, *others = [search(text) for text in searched_for(question, history)]
-    if not others:
-        return first
+    found = [search(text) for text in searched_for(question, history)]
+    if len(found) == 1:
+        return found[0]
+    # what was said long before counts less than what was said just now: it may be about something else
+    found[2:] = [[replace(hit, score=hit.score * _LONG_BEFORE) for hit in hits] for hits in found[2:]]
     better: dict[str, Hit] = {}
-    for hit in (*first, *(hit for hits in others for hit in hits)):
+    for hit in (hit for hits in found for hit in hits):
         known = better.get(hit.segment_id)
         better[hit.segment_id] = hit if known is None or hit.score > known.score else known
     ranked = sorted(better.values(), key=lambda hit: -hit.score)

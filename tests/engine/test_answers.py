@@ -220,7 +220,9 @@ def test_a_text_of_several_documents_is_cited_as_the_one_that_is_meant(engine):
 
 def test_a_follow_up_is_searched_for_after_the_turn_before_and_alone():
     history = [Turn("user", "Where is the pump?"), Turn("assistant", "In hall 2."), Turn("user", "Who made it?")]
-    assert searched_for("And when?", history) == ["Who made it?\nAnd when?", "And when?"]
+    assert searched_for("And when?", history[2:]) == ["Who made it?\nAnd when?", "And when?"]
+    expected = ["Who made it?\nAnd when?", "And when?", "Where is the pump?\nWho made it?\nAnd when?"]
+    assert searched_for("And when?", history) == expected, "the turn before may be a follow-up, too"
     assert searched_for("When?", [Turn("assistant", "Hello.")]) == searched_for("When?", ()) == ["When?"]
 
 
@@ -229,6 +231,9 @@ def test_a_follow_up_finds_what_it_is_about_and_a_new_topic_its_own(engine, monk
     follow = engine.retrieve("And number 4?", top_k=2, history=history)
     assert follow[0].doc_id == "anvil.md" and len(follow) == 2
     assert engine.retrieve(QUESTION, history=history, top_k=1)[0].doc_id == "pump.md"
+    longer = [*history, Turn("user", "Thanks!"), Turn("assistant", "Gladly.")]
+    assert engine.retrieve("And number 4?", top_k=1, history=longer)[0].doc_id == "anvil.md"
+    assert engine.retrieve(QUESTION, history=longer, top_k=1)[0].doc_id == "pump.md"
     answer = engine.ask("And number 4?", top_k=2, history=history, generate=SHORT)
     assert answer.hits == tuple(follow)
     alone = {hit.segment_id: hit.score for hit in engine.retrieve("And number 4?", top_k=8)}
