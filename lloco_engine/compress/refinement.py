@@ -115,6 +115,8 @@ class _Run:
             for name in ("keys", "values", "bias")
         }
         self._made = replace(segment, **self._parts)
+        self._size = min(config.stretch or len(token_ids), len(token_ids))  # of a stretch
+        self._whole: torch.Tensor | None = None  # what is expected where that is the chunk, once it was read
 
     def refined(self, former: Segment) -> Segment:
         """See `refine`."""
@@ -128,7 +130,7 @@ class _Run:
         falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
         for _ in range(steps):
             stretch = self._stretch()
-            loss = self._loss(stretch, self._expected(stretch))
+            loss = self._loss(stretch, self._goal(stretch))
             for part, slope in zip(
                 self._parts.values(), torch.autograd.grad(loss, [*self._parts.values()]), strict=True
             ):
@@ -167,9 +169,17 @@ class _Run:
 
     def _stretch(self) -> _Stretch:
         """What the next step reads."""
-        size = min(self._config.stretch or len(self._ids), len(self._ids))
-        begin = int(torch.randint(len(self._ids) - size + 1, (), generator=self._random))
-        return _Stretch(self._ids[begin : begin + size], ~self._held[begin : begin + size])
+        begin = int(torch.randint(len(self._ids) - self._size + 1, (), generator=self._random))
+        here = slice(begin, begin + self._size)
+        return _Stretch(self._ids[here], ~self._held[here])
+
+    def _goal(self, stretch: _Stretch) -> torch.Tensor:
+        """What a step aims at: where all steps read the whole chunk it is the same, and read once."""
+        if self._size < len(self._ids):
+            return self._expected(stretch)
+        if self._whole is None:
+            self._whole = self._expected(stretch)
+        return self._whole
 
     def _passage(self, stretch: _Stretch) -> tuple[list[list[int]], torch.Tensor]:
         """What a pass is given, and (A,) int64 which of its states foretell the tokens that count."""

@@ -51,7 +51,7 @@ class Evaluation:
     ) -> None:
         self.task = tasks.get(config.task, **config.task_settings)
         self.decoder = decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
-        compressor = registry.get(config.compressor)
+        compressor = registry.get(config.compressor, **({"refine": config.refine} if config.refine else {}))
         if slots := compressor.slots(decoder):  # which cannot be chosen
             config = replace(config, ratios=(max(1.0, config.segment_tokens / slots),))
         self.config = config
@@ -70,9 +70,7 @@ class Evaluation:
             "adapter_sha256": {adapters[ref]: hash_of_named(fit) for ref, fit in fitting.items() if fit != "none"},
         }
         kinds = {method.memory for method in config.reads if method.compresses}
-        self.compressors = {
-            kind: registry.get(config.compressor if kind == "kv" else kind) for kind in sorted(kinds | {"kv"})
-        }
+        self.compressors = {kind: compressor if kind == "kv" else registry.get(kind) for kind in sorted(kinds | {"kv"})}
         folder = (cache or cache_folder() / "eval") / "segments"
         self.segments = {kind: SegmentCache(folder, decoder, each) for kind, each in self.compressors.items()}
         self._generate = config.generation

@@ -69,6 +69,7 @@ class EvalConfig(Config):
         "What makes kv: attention_matching, or autocompressor (summaries).",
         metavar="NAME",
     )
+    refine: int = setting(0, "Steps of refinement for each segment of kv; 0: the fit alone.", least=0, metavar="N")
     decoder: str = setting(
         DEFAULT_DECODER, "'embedded', a local folder or a hub id.", envvar="LLOCO_DECODER", metavar="NAME"
     )

@@ -82,6 +82,9 @@ def finetune(
     max_minutes: Annotated[
         float, typer.Option(metavar="M", min=0.0, help="Wall time by which the run ends well; 0 is no limit.")
     ] = 0.0,
+    refine: Annotated[
+        int, typer.Option(metavar="N", min=0, help="With --out: steps of refinement for each segment that is read.")
+    ] = 0,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=JSON", help="Any other setting, e.g. ratios=[8,16]; repeatable."),
@@ -120,10 +123,14 @@ def finetune(
         raise typer.BadParameter("give at least one --data or --self-study file")
     common = {"group": group, "longest": max_document_tokens, "start": begin_with}
     if store is not None:
+        if refine:
+            raise typer.BadParameter(
+                "goes with --out; a store says itself how its segments are made", param_hint="--refine"
+            )
         _for_store(store, files, preset, changes, {**common, "tenant": tenant, "work": work}, decoder, device, as_json)
         return
     assert out is not None
-    _for_folder(out, files, preset, changes, common, work, decoder, device, as_json)
+    _for_folder(out, files, preset, changes, common, refine, work, decoder, device, as_json)
 
 
 def _for_store(
@@ -165,6 +172,7 @@ def _for_folder(
     preset: str,
     changes: dict[str, Any],
     options: dict[str, Any],
+    refine: int,
     work: Path | None,
     decoder: str | None,
     device: str | None,
@@ -179,7 +187,8 @@ def _for_folder(
     config = _config(preset, changes, None)
     loaded = LocalDecoder.load(decoder or "embedded", device=device or _own_device())
     chunker = Chunker(loaded.tokenizer, text_ids=loaded.template.text_ids)
-    run = Finetune(loaded, registry.get(CompressConfig.name), chunker, files, config, **options)
+    compressor = registry.get(CompressConfig.name, **({"refine": refine} if refine else {}))
+    run = Finetune(loaded, compressor, chunker, files, config, **options)
     _told(as_json)(run)
     with _shown(as_json) as progress:
         manifest = run.run(out, work or out.with_name(f".{out.name}.work"), progress)

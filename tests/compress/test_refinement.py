@@ -195,6 +195,19 @@ def test_a_long_pass_is_run_again_layer_by_layer_and_gives_the_same(monkeypatch)
         torch.testing.assert_close(getattr(long, part), getattr(plain, part), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("stretch", "read"), [(0, 1), (4096, 1), (32, 4)])
+def test_what_is_expected_of_the_whole_chunk_is_read_once(monkeypatch, stretch, read):
+    decoder = tiny()
+    ids, fitted = tokens(decoder, TEXT), fit(decoder)
+    asked = []
+    plain = refinement._Run._expected
+    monkeypatch.setattr(
+        refinement._Run, "_expected", lambda run, stretch: asked.append(len(stretch.ids)) or plain(run, stretch)
+    )
+    refine(decoder, ids, fitted, RefineConfig(steps=4, stretch=stretch))
+    assert len(asked) == read + 1  # and the block that is held out
+
+
 def test_a_chunk_of_which_nothing_can_be_held_out_keeps_its_segment():
     decoder = tiny()
     fitted = AttentionMatching().compress(decoder, tokens(decoder, TEXT)[:7], [2])[0]

@@ -221,6 +221,16 @@ def test_a_run_gives_every_key_of_every_row(data, decoder):
     json.dumps(result, allow_nan=False)
 
 
+def test_a_run_reads_refined_segments_where_it_is_asked_to(data, decoder, tmp_path):
+    changes = {"compressor": "attention_matching", "methods": ("kv",), "ratios": (8,), "answers": False, "limit": 1}
+    plain, refined = (run(config(data, refine=n, **changes), decoder=decoder, cache=tmp_path) for n in (0, 2))
+    assert "refine" not in plain["config"]["compressor"]["settings"]
+    assert refined["config"]["refine"] == refined["config"]["compressor"]["settings"]["refine"] == 2
+    assert plain["results"][0]["loss"] != refined["results"][0]["loss"]
+    with pytest.raises(ConfigError, match="refine"):
+        run(config(data, refine=2), decoder=decoder)  # a compressor that has no such setting
+
+
 def test_loss_is_per_token_over_the_whole_set(data, decoder):
     """The slow, obvious way: every question alone, its text in the prompt."""
     result = run(config(data, methods=("full",), answers=False), decoder=decoder)

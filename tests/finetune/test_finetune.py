@@ -501,6 +501,17 @@ def test_bad_data_is_named_by_line_and_field_and_leaves_nothing(decoder_folder, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_command_trains_on_refined_segments(decoder_folder, data, tmp_path):
+    command = ["finetune", "--data", str(data), "--limit", "4", "--refine", "1", "--decoder", str(decoder_folder)]
+    quick = [f"--set={name}={json.dumps(value)}" for name, value in (QUICK | {"ratios": [4]}).items()]
+    done = CliRunner().invoke(app, [*command, *quick, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert AdapterManifest.load(tmp_path / "out").compressor_settings["refine"] == 1
+    refused = CliRunner().invoke(app, [*command, "--store", str(tmp_path / "store")])
+    assert refused.exit_code == 2
+    assert "goes with --out" in refused.output
+
+
 # -- stores ---------------------------------------------------------------------------------------------------------
 
 
