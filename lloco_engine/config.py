@@ -182,13 +182,14 @@ class RefineConfig(Config):
     Args:
         steps: of Adam; 0 leaves a segment as it was fitted. The default is what ``auto`` stands for (docs/log.md).
         stretch: tokens of the chunk that a step reads; 0 reads all of it in every step.
-        keys, values, biases: size of the first step, falling linearly to nothing after the last.
+        keys, values, biases: size of the first step, falling linearly to nothing after the last. Values bear the
+            largest ones (docs/log.md).
     """
 
     steps: int = 8
     stretch: int = 128
     keys: float = 0.01
-    values: float = 0.01
+    values: float = 0.03
     biases: float = 0.01
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m lloco_engine.eval.refinement_curve FILE --passages 5 --chunks 1 --ratios 16,30 --runs 8:128,16:128,4:0
+    python -m lloco_engine.eval.refinement_curve FILE --passages 5 --chunks 1 --ratios 16,30 --runs 8:128,4:0,4:0:0.06
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lloco_engine.compress.attention_matching import AttentionMatching
@@ -95,12 +96,18 @@ class Curve:
 
 
 def _name(ratio: float, run: RefineConfig | None = None) -> str:
-    return f"{ratio:g}x fit" if run is None else f"{ratio:g}x {run.steps} steps of {run.stretch or 'all'}"
+    if run is None:
+        return f"{ratio:g}x fit"
+    rate = "" if run.values == RefineConfig.values else f", values {run.values:g}"
+    return f"{ratio:g}x {run.steps} steps of {run.stretch or 'all'}{rate}"
 
 
 def _runs(text: str) -> list[RefineConfig]:
-    pairs = [part.split(":") for part in text.split(",")]
-    return [RefineConfig(steps=int(steps), stretch=int(stretch)) for steps, stretch in pairs]
+    runs = []
+    for steps, stretch, *values in (part.split(":") for part in text.split(",")):
+        run = RefineConfig(steps=int(steps), stretch=int(stretch))
+        runs.append(replace(run, values=float(values[0])) if values else run)
+    return runs
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -112,7 +119,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--skip", type=int, default=0, help="documents to leave out at the beginning")
     parser.add_argument("--questions", type=int, default=6, help="most questions of a document")
     parser.add_argument("--ratios", default="16,32")
-    parser.add_argument("--runs", type=_runs, default=_runs("4:128,8:128,16:128"), help="steps:stretch, ...; 0 is all")
+    parser.add_argument(
+        "--runs",
+        type=_runs,
+        default=_runs("4:128,8:128,16:128"),
+        help="steps:stretch[:rate of values], ...; stretch 0: all",
+    )
     parser.add_argument("--decoder", default="embedded")
     given = parser.parse_args(None if arguments is None else list(arguments))
     curve = Curve(LocalDecoder.load(given.decoder), [float(ratio) for ratio in given.ratios.split(",")], given.runs)

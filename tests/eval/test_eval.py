@@ -227,8 +227,8 @@ def test_a_run_reads_refined_segments_where_it_is_asked_to(data, decoder, tmp_pa
     assert "refine" not in plain["config"]["compressor"]["settings"]
     assert refined["config"]["refine"] == refined["config"]["compressor"]["settings"]["refine"] == 2
     assert plain["results"][0]["loss"] != refined["results"][0]["loss"]
-    with pytest.raises(ConfigError, match="refine"):
-        run(config(data, refine=2), decoder=decoder)  # a compressor that has no such setting
+    with pytest.raises(ConfigError, match="compressor 'uncompressed'"):  # which has no such setting
+        run(config(data, refine=2), decoder=decoder)
 
 
 def test_loss_is_per_token_over_the_whole_set(data, decoder):

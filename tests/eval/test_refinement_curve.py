@@ -20,10 +20,10 @@ def test_every_row_is_what_the_decoder_says_of_it(tmp_path, tiny_folder, tiny_lo
     questions = [{"id": str(n), "question": q, "answers": [a]} for n, (q, a) in enumerate(ASKED)]
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"doc_id": "a", "title": "", "text": TEXT, "source": "", "questions": questions}))
-    options = ["--decoder", str(tiny_folder), "--chunks", "1", "--ratios", "8", "--runs", "2:32,1:0"]
+    options = ["--decoder", str(tiny_folder), "--chunks", "1", "--ratios", "8", "--runs", "2:32,1:0,1:0:0.5"]
     refinement_curve.main([str(data), *options])
     shown = capsys.readouterr().out
-    for name in ("none", "full", "8x fit", "8x 2 steps of 32", "8x 1 steps of all"):
+    for name in ("none", "full", "8x fit", "8x 2 steps of 32", "8x 1 steps of all", "8x 1 steps of all, values 0.5"):
         assert f"  {name} " in shown
     curve = refinement_curve.Curve(tiny_loaded, [8], refinement_curve._runs("2:32"))
     curve.add(TEXT, ASKED)
