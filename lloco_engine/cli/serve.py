@@ -1,4 +1,4 @@
-"""``lloco serve`` and ``lloco keys``: a store behind an address, and who may ask it."""
+"""``lloco serve``, ``lloco mcp`` and ``lloco keys``: a store behind an address, and who may ask it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ KeysFile = Annotated[Path, typer.Option("--keys", envvar="LLOCO_KEYS", metavar="
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command()(serve)
+    app.command("mcp")(tools)
     keys = typer.Typer(no_args_is_help=True, help="Keys: who may ask a server, for which tenant.")
     keys.command("add")(add)
     keys.command("list")(show)
@@ -102,6 +103,50 @@ def serve(
             limits=allowed,
             say=lambda text: typer.echo(text, err=True),
         )
+
+
+def tools(
+    store: StoreDir = Path("lloco-store"),
+    http: Annotated[bool, typer.Option("--http", help="Listen at an address instead of standard input.")] = False,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="With --http: where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="With --http; 0: one that is free.")] = 8001,
+    keys: Keys = None,
+    write: Annotated[bool, typer.Option("--write", help="Tools that add and delete documents, too.")] = False,
+    tenant: Tenant = "",
+    decoder: Decoder = None,
+    compressor: CompressorName = None,
+    template: TemplateName = None,
+    embedder: Embedder = None,
+    device: Device = None,
+) -> None:
+    """Give a store to agents as tools, by the Model Context Protocol.
+
+    Tools: search, ask and list_documents, which only read; with --write also
+    add_document and delete_document. An agent starts the command itself and
+    talks to it over standard input and output; with --http it listens at
+    /mcp (streamable HTTP). Needs the extra 'serve'.
+
+    \b
+    Examples:
+      lloco mcp --store lloco-store
+      lloco mcp --store lloco-store --tenant acme --write
+      lloco mcp --http --port 8001
+      lloco mcp --http --host 0.0.0.0 --keys keys.json
+    """
+    _need("mcp", "serve")
+    from lloco_engine.serve.running import check_address
+    from lloco_engine.serve.tools import run_http, run_stdio
+
+    if keys is not None and (tenant or not http):
+        raise typer.BadParameter("--keys is for --http, and each key has its own tenant; leave --tenant out, or --keys")
+    known = check_address(host, keys) if http else None
+    models: dict[str, Any] = {"decoder": decoder, "compressor": compressor, "template": template, "embedder": embedder}
+    with factory.open_engine(store, device=device, **models) as engine:
+        shared: dict[str, Any] = {"tenant": tenant, "write": write, "say": lambda text: typer.echo(text, err=True)}
+        if http:
+            run_http(engine, host=host, port=port, keys=known, **shared)
+        else:
+            run_stdio(engine, **shared)
 
 
 def add(

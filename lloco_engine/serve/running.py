@@ -16,7 +16,7 @@ from lloco_engine.serve.gate import is_loopback
 from lloco_engine.serve.keys import KeyFile
 from lloco_engine.serve.limits import Limits
 
-__all__ = ["check_address", "run", "uvicorn_config"]
+__all__ = ["ServerThatSays", "check_address", "run", "uvicorn_config"]
 
 _GRACE_S = 60  # for answers that are being made when the server is told to stop
 
@@ -84,22 +84,26 @@ def run(
     _ = engine.embedder.dim, engine.decoder
     say(f"loaded in {time.perf_counter() - began:.1f} s")
     app = create_app(engine, keys=keys, tenant=tenant, limits=limits)
-    _Server(uvicorn_config(app, host, port), say).run()
+    ServerThatSays(uvicorn_config(app, host, port), say, "{address} (the page), {address}/v1 (the API)").run()
     say("stopped")
 
 
-class _Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+class ServerThatSays(uvicorn.Server):
+    """Says where it listens, once it does.
 
-    def __init__(self, config: uvicorn.Config, say: Callable[[str], None]) -> None:
+    Args:
+        config: of uvicorn.
+        say: told so.
+        what: is there; ``{address}`` stands for the address.
+    """
+
+    def __init__(self, config: uvicorn.Config, say: Callable[[str], None], what: str) -> None:
         super().__init__(config)
-        self._say = say
+        self._say, self._what = say, what
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            self._say(
-                f"listening on http://{shown}:{port} (the page), http://{shown}:{port}/v1 (the API); Ctrl-C stops"
-            )
+            self._say(f"listening on {self._what.format(address=f'http://{shown}:{port}')}; Ctrl-C stops")

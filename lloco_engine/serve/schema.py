@@ -43,6 +43,10 @@ _NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+# What one request may ask of the machine, which its limits in the engine do not say.
+_MOST = {"beams": 8, "top_k": 256, "neighbours": 64}
+
+
 class TextPart(BaseModel):
     """A part of a message. Other kinds than text are refused."""
 
@@ -100,10 +104,8 @@ def _hint(kind: Any) -> Any:
 
 def _field(one: Setting[Any], kind: Any) -> tuple[Any, Any]:
     said = one.metadata
-    bounded = _hint(kind) not in (bool, str)
-    bounds: dict[str, Any] = (
-        {"ge": said.get("least"), "le": said.get("most")} if bounded and get_origin(kind) is not tuple else {}
-    )
+    most = _MOST.get(one.name, said.get("most"))
+    bounds: dict[str, Any] = {"ge": said["least"], "le": most} if "least" in said else {}
     return _hint(kind) | None, Field(None, description=said["help"], **bounds)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from lloco_engine import Engine
 from lloco_engine.serve.app import create_app
 from lloco_engine.serve.running import uvicorn_config
 
-Serving = Callable[..., AbstractContextManager[str]]
-
 
 @contextmanager
-def serving(engine: Engine, **options: Any) -> Iterator[str]:
+def listening(app: Any) -> Iterator[str]:
     """The address of a server in a thread, while the block runs; it stops as a process that is told to does."""
-    server = uvicorn.Server(uvicorn_config(create_app(engine, **options), "127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn_config(app, "127.0.0.1", 0))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -58,7 +56,7 @@ def engine(empty_store) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def address(engine) -> Iterator[str]:
     """A server without keys."""
-    with serving(engine) as where:
+    with listening(create_app(engine)) as where:
         yield where
 
 
@@ -77,10 +75,10 @@ def client(address) -> Iterator[OpenAI]:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
+def listen() -> Iterator[Callable[[Any], str]]:
     """Starts servers that stop with the test."""
     with ExitStack() as held:
-        yield lambda engine, **options: held.enter_context(serving(engine, **options))
+        yield lambda app: held.enter_context(listening(app))
 
 
 @pytest.fixture
