@@ -49,6 +49,7 @@ async def ready(door: TheDoor) -> dict[str, str]:
 @_health.get("/metrics", response_class=Response)
 def metrics(door: TheDoor) -> Response:
     """Figures of the whole server, as Prometheus reads them."""
+    door.metrics.cached(*door.engine.store.held_segments())
     return Response(door.metrics.text(), media_type=CONTENT_TYPE)
 
 

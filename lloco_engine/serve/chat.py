@@ -6,12 +6,13 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from lloco_engine.engine import AsyncAnswerStream
 from lloco_engine.serve.answers import api_usage, citations, lloco_field
@@ -21,7 +22,7 @@ from lloco_engine.serve.errors import ClientGone, api_error_of, body_of, not_fou
 from lloco_engine.serve.schema import ChatRequest
 from lloco_engine.types import Answer
 
-__all__ = ["event", "router", "unless_gone"]
+__all__ = ["EventStream", "event", "router", "unless_gone"]
 
 router = APIRouter(prefix="/v1", tags=["chat"])
 _T = TypeVar("_T")
@@ -62,7 +63,25 @@ async def chat(body: ChatRequest, request: Request, door: TheDoor, caller: Asker
         first = await unless_gone(request, anext(stream, None), door)
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         events = _events(head, stream, first, with_usage, door, held.pop_all())
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return EventStream(events)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However the answer ends, what its generator holds is let go at once, not later.
+
+    Args:
+        events: of `event`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
 
 
 async def unless_gone(request: Request, work: Awaitable[_T], door: Door) -> _T:
@@ -118,7 +137,7 @@ async def _events(
     with_usage: bool,
     door: Door,
     held: AsyncExitStack,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The events of an answer whose first piece is there (None: it is empty). ``held`` is let go at its end."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from lloco_engine.comparing import beside
 from lloco_engine.engine import AnswerStream, AsyncAnswerStream
@@ -16,7 +16,7 @@ from lloco_engine.errors import LLoCOError
 from lloco_engine.request import AskRequest
 from lloco_engine.serve.answers import source, usage
 from lloco_engine.serve.asking import compare_request
-from lloco_engine.serve.chat import event, unless_gone
+from lloco_engine.serve.chat import EventStream, event, unless_gone
 from lloco_engine.serve.door import Asker, Door, TheDoor
 from lloco_engine.serve.errors import api_error_of, body_of
 from lloco_engine.serve.schema import CompareRequest
@@ -27,7 +27,7 @@ __all__ = ["router"]
 router = APIRouter(prefix="/lloco", tags=["chat"])
 
 
-@router.post("/compare", response_class=StreamingResponse)
+@router.post("/compare", response_class=EventStream)
 async def compare(body: CompareRequest, request: Request, door: TheDoor, caller: Asker) -> Response:
     """Answer from memories, then from the retrieved text, then from whole documents in context, as server-sent events
     that are named by the method."""
@@ -37,12 +37,12 @@ async def compare(body: CompareRequest, request: Request, door: TheDoor, caller:
         ours = await held.enter_async_context(door.engine.astream(asked))
         first = await unless_gone(request, anext(ours, None), door)
         events = _events(asked, ours, first, door, held.pop_all())
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return EventStream(events)
 
 
 async def _events(
     asked: AskRequest, ours: AsyncAnswerStream, first: str | None, door: Door, held: AsyncExitStack
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     async with held:
         try:
             if first is not None:
@@ -54,14 +54,15 @@ async def _events(
             yield event({"final": _final(answer)}, "lloco")
             others = await asyncio.to_thread(beside, door.engine, asked, answer)
             for name in ("text_retrieval", "in_context"):
-                async for one in _method(others[name]):
-                    yield event(one, name)
+                async with aclosing(_method(others[name])) as method:
+                    async for one in method:
+                        yield event(one, name)
             yield event({}, "done")
         except Exception as error:
             yield event(body_of(api_error_of(error)), "error")
 
 
-async def _method(start: Callable[[], AnswerStream]) -> AsyncIterator[dict[str, Any]]:
+async def _method(start: Callable[[], AnswerStream]) -> AsyncGenerator[dict[str, Any], None]:
     """The pieces of one method, and what it cost; what it is refused for is its own."""
     async with AsyncAnswerStream(start) as stream:
         try:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lloco_engine.config import Config
 from lloco_engine.errors import ConfigError
 from lloco_engine.serve.errors import APIError
 
-__all__ = ["Admission", "Limits"]
+__all__ = ["Admission", "Limits", "Place"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,12 @@ class Admission:
         self._changed = changed
         self.answered = self.waiting = 0
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place, when one is free.
+    def place(self) -> Place:
+        """A place to enter, when one is free: ``async with admission.place()``."""
+        return Place(self)
+
+    async def take(self) -> None:
+        """Take a place, when one is free.
 
         Raises:
             APIError: the queue is full (429).
@@ -84,12 +86,25 @@ class Admission:
             self._tell()
         self.answered += 1
         self._tell()
-        try:
-            yield
-        finally:
-            self.answered -= 1
-            self._places.release()
-            self._tell()
+
+    def give_back(self) -> None:
+        """Let the next one have a place that was taken."""
+        self.answered -= 1
+        self._places.release()
+        self._tell()
 
     def _tell(self) -> None:
         self._changed(self.answered, self.waiting)
+
+
+class Place:
+    """A place while a block runs. No generator: one that ends in another's end is not sure to end in time."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    async def __aenter__(self) -> None:
+        await self._admission.take()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._admission.give_back()

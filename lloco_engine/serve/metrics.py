@@ -36,13 +36,18 @@ class Metrics:
         self.ingested = Counter("lloco_ingests", "Files by what became of them.", ("status",), registry=registry)
         self.ingest_tokens = Counter("lloco_ingest_tokens", "Tokens that were compressed.", registry=registry)
         self.ingest_s = Counter("lloco_ingest_seconds", "Seconds of compressing.", registry=registry)
-        self.cached_bytes = Gauge("lloco_segment_cache_bytes", "Segments held in memory.", registry=registry)
-        self.cached_segments = Gauge("lloco_segment_cache_segments", "Segments held in memory.", registry=registry)
+        self.cached_bytes = Gauge("lloco_segment_cache_bytes", "Of segments held in memory.", registry=registry)
+        self.cached_segments = Gauge("lloco_segment_cache_segments", "How many.", registry=registry)
 
     def load(self, answered: int, waiting: int) -> None:
         """How many questions are answered and wait now."""
         self.answering.set(answered)
         self.waiting.set(waiting)
+
+    def cached(self, segments: int, size: int) -> None:
+        """How many segments are held in memory now, and their bytes."""
+        self.cached_segments.set(segments)
+        self.cached_bytes.set(size)
 
     def answered(self, answer: Answer) -> None:
         """An answer was made."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import uvicorn
 
 from lloco_engine.engine import Engine
-from lloco_engine.errors import ConfigError
+from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.serve import logs
 from lloco_engine.serve.app import create_app
 from lloco_engine.serve.gate import is_loopback
 from lloco_engine.serve.keys import KeyFile
 from lloco_engine.serve.limits import Limits
 
-__all__ = ["ServerThatSays", "check_address", "run", "uvicorn_config"]
+__all__ = ["ServerThatSays", "check_address", "listening", "run", "serving", "uvicorn_config"]
 
 _GRACE_S = 60  # for answers that are being made when the server is told to stop
 
@@ -86,6 +88,28 @@ def run(
     app = create_app(engine, keys=keys, tenant=tenant, limits=limits)
     ServerThatSays(uvicorn_config(app, host, port), say, "{address} (the page), {address}/v1 (the API)").run()
     say("stopped")
+
+
+@contextmanager
+def listening(app: object) -> Iterator[str]:
+    """The address of an application that is served in a thread while the block runs, on this machine alone."""
+    server = uvicorn.Server(uvicorn_config(app, "127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, name="lloco-serve", daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise LLoCOError("the server could not start; its log says why")
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def serving(engine: Engine, *, tenant: str = "", limits: Limits | None = None) -> AbstractContextManager[str]:
+    """A server beside a program's own work, ``with serving(engine) as address``; arguments are as for `create_app`."""
+    return listening(create_app(engine, tenant=tenant, limits=limits))
 
 
 class ServerThatSays(uvicorn.Server):

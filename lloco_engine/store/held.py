@@ -49,6 +49,11 @@ class HeldSegments:
             self._keep(segment_id, identity, segment)
         return segment
 
+    def sizes(self) -> tuple[int, int]:
+        """How many segments are held, and their bytes."""
+        with self._lock:
+            return len(self._held), self._bytes
+
     def forget(self) -> None:
         """Hold nothing, so that the next use reads and checks files again."""
         with self._lock:

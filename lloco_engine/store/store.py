@@ -417,6 +417,10 @@ class Store:
         """How good a segment's refinement made it; None where it was not refined. Raises as `load_segment`."""
         return getattr(self.load_segment(segment_id), "divergence", None)
 
+    def held_segments(self) -> tuple[int, int]:
+        """How many segments are kept in memory, and their bytes."""
+        return self._held.sizes()
+
     def forget_segments(self) -> None:
         """Let go of the segments kept in memory: the next use reads and checks their files again."""
         self._held.forget()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +12,10 @@ import pytest
 pytest.importorskip("fastapi")
 import httpx
 import serve_cases
-import uvicorn
 from openai import OpenAI
 
 from lloco_engine import Engine
-from lloco_engine.serve.app import create_app
-from lloco_engine.serve.running import uvicorn_config
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """The address of a server in a thread, while the block runs; it stops as a process that is told to does."""
-    server = uvicorn.Server(uvicorn_config(app, "127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
-        assert not thread.is_alive(), "the server did not stop"
+from lloco_engine.serve.running import listening, serving
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +35,7 @@ def engine(empty_store) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def address(engine) -> Iterator[str]:
     """A server without keys."""
-    with listening(create_app(engine)) as where:
+    with serving(engine) as where:
         yield where
 
 

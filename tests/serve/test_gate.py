@@ -21,7 +21,7 @@ from lloco_engine.serve import logs
 from lloco_engine.serve.app import create_app
 from lloco_engine.serve.keys import Caller, KeyFile
 from lloco_engine.serve.limits import Limits
-from lloco_engine.serve.running import check_address
+from lloco_engine.serve.running import check_address, serving
 
 CHAT = {"model": "lloco", "messages": user(QUESTION), "max_tokens": 4}
 
@@ -303,8 +303,6 @@ def test_a_client_that_reads_nothing_gives_its_place_up(filled, listen, monkeypa
 
 
 def test_a_server_that_is_told_to_stop_finishes_its_answers(filled, monkeypatch):
-    from conftest import listening
-
     real, begun, go = filled.stream, threading.Event(), threading.Event()
 
     def slow(*args, **options):
@@ -315,7 +313,7 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(filled, monkeypatch)
     own = filled.ask(QUESTION, max_new_tokens=4).text
     monkeypatch.setattr(filled, "stream", slow)
     got: list[httpx.Response] = []
-    with listening(create_app(filled)) as address:
+    with serving(filled) as address:
         asking = threading.Thread(
             target=lambda: got.append(httpx.post(f"{address}/v1/chat/completions", json=CHAT, timeout=30))
         )
