@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 
 from lloco_engine.comparing import beside
 from lloco_engine.engine import AnswerStream, AsyncAnswerStream
@@ -27,7 +27,7 @@ __all__ = ["router"]
 router = APIRouter(prefix="/lloco", tags=["chat"])
 
 
-@router.post("/compare", response_class=EventStream)
+@router.post("/compare", response_class=StreamingResponse)
 async def compare(body: CompareRequest, request: Request, door: TheDoor, caller: Asker) -> Response:
     """Answer from memories, then from the retrieved text, then from whole documents in context, as server-sent events
     that are named by the method."""
