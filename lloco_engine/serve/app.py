@@ -75,17 +75,19 @@ def create_app(engine: Engine, *, keys: KeyFile | None = None, tenant: str = "",
         limits: of requests.
 
     Raises:
-        StoreError: another server has the store.
+        StoreError: another server has the store, or its folder cannot be written to.
     """
     limits = limits or Limits()
     figures = Metrics()
     folder = engine.store.path / "serve"
-    folder.mkdir(exist_ok=True)
     held = FileLock(folder / "lock")
     try:
+        folder.mkdir(exist_ok=True)
         held.acquire(timeout=0)
     except Timeout:
         raise StoreError(f"a store has one server at a time, and another serves {engine.store.path}; stop it") from None
+    except OSError as error:
+        raise StoreError(f"a server keeps uploads in {folder}, and cannot write there: {error.strerror}") from error
     records = Records(folder / "records.sqlite")
     uploads = Uploads(folder / "files", records)
     read = ReadConfig(max_bytes=limits.upload_bytes)

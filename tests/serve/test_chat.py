@@ -11,6 +11,9 @@ import pytest
 from openai import AsyncOpenAI
 from serve_cases import CRANES, QUESTION, user
 
+from lloco_engine.serve.asking import chat_request
+from lloco_engine.serve.errors import APIError
+from lloco_engine.serve.schema import ChatRequest
 from lloco_engine.types import Turn
 
 
@@ -23,6 +26,15 @@ def test_models_are_the_base_and_the_adapters(client):
     assert client.models.retrieve("lloco").owned_by == "lloco"
     with pytest.raises(openai.NotFoundError, match="there is lloco, lloco:none"):
         client.models.retrieve("gpt-4")
+
+
+def test_a_group_with_an_adapter_is_a_model(client, engine, monkeypatch):
+    monkeypatch.setattr(engine.adapters.registry, "groups", lambda tenant: ["law"] if tenant == "" else [])
+    assert "lloco:law" in [model.id for model in client.models.list()]
+    body = ChatRequest(model="lloco:law", messages=user(QUESTION))
+    assert chat_request(engine, body, "", 1000).adapter == "law"
+    with pytest.raises(APIError, match="a model must be one of lloco, lloco:none, not 'lloco:law'"):
+        chat_request(engine, body, "other", 1000)
 
 
 @pytest.mark.parametrize(
