@@ -80,7 +80,7 @@ def create_app(engine: Engine, *, keys: KeyFile | None = None, tenant: str = "",
     limits = limits or Limits()
     figures = Metrics()
     folder = engine.store.path / "serve"
-    held = FileLock(folder / "lock")
+    held = FileLock(folder / "lock", thread_local=False)  # a server may stop in another thread than it began in
     try:
         folder.mkdir(exist_ok=True)
         held.acquire(timeout=0)

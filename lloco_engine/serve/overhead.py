@@ -1,4 +1,4 @@
-"""What HTTP adds to the first token: the engine's own and the server's, measured in turn in one process.
+"""What HTTP adds to the first token: the engine's own and the server's, measured in turn in one run.
 
 ``python -m lloco_engine.serve.overhead STORE QUESTION`` prints medians in milliseconds as JSON.
 """
@@ -7,21 +7,33 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Sequence
-
-import uvicorn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lloco_engine.engine import Engine
-from lloco_engine.serve.app import create_app
-from lloco_engine.serve.running import uvicorn_config
+from lloco_engine.errors import LLoCOError
+from lloco_engine.serve.running import serving
 
 __all__ = ["measure"]
 
 _TOKENS = 4
+_CLIENT = """
+import json, sys, time, urllib.request
+address, question, tokens = sys.argv[1:]
+said = [{"role": "user", "content": question}]
+body = {"model": "lloco", "messages": said, "stream": True, "max_tokens": int(tokens)}
+request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+for _ in sys.stdin:
+    began, took = time.perf_counter(), 0.0
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        for line in answer:
+            if not took and b'"delta": {"content"' in line:
+                took = time.perf_counter() - began
+    print(took, flush=True)
+"""
 
 
 def measure(engine: Engine, question: str, rounds: int = 50) -> dict[str, float]:
@@ -35,18 +47,9 @@ def measure(engine: Engine, question: str, rounds: int = 50) -> dict[str, float]
     Returns:
         medians of both, and the median of the differences within a round.
     """
-    server = uvicorn.Server(uvicorn_config(create_app(engine), "127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        _engine(engine, question), _http(port, question)  # warm
-        both = [(_engine(engine, question), _http(port, question)) for _ in range(rounds)]
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serving(engine) as address, _client(address, question) as ask:
+        _engine(engine, question), ask()  # warm
+        both = [(_engine(engine, question), ask()) for _ in range(rounds)]
     own, served = zip(*both, strict=True)
     difference = statistics.median(after - before for before, after in both)
     made = {"engine_ms": statistics.median(own), "http_ms": statistics.median(served), "difference_ms": difference}
@@ -63,24 +66,24 @@ def _engine(engine: Engine, question: str) -> float:
     return took
 
 
-def _http(port: int, question: str) -> float:
-    body = {
-        "model": "lloco",
-        "messages": [{"role": "user", "content": question}],
-        "stream": True,
-        "max_tokens": _TOKENS,
-    }
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    began, took = time.perf_counter(), 0.0
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        for line in answer:
-            if not took and b'"delta": {"content"' in line:
-                took = time.perf_counter() - began
-    return took
+@contextmanager
+def _client(address: str, question: str) -> Iterator[Callable[[], float]]:
+    """What asks once and gives the seconds: a process of its own, as clients are."""
+    arguments = [sys.executable, "-c", _CLIENT, f"{address}/v1/chat/completions", question, str(_TOKENS)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as made:
+        asks, told = made.stdin, made.stdout
+        if asks is None or told is None:
+            raise LLoCOError("the client has no pipes")
+
+        def ask() -> float:
+            asks.write("\n")
+            asks.flush()
+            return float(told.readline())
+
+        try:
+            yield ask
+        finally:
+            asks.close()
 
 
 def main(arguments: Sequence[str]) -> None:
