@@ -99,9 +99,10 @@ async def unless_gone(request: Request, work: Awaitable[_T], door: Door) -> _T:
         door.metrics.abandoned.inc()
         raise ClientGone("the client went away before its answer was made")
     finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from lloco_engine.engine import Engine
 from lloco_engine.errors import LLoCOError
-from lloco_engine.serve.running import serving
+from lloco_engine.serve.running import serving, take_turns
 
 __all__ = ["measure"]
 
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure a store."""
     if len(arguments) != 2:
         sys.exit("usage: python -m lloco_engine.serve.overhead STORE QUESTION")
+    take_turns()  # as `lloco serve` has it
     with Engine.open(arguments[0], create=False) as engine:
         print(json.dumps(measure(engine, arguments[1])))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from lloco_engine.serve.gate import is_loopback
 from lloco_engine.serve.keys import KeyFile
 from lloco_engine.serve.limits import Limits
 
-__all__ = ["ServerThatSays", "check_address", "listening", "run", "serving", "uvicorn_config"]
+__all__ = ["ServerThatSays", "check_address", "listening", "run", "serving", "take_turns", "uvicorn_config"]
 
 _GRACE_S = 60  # for answers that are being made when the server is told to stop
 
@@ -81,6 +82,7 @@ def run(
         say: told what is being done, for a person.
     """
     logs.install()
+    take_turns()
     began = time.perf_counter()
     say("loading the decoder and the search embedder ...")
     _ = engine.embedder.dim, engine.decoder
@@ -88,6 +90,12 @@ def run(
     app = create_app(engine, keys=keys, tenant=tenant, limits=limits)
     ServerThatSays(uvicorn_config(app, host, port), say, "{address} (the page), {address}/v1 (the API)").run()
     say("stopped")
+
+
+def take_turns() -> None:
+    """Have the process's threads take turns more often than Python does by itself, every 5 ms: the thread that sends
+    pieces waits for those that make them."""
+    sys.setswitchinterval(0.0005)
 
 
 @contextmanager
