@@ -23,7 +23,8 @@ DATA = Path(os.environ.get("LLOCO_DATA", Path(__file__).parents[2] / "shared" / 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How much the trials of tests/torture try."""
+    """How much the trials of tests/torture try, and where pictures of the server's page go."""
+    parser.addoption("--screenshots", metavar="FOLDER", help="write what the browser's tests see")
     group = parser.getgroup("torture")
     group.addoption("--seed", type=int, default=0, help="of everything that is drawn in tests/torture")
     for name, count, what in (
