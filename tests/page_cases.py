@@ -12,7 +12,7 @@ FOXES = Document(
     "🦊🦊🦊 " + " ".join(f"The fox number {number} {MARKUP} ate &lt;b&gt;cheese&lt;/b&gt;." for number in range(9)),
     title=f"Foxes {MARKUP}",
     source=f"{MARKUP}.md",
-    metadata={"group": MARKUP},
+    metadata={"group": "<img src=x onerror='window.ran=3'>"},
 )
 _LEAF = "The lock of gate number seven was oiled by Ida Moor. "
 LOCKS = Document(

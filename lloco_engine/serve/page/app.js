@@ -60,6 +60,7 @@ async function askForKey(problem) {
 
 let again = 0;
 
+/** Shows what the server has now; the store's totals, null where the server gives none. */
 async function refresh() {
   clearTimeout(again);
   try {
@@ -71,6 +72,7 @@ async function refresh() {
     documents.showDocuments(listed, groups);
     uploads.limits(store);
     $("groups").replaceChildren(...groups.filter(({ id }) => id !== "default").map(({ id, name }) => el("option", { value: name || id })));
+    return store;
   } catch (error) {
     if (error instanceof api.Unreachable) {
       $("offline").hidden = false;
@@ -80,6 +82,7 @@ async function refresh() {
       $("welcome-lead").textContent = error.message;
       documents.showProblem(error);
     }
+    return null;
   }
 }
 
@@ -98,4 +101,5 @@ window.addEventListener("offline", refresh);
 ask.start();
 documents.start(refresh);
 route();
-refresh().then(() => uploads.start(refresh));
+uploads.start(refresh);
+refresh().then((store) => store?.in_progress && uploads.resume());

@@ -71,7 +71,7 @@ function take(files) {
 }
 
 /** Show what is being compressed already: sent before the page was loaded, or by somebody else. */
-async function resume() {
+export async function resume() {
   for (const { id, group, name } of await api.underWay()) {
     const upload = new Upload(name);
     upload.id = id;
@@ -106,5 +106,4 @@ export function start(whenChanged) {
     over(false);
     if (!$("page-documents").hidden && !drop.hidden) take([...event.dataTransfer.files]);
   });
-  resume().catch(() => {}); // what is under way is told by the store's refresh too
 }

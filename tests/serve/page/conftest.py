@@ -1,5 +1,5 @@
-"""A real browser before a real server. Whatever a test does, the page keeps to its content security policy, asks no other
-host and raises no error."""
+"""A real browser before a real server. Whatever a test does, the page keeps to its content security policy, asks no
+other host and raises no error."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright
 pytest.importorskip("axe_playwright_python", reason="needs axe-core: pip install 'lloco[dev]'")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright.expect.set_options(timeout=20_000)
 WIDTHS = {"desk": (1280, 860), "phone": (390, 844)}
 Opens = Callable[..., "playwright.Page"]
 
@@ -33,6 +34,7 @@ def engine(empty_store) -> Iterator[Engine]:
     """An engine with documents of pages, of markup and of neither."""
     with empty_store() as made:
         made.ingest([serve_cases.PUMPS, serve_cases.CRANES, FOXES, LOCKS])
+        made.ask(serve_cases.QUESTION, max_new_tokens=1)  # compiles the kernel, where that has never been done
         yield made
 
 

@@ -50,7 +50,7 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(opens, theme, wi
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Start over").click()
     ask(page, serve_cases.QUESTION, mode="Beside text")
-    expect(page.locator(".measures > div")).to_have_count(12)
+    expect(page.locator(".columns .measures > div")).to_have_count(12)
     answered(page)
     look("4-beside")
     page.get_by_role("link", name="Documents").click()
