@@ -7,6 +7,7 @@ const SHOWN = 100; // documents listed at once
 
 let all = [];
 let groupNames = new Map();
+let rows = new Map(); // what is listed, by what is said of it: a row that is the same stays, and so does the focus in it
 let shown = SHOWN;
 let readOnly = false;
 let changed = async () => {};
@@ -78,6 +79,11 @@ function row(document) {
   return made;
 }
 
+function rowOf(document) {
+  const said = JSON.stringify([document, readOnly, groupNames.get(document.vector_store_id)]);
+  return [said, rows.get(said) ?? row(document)];
+}
+
 function list() {
   const wanted = $("find").value.trim().toLowerCase();
   const found = all.filter((document) => `${document.title} ${document.source} ${document.id}`.toLowerCase().includes(wanted));
@@ -87,7 +93,10 @@ function list() {
   box.setAttribute("aria-busy", "false");
   if (!all.length) return box.replaceChildren(el("p.empty", {}, "Nothing here yet. What you add is listed with what it costs."));
   if (!found.length) return box.replaceChildren(el("p.empty", {}, "No document has this in its name."));
-  box.replaceChildren(el("ul.documents", {}, ...found.slice(0, shown).map(row)));
+  const focused = document.activeElement;
+  rows = new Map(found.slice(0, shown).map(rowOf));
+  box.replaceChildren(el("ul.documents", {}, ...rows.values()));
+  if (box.contains(focused)) focused.focus({ preventScroll: true });
   if (found.length > shown) {
     box.append(el("button.more", { type: "button", onclick: () => { shown += SHOWN; list(); } }, `Show more of ${count(found.length)}`));
   }
