@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import threading
 
 import httpx
 import pytest
@@ -11,6 +13,7 @@ import serve_cases
 from page_cases import FOXES
 from playwright.sync_api import Page, expect
 
+from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.serve.keys import KeyFile
 from lloco_engine.serve.limits import Limits
 
@@ -141,16 +144,25 @@ def test_three_ways_stand_beside_each_other_with_what_they_cost(page, picture):
     picture(page, "beside")
 
 
-def test_files_are_sent_compressed_listed_and_deleted(opens, engine, tmp_path, picture):
+def test_files_are_sent_compressed_listed_and_deleted(opens, engine, tmp_path, picture, monkeypatch):
+    made, seen, make = itertools.count(), threading.Event(), Uncompressed.make
+
+    def after_two_segments_wait(*args):
+        if next(made) == 2:
+            seen.wait(30)
+        return make(*args)
+
+    monkeypatch.setattr(Uncompressed, "make", after_two_segments_wait)
     page = opens("#/documents")
     mills = tmp_path / "mills.md"
-    mills.write_text("# Mills\n\n" + "The mill of Ondra has nine wheels. " * 300)
+    mills.write_text("# Mills\n\n" + "The mill of Ondra has nine wheels. " * 60)
     broken = tmp_path / "broken.pdf"
     broken.write_bytes(b"no pdf")
     page.get_by_label("Group").fill("water")
     page.locator("#files").set_input_files([mills, broken])
-    page.get_by_text(re.compile(r"Compressing, \d+ of \d+ segments")).wait_for()
+    page.get_by_text(re.compile(r"Compressing, 2 of \d\d segments")).wait_for()
     picture(page, "uploading")
+    seen.set()
     row = page.locator(".document", has_text="mills.md")
     expect(row).to_contain_text("water")
     expect(page.locator(".upload .problem")).to_contain_text("the PDF is damaged")
