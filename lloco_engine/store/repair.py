@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,21 +140,17 @@ def _keep_beside(layout: Layout) -> Path:
     """Give the catalogue a second name, so that another can take its place; its log and index go."""
     aside = _aside(layout.catalogue)
     for suffix in _FILES:
-        with suppress(FileNotFoundError):
-            _second_name(Path(f"{layout.catalogue}{suffix}"), Path(f"{aside}{suffix}"))
+        file, other = Path(f"{layout.catalogue}{suffix}"), Path(f"{aside}{suffix}")
+        try:
+            os.link(file, other)
+        except FileNotFoundError:
+            continue
+        except OSError:  # a file system without links
+            write_atomic(other, file.read_bytes(), layout.temporary)
     for suffix in _FILES[1:]:  # of what has the name now: to another catalogue they would be another's log
         Path(f"{layout.catalogue}{suffix}").unlink(missing_ok=True)
     remove_index_files(layout)
     return aside
-
-
-def _second_name(file: Path, other: Path) -> None:
-    try:
-        os.link(file, other)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without links
-        shutil.copyfile(file, other)
 
 
 def _set_aside(layout: Layout) -> Path:

@@ -192,8 +192,7 @@ def test_a_repair_that_is_cut_off_anywhere_loses_nothing(path, tmp_path, monkeyp
     done = 0
     for fatal in range(100):
         place, left = shutil.copytree(path, tmp_path / str(fatal)), [fatal]
-        with closing(sqlite3.connect(place / "catalogue.sqlite")) as connection, connection:
-            connection.execute("DELETE FROM words_data WHERE id > 10")
+        damage_word_index(place)
         with monkeypatch.context() as patch:
             for name in ("link", "replace", "unlink"):
                 patch.setattr(os, name, cut_off(getattr(os, name), left))
@@ -209,6 +208,21 @@ def test_a_repair_that_is_cut_off_anywhere_loses_nothing(path, tmp_path, monkeyp
         if done:
             break
     assert fatal > 4
+
+
+def test_a_repair_keeps_the_damaged_catalogue_where_there_are_no_links(path, monkeypatch):
+    damage_word_index(path)
+    damaged = (path / "catalogue.sqlite").read_bytes()
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    Store.repair(path)
+    (kept,) = path.glob("catalogue.sqlite.damaged-*")
+    assert kept.read_bytes() == damaged
+    assert Store.verify_path(path) == []
+
+
+def damage_word_index(path):
+    with closing(sqlite3.connect(path / "catalogue.sqlite")) as connection, connection:
+        connection.execute("DELETE FROM words_data WHERE id > 10")
 
 
 def cut_off(work, left):
