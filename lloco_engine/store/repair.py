@@ -141,10 +141,10 @@ def _keep_beside(layout: Layout) -> Path:
     aside = _aside(layout.catalogue)
     for suffix in _FILES:
         file, other = Path(f"{layout.catalogue}{suffix}"), Path(f"{aside}{suffix}")
+        if not file.exists():
+            continue
         try:
             os.link(file, other)
-        except FileNotFoundError:
-            continue
         except OSError:  # a file system without links
             write_atomic(other, file.read_bytes(), layout.temporary)
     for suffix in _FILES[1:]:  # of what has the name now: to another catalogue they would be another's log
