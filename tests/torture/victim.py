@@ -15,6 +15,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import NoReturn
 
 from changes import AT_REST, OFTEN, Change, Expected, Site, actual, drawn
@@ -109,19 +109,20 @@ class Victim:
         self._site, self._rng = site, rng
         self._expected = Expected()
         self._again: list[Change] = []
-        self._took: dict[str, list[tuple[float, int]]] = {}  # by kind: seconds and marks of each that was not cut off
+        self._took: dict[str, list[tuple[float, str]]] = {}  # by kind: seconds and marks of each that was not cut off
 
     def trial(self) -> dict[str, str]:
         """Make changes, kill in the last, look at the store."""
         last = drawn(self._rng, self._expected, OFTEN | AT_REST)
         changes = [*self._again, last]
+        shutil.rmtree(self._site.copy, ignore_errors=True)
         told, _, problem = self._killed(changes).partition("!")
         parts = re.split("(?=S)", told)[1:]
         for change, part in zip(changes, parts, strict=False):
             if "E" in part:
                 self._expected.take(change)
                 marks, micros = part.split("E")
-                self._took.setdefault(change[0], []).append((int(micros) / 1e6, len(marks)))
+                self._took.setdefault(change[0], []).append((int(micros) / 1e6, marks))
         done = told.count("E")
         self._again = changes[done:]
         try:
@@ -132,19 +133,19 @@ class Victim:
 
     def _killed(self, changes: list[Change]) -> str:
         """What a child said of its work before it was killed in the last change, or what went wrong after a !."""
-        took = self._took.get(changes[-1][0], [(0.05, 50)])[-9:]
-        seconds, marks = (self._rng.random() * 1.05 * median(column) for column in zip(*took, strict=True))
-        by_mark = self._rng.random() < 0.5
+        seconds, marks = self._rng.choice(self._took.get(changes[-1][0], [(0.05, "Sft")])[-9:])
+        seconds *= 1.05 * self._rng.random()
+        fatal = self._mark(marks) if self._rng.random() < 0.5 else 0
         read, write = os.pipe()
         child = os.fork()
         if not child:
             os.close(read)
-            self._work(Marks(write, 1 + int(marks) if by_mark else 0, len(changes)), write, changes)
+            self._work(Marks(write, fatal, len(changes)), write, changes)
         os.close(write)
         told = ""
         while told.count("S") < len(changes) and (piece := os.read(read, 65536)):
             told += piece.decode()
-        if not by_mark:
+        if not fatal:
             select.select([], [], [], seconds)
             os.kill(child, signal.SIGKILL)
         while piece := os.read(read, 65536):
@@ -152,6 +153,13 @@ class Victim:
         os.close(read)
         os.waitpid(child, 0)
         return told
+
+    def _mark(self, marks: str) -> int:
+        """One of the marks of a change, if there are any: each phase is as likely as another, however long they are."""
+        numbers: dict[str, list[int]] = {}
+        for number in range(1, len(marks)):
+            numbers.setdefault(phase(marks[: number + 1]), []).append(number)
+        return self._rng.choice(self._rng.choice(list(numbers.values()))) if numbers else 0
 
     def _work(self, mark: Marks, pipe: int, changes: list[Change]) -> NoReturn:
         try:
