@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,24 +42,30 @@ class Marks:
 
     Args:
         pipe: its writing end.
-        fatal: at which mark of the last change the process kills itself; 0 for none.
+        fatal: at which mark of which phase of the last change the process kills itself; None for nowhere.
         changes: how many changes there will be.
     """
 
-    def __init__(self, pipe: int, fatal: int, changes: int) -> None:
-        self._pipe, self._fatal, self._left, self._count = pipe, fatal, changes, 0
+    def __init__(self, pipe: int, fatal: tuple[str, int] | None, changes: int) -> None:
+        self._pipe, self._fatal, self._left = pipe, fatal, changes
         self._write = os.write
+        self._marks = ""
+        self._reached: Counter[str] = Counter()
 
-    def __call__(self, letter: str) -> None:
-        self._write(self._pipe, letter.encode())
-        self._count += 1
-        if not self._left and self._count == self._fatal:
+    def __call__(self, mark: str) -> None:
+        self._write(self._pipe, mark.encode())
+        self._marks += mark
+        here = phase(self._marks)
+        self._reached[here] += 1
+        if not self._left and self._fatal == (here, self._reached[here]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def take(self, site: Site, change: Change) -> None:
         """Make a change, and say when it begins, and when it is done and how many microseconds it took."""
+        self._marks = ""
+        self._reached.clear()
+        self._left -= 1
         self("S")
-        self._left, self._count = self._left - 1, 0
         began = time.perf_counter()
         site.take(change)
         self(f"E{(time.perf_counter() - began) * 1e6:09.0f}")
@@ -135,7 +142,7 @@ class Victim:
         """What a child said of its work before it was killed in the last change, or what went wrong after a !."""
         seconds, marks = self._rng.choice(self._took.get(changes[-1][0], [(0.05, "Sft")])[-9:])
         seconds *= 1.05 * self._rng.random()
-        fatal = self._mark(marks) if self._rng.random() < 0.5 else 0
+        fatal = self._mark(marks) if self._rng.random() < 0.5 else None
         read, write = os.pipe()
         child = os.fork()
         if not child:
@@ -145,7 +152,7 @@ class Victim:
         told = ""
         while told.count("S") < len(changes) and (piece := os.read(read, 65536)):
             told += piece.decode()
-        if not fatal:
+        if fatal is None:
             select.select([], [], [], seconds)
             os.kill(child, signal.SIGKILL)
         while piece := os.read(read, 65536):
@@ -154,12 +161,13 @@ class Victim:
         os.waitpid(child, 0)
         return told
 
-    def _mark(self, marks: str) -> int:
+    def _mark(self, marks: str) -> tuple[str, int] | None:
         """One of the marks of a change, if there are any: each phase is as likely as another, however long they are."""
-        numbers: dict[str, list[int]] = {}
-        for number in range(1, len(marks)):
-            numbers.setdefault(phase(marks[: number + 1]), []).append(number)
-        return self._rng.choice(self._rng.choice(list(numbers.values()))) if numbers else 0
+        reached = Counter(phase(marks[:end]) for end in range(2, len(marks) + 1))
+        if not reached:
+            return None
+        where = self._rng.choice(sorted(reached))
+        return where, self._rng.randrange(reached[where]) + 1
 
     def _work(self, mark: Marks, pipe: int, changes: list[Change]) -> NoReturn:
         try:
