@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import threading
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from page_cases import FOXES
 from playwright.sync_api import Page, expect
 
 from lloco_engine.compress.uncompressed import Uncompressed
+from lloco_engine.serve.app import create_app
 from lloco_engine.serve.keys import KeyFile
 from lloco_engine.serve.limits import Limits
 
@@ -119,13 +121,14 @@ def test_a_long_document_is_read_on_from_a_source_and_its_page_is_named(page, en
     assert stretch.text_content() == whole
 
 
-def test_three_ways_stand_beside_each_other_with_what_they_cost(page, picture):
-    finals: dict[str, dict[str, object]] = {}
-    with page.expect_response("**/lloco/compare") as told:
-        ask(page, serve_cases.QUESTION, mode="Beside text")
+def test_three_ways_stand_beside_each_other_with_what_they_cost(page, picture, address):
+    ask(page, serve_cases.QUESTION, mode="Beside text")
     expect(page.locator(".columns .measures > div")).to_have_count(12)
     answered(page)
-    for event in told.value.text().split("\n\n"):
+    finals: dict[str, dict[str, Any]] = {}
+    asked = {"question": serve_cases.QUESTION, "max_new_tokens": 12}
+    told = httpx.post(f"{address}/lloco/compare", json=asked, timeout=30).text
+    for event in told.split("\n\n"):
         if '"final"' in event:
             name, data = event.split("\n", 1)
             finals[name.removeprefix("event: ")] = json.loads(data.removeprefix("data: "))["final"]
@@ -231,12 +234,12 @@ def test_an_error_is_said_where_it_happened_and_the_question_can_be_asked_again(
     expect(page.locator(".card").first).to_be_visible()
 
 
-def test_a_server_with_keys_asks_for_one_and_one_that_only_reads_changes_nothing(opens, serve, empty_store, keys_file):
+def test_a_server_with_keys_asks_for_one_and_one_that_only_reads_changes_nothing(opens, listen, empty_store, keys_file):
     file = KeyFile(keys_file)
     key, _ = file.add("acme", "read")
     with empty_store() as engine:
         engine.ingest([serve_cases.PUMPS], tenant="acme")
-        page = opens(at=serve(engine, keys=file), ready=False, allowed=("401",))
+        page = opens(at=listen(create_app(engine, keys=file)), ready=False, allowed=("401",))
         dialog = page.get_by_role("dialog", name="API key")
         field = dialog.get_by_label("Key")
         expect(field).to_be_focused()
@@ -255,19 +258,19 @@ def test_a_server_with_keys_asks_for_one_and_one_that_only_reads_changes_nothing
         assert page.get_by_role("button", name=re.compile("^Delete")).count() == 0
 
 
-def test_a_store_without_documents_says_how_to_begin(opens, serve, empty_store):
+def test_a_store_without_documents_says_how_to_begin(opens, listen, empty_store):
     with empty_store() as engine:
-        page = opens(at=serve(engine))
+        page = opens(at=listen(create_app(engine)))
         page.get_by_role("link", name="Add a document").click()
         expect(page.get_by_text("Nothing here yet.")).to_be_visible()
         expect(page.locator("#store")).to_be_empty()
 
 
-def test_a_file_that_is_too_large_is_not_sent(opens, serve, empty_store, tmp_path):
+def test_a_file_that_is_too_large_is_not_sent(opens, listen, empty_store, tmp_path):
     large = tmp_path / "large.txt"
     large.write_text("word " * 1000)
     with empty_store() as engine:
-        page = opens("#/documents", at=serve(engine, limits=Limits(upload_bytes=4000)))
+        page = opens("#/documents", at=listen(create_app(engine, limits=Limits(upload_bytes=4000))))
         page.locator("#files").set_input_files(large)
         expect(page.get_by_role("alert")).to_have_text("A file may have at most 4 kB; this one has 5 kB.")
 
