@@ -18,6 +18,7 @@ from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.serve.app import create_app
 from lloco_engine.serve.keys import KeyFile
 from lloco_engine.serve.limits import Limits
+from lloco_engine.serve.running import listening
 
 pytestmark = pytest.mark.browser
 
@@ -234,12 +235,12 @@ def test_an_error_is_said_where_it_happened_and_the_question_can_be_asked_again(
     expect(page.locator(".card").first).to_be_visible()
 
 
-def test_a_server_with_keys_asks_for_one_and_one_that_only_reads_changes_nothing(opens, listen, empty_store, keys_file):
+def test_a_server_with_keys_asks_for_one_and_one_that_only_reads_changes_nothing(opens, empty_store, keys_file):
     file = KeyFile(keys_file)
     key, _ = file.add("acme", "read")
-    with empty_store() as engine:
+    with empty_store() as engine, listening(create_app(engine, keys=file)) as where:
         engine.ingest([serve_cases.PUMPS], tenant="acme")
-        page = opens(at=listen(create_app(engine, keys=file)), ready=False, allowed=("401",))
+        page = opens(at=where, ready=False, allowed=("401",))
         dialog = page.get_by_role("dialog", name="API key")
         field = dialog.get_by_label("Key")
         expect(field).to_be_focused()
@@ -258,19 +259,19 @@ def test_a_server_with_keys_asks_for_one_and_one_that_only_reads_changes_nothing
         assert page.get_by_role("button", name=re.compile("^Delete")).count() == 0
 
 
-def test_a_store_without_documents_says_how_to_begin(opens, listen, empty_store):
-    with empty_store() as engine:
-        page = opens(at=listen(create_app(engine)))
+def test_a_store_without_documents_says_how_to_begin(opens, empty_store):
+    with empty_store() as engine, listening(create_app(engine)) as where:
+        page = opens(at=where)
         page.get_by_role("link", name="Add a document").click()
         expect(page.get_by_text("Nothing here yet.")).to_be_visible()
         expect(page.locator("#store")).to_be_empty()
 
 
-def test_a_file_that_is_too_large_is_not_sent(opens, listen, empty_store, tmp_path):
+def test_a_file_that_is_too_large_is_not_sent(opens, empty_store, tmp_path):
     large = tmp_path / "large.txt"
     large.write_text("word " * 1000)
-    with empty_store() as engine:
-        page = opens("#/documents", at=listen(create_app(engine, limits=Limits(upload_bytes=4000))))
+    with empty_store() as engine, listening(create_app(engine, limits=Limits(upload_bytes=4000))) as where:
+        page = opens("#/documents", at=where)
         page.locator("#files").set_input_files(large)
         expect(page.get_by_role("alert")).to_have_text("A file may have at most 4 kB; this one has 5 kB.")
 
