@@ -159,13 +159,19 @@ def parse_xlsx(data: bytes, config: ReadConfig) -> Parsed:
     Raises:
         DocumentError: it is damaged, too large, or the extra is not installed.
     """
-    _open(data, config).close()
+    with _open(data, config) as archive:
+        parts = len(archive.namelist())
     try:
         import openpyxl
     except ImportError as error:
         raise _extra(error) from error
     book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
     try:
+        if len(book.worksheets) > parts:  # one part shown thousands of times makes a large document of a small file
+            raise DocumentError(
+                f"a workbook must hold its sheets, each a part of its own; this one names {len(book.worksheets):,} "
+                f"sheets and holds {parts:,} parts: save it anew with the program that made it"
+            )
         title = book.properties.title or ""
         pieces: list[str] = []
         size = 0

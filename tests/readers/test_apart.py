@@ -236,6 +236,20 @@ def test_a_workbook_is_its_visible_sheets(tmp_path):
     assert document.text == "Pumps\nname\trpm\nbig\t3150"
 
 
+def test_a_workbook_whose_sheets_are_one_part_over_and_over_is_refused(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    openpyxl.Workbook().save(tmp_path / "one.xlsx")
+    with zipfile.ZipFile(tmp_path / "one.xlsx") as one, zipfile.ZipFile(tmp_path / "b.xlsx", "w") as many:
+        for name in one.namelist():
+            part = one.read(name).decode()
+            if name == "xl/workbook.xml":
+                before, sheet, after = part.partition(part[part.index("<sheet ") : part.index("</sheets>")])
+                part = before + "".join(sheet.replace('"Sheet"', f'"S{k}"') for k in range(40)) + after
+            many.writestr(name, part)
+    (failure,) = read_paths([tmp_path / "b.xlsx"])
+    assert isinstance(failure, Failure) and "names 40 sheets and holds" in str(failure)
+
+
 def test_a_workbook_is_as_wide_as_what_it_holds(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
