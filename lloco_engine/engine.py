@@ -25,6 +25,7 @@ from lloco_engine.config import (
 from lloco_engine.context import Context, ContextBuilder, Found, Prepared
 from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
 from lloco_engine.ingest import Ingest, Progress, Source
+from lloco_engine.jobs import Bench, Here, Maker
 from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
 from lloco_engine.process import ProcessLock
 from lloco_engine.readers import Reader
@@ -247,11 +248,9 @@ class Engine:
             self.store,
             self.chunker,
             self._setup.compressor,
-            self._setup.compress.ratio,
             facts=self._setup.facts,
-            decoder=lambda: self.decoder,
+            maker=self._maker(),
             embedder=self.embedder,
-            one_at_a_time=self._compressing,
             progress=progress,
         )
         return run.run(sources, reader, tenant, prune=prune)
@@ -285,12 +284,18 @@ class Engine:
         run = Refining(
             self.store,
             self.chunker,
-            decoder=lambda: self.decoder,
-            one_at_a_time=self._compressing,
+            maker=self._maker(),
             config=config or RefineConfig(),
             progress=progress,
         )
         return run.run(doc_ids, tenant, budget)
+
+    def _maker(self) -> Maker:
+        """Makes segments in this process."""
+        setup, form = self._setup, self.manifest.form
+        return Here(
+            self.store, lambda: Bench(self.decoder, setup.compressor, setup.compress.ratio, form), self._compressing
+        )
 
     def delete(self, doc_id: str, tenant: str = "") -> None:
         """Remove a document and the segments that no other has; `NotInStore` when the tenant has no such document."""

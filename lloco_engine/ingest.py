@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lloco_engine.chunking import Chunker
-from lloco_engine.compress.chained import chain_starts, compress_after
+from lloco_engine.compress.chained import chain_starts
 from lloco_engine.documents import file_of, is_older_note, printable
 from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
+from lloco_engine.jobs import Compress, Job, Maker, ahead
 from lloco_engine.metadata import same_metadata
 from lloco_engine.process import give_back_memory
 from lloco_engine.readers import Identities, Reader
 from lloco_engine.store import DocumentInfo, SegmentStats, Store, Writer
-from lloco_engine.types import AnySegment, Chunk, Document, Failure, IngestReport
+from lloco_engine.types import Chunk, Document, Failure, IngestReport
 from lloco_engine.vanished import find_vanished
 from lloco_engine.vanished import prune as remove_vanished
 
 if TYPE_CHECKING:
     from lloco_engine.compress.base import Compressor
-    from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.opening import DecoderFacts, Encodes
 
 __all__ = ["Ingest", "Progress", "Source"]
@@ -82,18 +82,28 @@ class _Overtaken(Exception):
     """Another writer changed what is known of the document at hand."""
 
 
+@dataclass
+class _Read:
+    """A document as it was read, or what is wrong with it; how far the reader was; what was cut of it so far."""
+
+    item: Document | Failure
+    bytes_done: int
+    bytes_at_hand: int
+    chunks: list[Chunk] = field(default_factory=list)
+    jobs: list[Compress] = field(default_factory=list)
+
+
 class Ingest:
-    """One run over some documents. Memory holds one document and one segment, however many there are.
+    """One run over some documents. Memory holds one document and one segment, however many there are; where segments
+    are made elsewhere, as many documents as it takes to keep those busy who make them.
 
     Args:
         store: where they go.
         chunker: of the store's decoder and chunk sizes.
-        compressor: makes segments.
-        ratio: source tokens per slot.
+        compressor: what segments are made by.
         facts: of the decoder.
-        decoder: loads the decoder; called only when there is something to compress.
+        maker: makes segments.
         embedder: turns search windows into vectors.
-        one_at_a_time: a lock under which the decoder compresses a segment.
         progress: called as `Progress` says; what it raises stops the run.
     """
 
@@ -102,25 +112,20 @@ class Ingest:
         store: Store,
         chunker: Chunker,
         compressor: Compressor,
-        ratio: float,
         *,
         facts: DecoderFacts,
-        decoder: Callable[[], LocalDecoder],
+        maker: Maker,
         embedder: Encodes,
-        one_at_a_time: AbstractContextManager[Any],
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._store = store
         self._chunker = chunker
         self._compressor = compressor
-        self._ratio = ratio
         self._facts = facts
-        self._decoder = decoder
+        self._maker = maker
         self._embedder = embedder
-        self._one_at_a_time = one_at_a_time
         self._progress = progress
         self._tally = _Tally()
-        self._reader: Reader | None = None
         self._identities = Identities(store.places)
 
     def run(self, sources: Iterable[Source], reader: Reader, tenant: str = "", *, prune: bool = False) -> IngestReport:
@@ -141,28 +146,64 @@ class Ingest:
             LLoCOError: whatever is wrong with more than one document.
         """
         began = time.perf_counter()
-        tally, self._reader = self._tally, reader
-        for source in sources:
-            for item in reader.read(source):
-                self._take(item)
-                tally.documents += 1
-                if isinstance(item, Document) and len(item.text) > _LARGE:
-                    give_back_memory()
+        tally = self._tally
+        for read in ahead(self._read(sources, reader), self._maker, self._begin):
+            self._take(read)
+            tally.documents += 1
+            if isinstance(read.item, Document) and len(read.item.text) > _LARGE:
+                give_back_memory()
         vanished, removable, doubts = find_vanished(self._store, tenant, reader.areas, self._identities)
         tally.vanished += [place.doc_id for place in vanished]
         if prune:
             tally.pruned += remove_vanished(self._store, tenant, removable)
             tally.failed += doubts
         self._store.publish()
+        tally.compress_s = self._maker.busy_s
         return tally.report(time.perf_counter() - began, reader.skipped)
 
-    def _take(self, item: Document | Failure) -> None:
+    def _read(self, sources: Iterable[Source], reader: Reader) -> Iterator[_Read]:
+        for source in sources:
+            for item in reader.read(source):
+                yield _Read(item, reader.bytes_done, reader.bytes_at_hand)
+
+    def _begin(self, read: _Read) -> Sequence[Job]:
+        """Let what a document will probably need be made meanwhile. What is wrong with it is said when it is taken."""
+        item = read.item
+        if isinstance(item, Failure):
+            return ()
+        with suppress(DocumentError):
+            named = self._identities.identify(item)
+            state = self._store.document_state(named.doc_id, named.tenant)
+            if state is None or state[0] != named.content_hash:
+                read.chunks = self._chunker.split(named)
+                read.jobs = self._jobs(named, read.chunks)
+                self._begin_missing(read.jobs)
+        return read.jobs
+
+    def _begin_missing(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if self._store.segment_stats(job.segment_id) is None:
+                self._maker.begin(job)
+
+    def _jobs(self, document: Document, chunks: Sequence[Chunk]) -> list[Compress]:
+        """What is to be made of a document's chunks, in order."""
+        starts = chain_starts(self._compressor, self._facts, [len(chunk.token_ids) for chunk in chunks])
+        ids: list[str] = []
+        jobs: list[Compress] = []
+        for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
+            previous = ids[-1] if start < number else None
+            ids.append(self._store.segment_id(document.tenant, chunk.token_ids, previous))
+            jobs.append(Compress(ids[-1], chunk.token_ids, tuple(ids[start:number])))
+        return jobs
+
+    def _take(self, read: _Read) -> None:
+        item = read.item
         if isinstance(item, Failure):
             self._tally.failed.append(item)
             return
         try:
             named = self._identities.claim(item)
-            outcome, doc_id = self._one(named, item)
+            outcome, doc_id = self._one(named, item, read)
         except (DocumentError, StoreError) as error:
             if not isinstance(error, DocumentError) and type(error) is not StoreError:
                 raise  # full, locked, damaged: not this document's fault
@@ -171,17 +212,17 @@ class Ingest:
             done: list[str] = getattr(self._tally, outcome)
             done.append(doc_id)
 
-    def _one(self, named: Document, item: Document) -> tuple[Outcome, str]:
+    def _one(self, named: Document, item: Document, read: _Read) -> tuple[Outcome, str]:
         """Bring one document in, however often other writers change what is known of it, or remove a segment that it
         shares, while its own are being made."""
         for _ in range(_TRIES):
             try:
-                return self._try(named, item), named.doc_id
+                return self._try(named, item, read), named.doc_id
             except (_Overtaken, SegmentUnavailable, NotInStore):
                 named = self._identities.identify(item)
         raise StoreError(f"other writers changed {named.doc_id!r} {_TRIES} times meanwhile; ingest it again")
 
-    def _try(self, document: Document, item: Document) -> Outcome:
+    def _try(self, document: Document, item: Document, read: _Read) -> Outcome:
         missing: list[str] = []
         state = self._store.document_state(document.doc_id, document.tenant)
         same_text = state is not None and state[0] == document.content_hash
@@ -190,14 +231,12 @@ class Ingest:
             missing = self._store.missing_segments(document.doc_id, document.tenant, verify=True)
             if not missing:
                 return self._relabel(document, item, state)
-        chunks = self._chunker.split(document)
-        starts = chain_starts(self._compressor, self._facts, [len(chunk.token_ids) for chunk in chunks])
-        ids: list[str] = []
-        for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
-            previous = ids[-1] if start < number else None
-            ids.append(self._store.segment_id(document.tenant, chunk.token_ids, previous))
-        before = self._tally.compress_s
-        stats = self._segments(document, chunks, ids, starts)
+        chunks = read.chunks
+        if not chunks or chunks[0].doc_id != document.doc_id:
+            chunks = self._chunker.split(document)
+        jobs = read.jobs or self._jobs(document, chunks)
+        ids = [job.segment_id for job in jobs]
+        stats, seconds = self._segments(document, jobs, read)
         if missing and set(missing) <= set(ids):
             self._relabel(document, item, state)
             return "repaired"  # saving a segment again is all that it takes
@@ -206,9 +245,7 @@ class Ingest:
             for chunk in chunks
         ]
         with self._write(document, item, state) as writer:
-            outcome = writer.put_document(
-                document, chunks, ids, vectors, seconds=self._tally.compress_s - before, segment_stats=stats
-            )
+            outcome = writer.put_document(document, chunks, ids, vectors, seconds=seconds, segment_stats=stats)
         return "repaired" if missing or damaged else outcome
 
     @contextmanager
@@ -248,51 +285,50 @@ class Ingest:
             return "unchanged"
         return "moved" if not stays and document.origin else "replaced"
 
-    def _segments(
-        self, document: Document, chunks: Sequence[Chunk], ids: Sequence[str], starts: Sequence[int]
-    ) -> list[SegmentStats]:
-        """Every chunk's segment, in the store: found there, or compressed now, after those that it builds on.
+    def _segments(self, document: Document, jobs: Sequence[Compress], read: _Read) -> tuple[list[SegmentStats], float]:
+        """Every chunk's segment, in the store: found there, or made now, after those that it builds on; and the seconds
+        that took.
 
-        These are read back from the store, so that a run that was cut off goes on with the numbers it had.
+        They are looked for in the store first, so that a run that was cut off goes on with what it had.
         """
         stats: dict[str, SegmentStats] = {}
-        for done, (chunk, segment_id, start) in enumerate(zip(chunks, ids, starts, strict=True)):
-            self._tell(document, done, len(chunks))
-            if segment_id in stats:
+        seconds = 0.0
+        for done, job in enumerate(jobs):
+            self._tell(document, done, len(jobs), read)
+            if job.segment_id in stats:
                 continue
-            kept = self._store.segment_stats(segment_id)
-            if kept is None:
-                with self._store.claim(segment_id):
-                    kept = self._store.segment_stats(segment_id)  # another may have made it meanwhile
-                    if kept is None:
-                        before = [self._store.load_segment(earlier) for earlier in ids[start:done]]
-                        kept = self._compress(chunk, segment_id, before)
-            stats[segment_id] = replace(kept, previous=ids[done - 1] if start < done else None)
-        self._tell(document, len(chunks), len(chunks))
-        return [stats[segment_id] for segment_id in ids]
+            found, took = self._segment(job, jobs[done:])
+            stats[job.segment_id] = replace(found, previous=job.before[-1] if job.before else None)
+            seconds += took
+        self._tell(document, len(jobs), len(jobs), read)
+        return [stats[job.segment_id] for job in jobs], seconds
 
-    def _compress(self, chunk: Chunk, segment_id: str, before: Sequence[AnySegment]) -> SegmentStats:
-        decoder, tally = self._decoder(), self._tally
-        with self._one_at_a_time:
-            began = time.perf_counter()
-            (segment,) = compress_after(self._compressor, decoder, chunk.token_ids, [self._ratio], before)
-            tally.compress_s += time.perf_counter() - began
-        with self._store.writer(publish=False) as writer:
-            saved = writer.save_segment(segment_id, segment)
+    def _segment(self, job: Compress, rest: Sequence[Compress]) -> tuple[SegmentStats, float]:
+        """A segment, and the seconds that it took to make; where it must be made, the rest are begun with it."""
+        made = self._maker.taken(job.segment_id)
+        if made is None:
+            if (kept := self._store.segment_stats(job.segment_id)) is not None:
+                return kept, 0.0
+            if self._maker.wants_more:
+                self._begin_missing(rest)
+            with self._store.claim(job.segment_id):
+                if (kept := self._store.segment_stats(job.segment_id)) is not None:
+                    return kept, 0.0  # another has made it meanwhile
+                made = self._maker.make(job)
+        assert made.stats is not None
+        tally = self._tally
         tally.segments += 1
-        tally.source_tokens += len(chunk.token_ids)
-        tally.slots += saved.slots
-        tally.bytes_written += saved.bytes
-        return saved
+        tally.source_tokens += made.stats.source_tokens
+        tally.slots += made.stats.slots
+        tally.bytes_written += made.stats.bytes
+        return made.stats, made.seconds
 
-    def _tell(self, document: Document, done: int, total: int) -> None:
+    def _tell(self, document: Document, done: int, total: int, read: _Read) -> None:
         if self._progress is None:
             return
-        tally = self._tally
-        rate = tally.source_tokens / tally.compress_s if tally.compress_s > 0 else 0.0
-        size = 0
-        if self._reader is not None:
-            size = self._reader.bytes_done + self._reader.bytes_at_hand * done // max(total, 1)
+        tally, maker = self._tally, self._maker
+        rate = maker.tokens / maker.busy_s if maker.busy_s > 0 else 0.0
+        size = read.bytes_done + read.bytes_at_hand * done // max(total, 1)
         self._progress(Progress(document.doc_id, done, total, tally.source_tokens, rate, tally.documents, size))
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lloco_engine import kinds
 from lloco_engine.config import RefineConfig
-from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
+from lloco_engine.errors import ConfigError, DocumentError, LLoCOError, SegmentUnavailable
+from lloco_engine.jobs import Job, Made, Maker, Refine, ahead
 from lloco_engine.store import DocumentInfo, SegmentStats, Store
 from lloco_engine.store.segments import content_id
-from lloco_engine.types import Chunk, Divergence, Failure, Hit, Segment
+from lloco_engine.types import Divergence, Failure
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
-    from lloco_engine.decoder.local import LocalDecoder
 
 __all__ = ["RefineProgress", "RefineReport", "Refining"]
 
@@ -83,8 +82,18 @@ class _Tally:
         )
 
 
+@dataclass
+class _Plan:
+    """What there is to be made of a document, and why there is no more."""
+
+    info: DocumentInfo
+    jobs: list[Refine] = field(default_factory=list)
+    fault: LLoCOError | None = None
+
+
 class Refining:
-    """One run over some documents. Memory holds one document and one segment.
+    """One run over some documents. Memory holds one document and one segment; where segments are made elsewhere, as
+    many documents as it takes to keep those busy who make them.
 
     Segments that are done are made beside the former ones, and take their place in one transaction a document, or what
     there was time for of it: whenever the process dies, each is as it was before or as it is after. What was made and
@@ -93,8 +102,7 @@ class Refining:
     Args:
         store: of compact KV.
         chunker: of the store's decoder and chunk sizes.
-        decoder: loads the decoder; called only when there is something to do.
-        one_at_a_time: a lock under which the decoder refines a segment.
+        maker: makes segments.
         config: how.
         progress: called as `RefineProgress` says; what it raises stops the run.
 
@@ -107,8 +115,7 @@ class Refining:
         store: Store,
         chunker: Chunker,
         *,
-        decoder: Callable[[], LocalDecoder],
-        one_at_a_time: AbstractContextManager[Any],
+        maker: Maker,
         config: RefineConfig,
         progress: Callable[[RefineProgress], None] | None = None,
     ) -> None:
@@ -117,12 +124,12 @@ class Refining:
             raise ConfigError(f"only segments of compact KV are refined, and {store.path} holds {held}")
         if not config.steps:
             raise ConfigError("steps must be at least 1 to refine, not 0")
-        self._store, self._chunker, self._decoder = store, chunker, decoder
-        self._one_at_a_time, self._config, self._progress = one_at_a_time, config, progress
+        self._store, self._chunker, self._maker = store, chunker, maker
+        self._config, self._progress = config, progress
         self._tally = _Tally()
         self._total = 0
         self._began = time.monotonic()
-        self._spent = 0.0  # seconds of refining
+        self._replaced: set[str] = set()
         self._budget: float | None = None
 
     def run(self, doc_ids: Sequence[str] | None = None, tenant: str = "", budget: float | None = None) -> RefineReport:
@@ -143,33 +150,55 @@ class Refining:
         else:
             infos = [self._store.document(doc_id, tenant) for doc_id in dict.fromkeys(doc_ids)]
         self._total = sum(info.segments for info in infos)
-        for info in infos:
-            if not self._has_time():
-                break
+        for plan in ahead(self._plans(infos), self._maker, self._begin):
             try:
-                self._document(info)
-            except (SegmentUnavailable, _CutOtherwise) as error:
-                self._tally.failed.append(Failure(info.source or info.doc_id, str(error), info.doc_id))
+                self._document(plan)
+            except (DocumentError, SegmentUnavailable, _CutOtherwise) as error:
+                self._tally.failed.append(Failure(plan.info.source or plan.info.doc_id, str(error), plan.info.doc_id))
         if self._tally.tried:
             self._store.publish()
         return self._tally.report(self._total, time.monotonic() - self._began)
 
-    def _document(self, info: DocumentInfo) -> None:
+    def _plans(self, infos: Sequence[DocumentInfo]) -> Iterator[_Plan]:
+        """What there is to be made, document by document, for as long as there is time."""
+        for info in infos:
+            if not self._has_time():
+                break
+            plan = _Plan(info)
+            try:
+                plan.jobs.extend(self._pending(info))
+            except (SegmentUnavailable, _CutOtherwise) as error:
+                plan.fault = error
+            yield plan
+
+    def _begin(self, plan: _Plan) -> Sequence[Job]:
+        for job in plan.jobs:
+            self._maker.begin(job)
+        return plan.jobs
+
+    def _document(self, plan: _Plan) -> None:
         """One document's segments, and the commit of those that were done."""
         made: dict[str, SegmentStats] = {}
         try:
-            for chunk, hit in self._pending(info):
-                if not self._has_time():
-                    break
-                if (stats := self._segment(info, chunk, hit.segment_id)) is not None:
-                    made[hit.segment_id] = stats
+            for job in plan.jobs:
+                if job.former in self._replaced:  # of another document too, which came before
+                    self._tally.earlier += 1
+                    continue
+                ready = self._maker.taken(job.segment_id)
+                if ready is None and not self._has_time():
+                    return
+                if (stats := self._segment(plan.info, job, ready)) is not None:
+                    made[job.former] = stats
         finally:  # what is done is done, also where an interrupt ends the run
             if made:
                 with self._store.writer(publish=False) as writer:
                     writer.replace_segments(made)
+                self._replaced |= made.keys()
+        if plan.fault is not None:
+            raise plan.fault
 
-    def _pending(self, info: DocumentInfo) -> Iterator[tuple[Chunk, Hit]]:
-        """The chunks whose segments were never refined, each segment once."""
+    def _pending(self, info: DocumentInfo) -> Iterator[Refine]:
+        """What is to be made in the place of the segments that were never refined, each once."""
         hits = self._store.chunks(info.doc_id, info.tenant)
         once = dict.fromkeys(hit.segment_id for hit in hits if self._store.divergence(hit.segment_id) is None)
         self._tally.earlier += sum(hit.segment_id not in once for hit in hits)
@@ -184,28 +213,18 @@ class Refining:
                     )
             elif hit.segment_id in once:
                 del once[hit.segment_id]
-                yield chunk, hit
+                new = content_id({"refined": hit.segment_id} | self._config.to_json(), ())
+                yield Refine(new, chunk.token_ids, hit.segment_id, self._config)
 
-    def _segment(self, info: DocumentInfo, chunk: Chunk, segment_id: str) -> SegmentStats | None:
-        """Refine one segment and save it beside the former one; None where it is too short."""
-        new, store = content_id({"refined": segment_id} | self._config.to_json(), ()), self._store
-        began = time.monotonic()
-        stats = store.segment_stats(new)  # of a run that was cut off
+    def _segment(self, info: DocumentInfo, job: Refine, ready: Made | None) -> SegmentStats | None:
+        """Refine one segment, saved beside the former one; None where it is too short."""
+        stats = self._store.segment_stats(job.segment_id)  # of a run that was cut off, too
         if stats is None:
-            former = store.load_segment(segment_id)
-            assert isinstance(former, Segment)
-            from lloco_engine.compress.refinement import refine
-
-            decoder = self._decoder()
-            with self._one_at_a_time:
-                made = refine(decoder, chunk.token_ids, former, self._config)
-            if made.divergence is None:
+            stats = (ready or self._maker.make(job)).stats
+            if stats is None:
                 self._tally.earlier += 1
                 return None
-            with store.writer(publish=False) as writer:
-                stats = writer.save_segment(new, made)
-        self._spent += time.monotonic() - began
-        self._done(info, store.divergence(new))
+        self._done(info, self._store.divergence(job.segment_id))
         return stats
 
     def _done(self, info: DocumentInfo, divergence: Divergence | None) -> None:
@@ -214,7 +233,7 @@ class Refining:
         if self._progress is None:
             return
         done, left = len(self._tally.tried), self._total - len(self._tally.tried) - self._tally.earlier
-        seconds = left * self._spent / done
+        seconds = left * self._maker.busy_s / done
         if self._budget is not None:
             seconds = max(0.0, min(seconds, self._budget - (time.monotonic() - self._began)))
         self._progress(RefineProgress(info.doc_id, divergence, done, self._total, seconds))
@@ -224,7 +243,7 @@ class Refining:
         if self._budget is None:
             return True
         done = len(self._tally.tried)
-        return time.monotonic() - self._began + (self._spent / done if done else 0.0) < self._budget
+        return time.monotonic() - self._began + (self._maker.busy_s / done if done else 0.0) < self._budget
 
 
 class _CutOtherwise(LLoCOError):

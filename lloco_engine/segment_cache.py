@@ -20,7 +20,7 @@ from lloco_engine.compress.base import Compressor
 from lloco_engine.compress.chained import compress_after
 from lloco_engine.errors import SegmentUnavailable
 from lloco_engine.kinds import Sizes
-from lloco_engine.store.segments import SegmentFiles, checksum, content_id
+from lloco_engine.store.segments import SegmentFiles, checksum, content_id, pack
 from lloco_engine.types import AnySegment
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class SegmentCache:
         self.made += 1
         made = compress_after(self.compressor, self.decoder, token_ids, ratios, before)
         for each, segment in zip(ratios, made, strict=True):
-            self._files.write(self._id(token_ids, each, previous), segment)
+            self._files.write(pack(segment, self._id(token_ids, each, previous), self._files.form))
         return self._files.read(self._id(token_ids, ratio, previous))
 
     def _found(self, token_ids: Sequence[int], ratio: float, previous: str | None) -> AnySegment | None:

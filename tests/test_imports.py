@@ -28,6 +28,7 @@ STAGES = (
     ("decoder",),
     ("compress",),
     ("adapters", "segment_cache"),
+    ("jobs",),
     ("refining",),
     ("usage", "streaming", "baselines"),
     ("opening", "ingest", "vanished", "request", "context", "comparing", "engine"),

@@ -15,9 +15,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["SegmentFiles", "checksum", "content_id", "encode", "read", "verify"]
+__all__ = ["SegmentFile", "SegmentFiles", "checksum", "content_id", "encode", "pack", "read", "received", "verify"]
 
 # Types of tensors as safetensors calls them: as numpy does, and the bytes of a number.
 _TYPES = {"F16": ("<f2", 2), "F32": ("<f4", 4), "I8": ("i1", 1), "I32": ("<i4", 4)}
@@ -51,6 +52,14 @@ def content_id(made_with: Mapping[str, Any], token_ids: Iterable[int], previous:
     digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode("utf-8"))
     digest.update(b"\0" + ",".join(map(str, token_ids)).encode("ascii"))
     return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class SegmentFile:
+    """A segment as the bytes of its file, wherever it was made, and what is to be known of it."""
+
+    stats: SegmentStats
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -94,16 +103,36 @@ class SegmentFiles:
         except (SegmentUnavailable, OSError):
             return False
 
-    def write(self, segment_id: str, segment: AnySegment) -> SegmentStats:
+    def data(self, segment_id: str) -> bytes:
+        """The bytes of a segment's file, as they are.
+
+        Raises:
+            SegmentUnavailable: there is none that can be read.
+        """
+        try:
+            return Path(name := self.name(segment_id)).read_bytes()
+        except OSError as error:
+            raise _unavailable(segment_id, name, f"the file cannot be read ({error.strerror})") from error
+
+    def write(self, file: SegmentFile) -> None:
         """Write a segment's file, wholly or not at all.
 
         Raises:
             StoreFull: no room; nothing was changed.
-            StoreError: the segment is of another kind or shape, or has numbers that cannot be kept.
         """
-        data, checksum = encode(segment, segment_id, self.form)
-        write_atomic(Path(self.name(segment_id)), data, self.temporary)
-        return SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), checksum)
+        write_atomic(Path(self.name(file.stats.segment_id)), file.data, self.temporary)
+
+
+def pack(segment: AnySegment, segment_id: str, form: Format) -> SegmentFile:
+    """A segment as its file; raises as `encode`."""
+    data, digest = encode(segment, segment_id, form)
+    return SegmentFile(SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), digest), data)
+
+
+def received(data: bytes, segment_id: str, form: Format) -> SegmentFile:
+    """A segment's file that another process made, all of it checked as `verify` does."""
+    segment, digest = verify(data, segment_id, form)
+    return SegmentFile(SegmentStats(segment_id, segment.slots, segment.source_tokens, len(data), digest), data)
 
 
 def encode(segment: AnySegment, segment_id: str, form: Format) -> tuple[bytes, str]:
@@ -136,10 +165,11 @@ def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def read(path: Path | str, segment_id: str, form: Format) -> AnySegment:
+def read(path: Path | str | bytes, segment_id: str, form: Format) -> AnySegment:
     """A segment on the CPU, every byte of its file compared with the checksum in its header.
 
-    Keys, values and vectors are float16, bias float32, lengths int64. What becomes of the file later is no matter.
+    ``path`` may be the file's content itself. Keys, values and vectors are float16, bias float32, lengths int64. What
+    becomes of the file later is no matter.
 
     Raises:
         SegmentUnavailable: missing, cut short, damaged, or not this segment.
@@ -147,7 +177,7 @@ def read(path: Path | str, segment_id: str, form: Format) -> AnySegment:
     return verify(path, segment_id, form)[0]
 
 
-def verify(path: Path | str, segment_id: str, form: Format) -> tuple[AnySegment, str]:
+def verify(path: Path | str | bytes, segment_id: str, form: Format) -> tuple[AnySegment, str]:
     """Like `read`, with the checksum."""
     tensors, header = _open(path, segment_id, form)
     if checksum(tensors, header) != header.get("checksum"):
@@ -158,11 +188,14 @@ def verify(path: Path | str, segment_id: str, form: Format) -> tuple[AnySegment,
         raise _unavailable(segment_id, path, f"its header cannot be understood ({error})") from error
 
 
-def _open(path: Path | str, segment_id: str, form: Format) -> tuple[Tensors, dict[str, str]]:
+def _open(path: Path | str | bytes, segment_id: str, form: Format) -> tuple[Tensors, dict[str, str]]:
     """Tensors over a private copy of the file, and the strings of its header."""
     try:
-        with _opened(path) as (file, size):
-            tensors, header = _parse(file, size, form)
+        if isinstance(path, bytes):
+            tensors, header = _parse(partial(_part, path), partial(_copy, path), len(path), form)
+        else:
+            with _opened(path) as (file, size):
+                tensors, header = _parse(partial(os.pread, file), partial(_fill, file), size, form)
     except FileNotFoundError as error:
         raise _unavailable(segment_id, path, "the file is missing") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, MemoryError) as error:
@@ -190,15 +223,24 @@ def _opened(path: Path | str) -> Iterator[tuple[int, int]]:
         os.close(file)
 
 
-def _parse(file: int, size: int, form: Format) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file of known tensors: a third of `safe_open`'s time, and a prompt may need 85 files."""
+def _parse(
+    part: Callable[[int, int], bytes], fill: Callable[[npt.NDArray[np.uint8], int], None], size: int, form: Format
+) -> tuple[Tensors, dict[str, str]]:
+    """Read a safetensors file of known tensors: a third of `safe_open`'s time, and a prompt may need 85 files.
+
+    Args:
+        part: gives so many bytes from a place on.
+        fill: fills an array with the bytes from a place on.
+        size: bytes of the file.
+        form: what files have in common.
+    """
     import numpy as np
     import torch
 
-    start = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
+    start = 8 + int.from_bytes(part(8, 0), "little")
     if start > size:
         raise ValueError(f"a header of {start} bytes in a file of {size}")
-    header = json.loads(os.pread(file, start - 8, 8))
+    header = json.loads(part(start - 8, 8))
     strings = {name: str(value) for name, value in header["__metadata__"].items()}
     if strings.get("format") != form.marker(header):
         raise ValueError(f"its header says {strings.get('format')!r}, and {form.called} is {form.marker(header)!r}")
@@ -213,12 +255,20 @@ def _parse(file: int, size: int, form: Format) -> tuple[Tensors, dict[str, str]]
     if start + total != size:
         raise ValueError(f"{size} bytes, not the {start + total} that its header describes")
     body = np.empty(total, np.uint8)
-    _fill(body, file, start)
+    fill(body, start)
     tensors = {name: torch.from_numpy(np.ndarray(*place[:2], body, place[2])) for name, place in places.items()}
     return tensors, strings
 
 
-def _fill(body: npt.NDArray[np.uint8], file: int, start: int) -> None:
+def _part(data: bytes, count: int, start: int) -> bytes:
+    return data[start : start + count]
+
+
+def _copy(data: bytes, body: npt.NDArray[np.uint8], start: int) -> None:
+    body.data[:] = data[start:]
+
+
+def _fill(file: int, body: npt.NDArray[np.uint8], start: int) -> None:
     view, at = body.data, 0
     while at < len(view):
         got = os.preadv(file, [view[at:]], start + at)
@@ -227,5 +277,7 @@ def _fill(body: npt.NDArray[np.uint8], file: int, start: int) -> None:
         at += got
 
 
-def _unavailable(segment_id: str, path: Path | str, why: str) -> SegmentUnavailable:
+def _unavailable(segment_id: str, path: Path | str | bytes, why: str) -> SegmentUnavailable:
+    if isinstance(path, bytes):
+        return SegmentUnavailable(f"segment {segment_id} ({len(path)} bytes that a process sent) cannot be used: {why}")
     return SegmentUnavailable(f"segment {segment_id} ({path}) cannot be used: {why}; ingest its document again")

@@ -19,7 +19,7 @@ from lloco_engine.store.files import Layout, check_segment_id
 from lloco_engine.store.manifest import Manifest
 from lloco_engine.store.records import SegmentStats
 from lloco_engine.store.room import make_room
-from lloco_engine.store.segments import SegmentFiles
+from lloco_engine.store.segments import SegmentFile, SegmentFiles, pack
 from lloco_engine.store.terms import add_words
 from lloco_engine.store.values import rows_of
 from lloco_engine.types import AnySegment, Chunk, Document, Span
@@ -71,7 +71,16 @@ class Writer:
             StoreFull: no room; nothing was changed.
             StoreError: the segment is not of this store's kind or shape, or has numbers that are not finite.
         """
-        stats = self._files.write(segment_id, segment)
+        return self.save_file(pack(segment, segment_id, self._files.form))
+
+    def save_file(self, file: SegmentFile) -> SegmentStats:
+        """`save_segment` of one that is packed already.
+
+        Raises:
+            StoreFull: no room; nothing was changed.
+        """
+        stats, segment_id = file.stats, file.stats.segment_id
+        self._files.write(file)
         with self._catalogue.transaction():
             known = self._catalogue.segment_rows([segment_id])
         if known:
