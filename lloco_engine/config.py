@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from lloco_engine.errors import ConfigError
 
 __all__ = [
     "HINTS",
+    "NUMBERS",
     "ChunkConfig",
     "CompressConfig",
     "Config",
+    "DType",
     "GenerateConfig",
     "PrefixConfig",
     "ReadConfig",
@@ -26,6 +28,9 @@ __all__ = [
 
 # hints of answers by name, with their weights in nats
 HINTS = {"spelling": 3.0, "pointing": 8.0}
+
+DType = Literal["float16", "int8", "int4"]
+NUMBERS: tuple[DType, ...] = get_args(DType)  # types that a segment's numbers have on disk
 
 
 def setting(default: Any, help: str, **how: Any) -> Any:
@@ -205,13 +210,19 @@ class RefineConfig(Config):
 
 @dataclass(frozen=True)
 class StoreConfig(Config):
-    """How segments and vectors are kept."""
+    """How segments and vectors are kept.
 
-    dtype: Literal["float16", "int8"] = "float16"
-    hnsw_above: int = 50_000  # windows; exact search up to here, HNSW beyond
+    Args:
+        dtype: of the numbers of segments on disk; ``"auto"`` is what a store that is there has, and a new one gets what
+            suits its kind of memory (`lloco_engine.kinds.MemoryKind.dtype`).
+        hnsw_above: search windows up to which search is exact; beyond, by HNSW.
+    """
+
+    dtype: DType | Literal["auto"] = "auto"
+    hnsw_above: int = 50_000
 
     def __post_init__(self) -> None:
-        _require(self.dtype in ("float16", "int8"), "store dtype must be 'float16' or 'int8'", self.dtype)
+        _require(self.dtype in ("auto", *NUMBERS), f"store dtype must be one of auto, {', '.join(NUMBERS)}", self.dtype)
         _require(self.hnsw_above >= 0, "hnsw_above must not be negative", self.hnsw_above)
 
 

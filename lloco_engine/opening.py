@@ -148,7 +148,6 @@ class Setup:
             embedder = embedder or stored.embedder
             compress = compress or CompressConfig(stored.compressor, stored.ratio, stored.compressor_settings)
             chunk = chunk or ChunkConfig.from_json(stored.chunk)
-            store = store or StoreConfig(dtype=stored.dtype)
         self.decoder = decoder or models.DEFAULT_DECODER
         self.template = template
         self._stored = stored
@@ -159,6 +158,8 @@ class Setup:
         self.store = store or StoreConfig()
         self.compressor = compressor or registry.get(self.compress.name, **self.compress.settings)
         self.kind = kinds.get(self.compressor.memory)
+        if self.store.dtype == "auto":
+            self.store = replace(self.store, dtype=self.kind.dtype if stored is None else stored.dtype)
 
     @cached_property
     def facts(self) -> DecoderFacts:

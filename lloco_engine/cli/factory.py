@@ -56,7 +56,7 @@ def open_engine(
         create=create,
         compress=_compress(made, compressor, ratio, settings),
         chunk=ChunkConfig.from_json(chunk) if chunk else None,
-        store_config=StoreConfig.from_json({"dtype": dtype or made.get("dtype") or StoreConfig.dtype}),
+        store_config=StoreConfig.from_json({"dtype": dtype or made.get("dtype") or "auto"}),
         device=device,
         template=template,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lloco_engine.compress import chained
 from lloco_engine.compress.base import Compressor
 from lloco_engine.compress.chained import ChainedCompressor
-from lloco_engine.config import ChunkConfig, CompressConfig, PrefixConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, CompressConfig, PrefixConfig, RetrieveConfig, StoreConfig
 from lloco_engine.engine import Engine
 from lloco_engine.errors import DocumentError
 from lloco_engine.types import AnySegment, Document, Hit, Segment
@@ -139,13 +139,14 @@ class Engines:
         embedder: of the search.
         compressors: by kind of memory.
         chunk: sizes.
-        retrieve, prefix: as engines take them.
+        store, retrieve, prefix: as engines take them.
     """
 
     decoder: LocalDecoder
     embedder: Encodes
     compressors: Mapping[str, Compressor]
     chunk: ChunkConfig
+    store: StoreConfig
     retrieve: RetrieveConfig
     prefix: PrefixConfig
 
@@ -204,6 +205,7 @@ class GroupEngines:
             compressor=compressor,
             compress=CompressConfig(ratio=ratio),
             chunk=chunk,
+            store_config=common.store,
             retrieve=common.retrieve,
             prefix=common.prefix,
         )

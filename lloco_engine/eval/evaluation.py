@@ -84,6 +84,7 @@ class Evaluation:
             Remembered(embedder or Embedder(config.embedder, config.device)),
             {kind: KeptSegments(each, config.ratios) for kind, each in self.segments.items()},
             ChunkConfig(longest, window, min(ChunkConfig.window_overlap, window - 1)),
+            config.keeping,
             RetrieveConfig(top_k=config.top_k),
             config.placing,
         )

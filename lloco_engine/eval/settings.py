@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lloco_engine.config import ChunkConfig, Config, GenerateConfig, PrefixConfig, same_setting, setting
+from lloco_engine.config import ChunkConfig, Config, GenerateConfig, PrefixConfig, StoreConfig, same_setting, setting
 from lloco_engine.errors import ConfigError
 from lloco_engine.eval import tasks
 from lloco_engine.eval.methods import METHODS, Method, Row
@@ -70,6 +70,9 @@ class EvalConfig(Config):
         metavar="NAME",
     )
     refine: int = setting(0, "Steps of refinement for each segment of kv; 0: the fit alone.", least=0, metavar="N")
+    dtype: str = setting(
+        "auto", "Numbers of segments on disk: float16, int8 or int4; auto: as a new store has them.", metavar="TYPE"
+    )
     decoder: str = setting(
         DEFAULT_DECODER, "'embedded', a local folder or a hub id.", envvar="LLOCO_DECODER", metavar="NAME"
     )
@@ -90,8 +93,10 @@ class EvalConfig(Config):
         if bad := [ratio for ratio in self.ratios if ratio < 1]:
             raise ConfigError(f"ratios must be at least 1 (source tokens per slot), not {bad[0]}")
         self.check_bounds()
-        object.__setattr__(self, "hints", self.generation.hints)  # this and the next raise where one breaks its rule
-        _ = self.placing
+        object.__setattr__(
+            self, "hints", self.generation.hints
+        )  # this and what follows raise where one breaks its rule
+        _ = self.placing, self.keeping
         if not self.adapters:
             raise ConfigError(f"adapter must be a name or 'none', not {self.adapter!r}")
         if other := [only for _, only in self._asked if only and only not in self.adapters]:
@@ -116,6 +121,11 @@ class EvalConfig(Config):
     def placing(self) -> PrefixConfig:
         """How segments are placed and read."""
         return PrefixConfig(focus=self.focus, relevance=self.relevance)
+
+    @property
+    def keeping(self) -> StoreConfig:
+        """How segments are kept."""
+        return StoreConfig.from_json({"dtype": self.dtype})
 
     @property
     def _asked(self) -> list[tuple[str, str]]:

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from lloco_engine.config import PrefixConfig
+from lloco_engine.config import DType, PrefixConfig
 from lloco_engine.errors import ConfigError, StoreError
 from lloco_engine.plugins import run_plugins
 from lloco_engine.types import AnySegment, Prefix
@@ -23,7 +23,6 @@ __all__ = ["GROUP", "Format", "MemoryKind", "Room", "Sizes", "Tensors", "get", "
 GROUP = "lloco.memories"  # entry points of installed packages
 
 Tensors = dict[str, "torch.Tensor"]
-DType = Literal["float16", "int8"]
 
 
 class _Decoder(Protocol):
@@ -128,12 +127,14 @@ class MemoryKind(ABC):
     segment : the class of its segments, each with ``slots`` and ``source_tokens``
     embeds  : whether its segments are read in the place of input embeddings, before all text, so that they do not
               depend on the template prefix; else slots are read in attention, after it
+    dtype   : type that the numbers of segments have on disk in a new store, where nobody chose another
     """
 
     name: ClassVar[str]
     called: ClassVar[str]
     segment: ClassVar[type[AnySegment]]
     embeds: ClassVar[bool] = False
+    dtype: ClassVar[DType] = "float16"
 
     @abstractmethod
     def format(self, sizes: Sizes, dtype: DType) -> Format:

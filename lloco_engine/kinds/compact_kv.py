@@ -1,21 +1,26 @@
 """Compact KV: for each KV head of each layer the slots it keeps, which attention reads beside live tokens.
 
 A segment's file has keys (N, D), values (N, D), bias (N,) float32, lengths (L, H) int32 and positions (N,) int32; files
-of the first marker have no positions. In int8 there are keys.scale and values.scale (L, H, D) float32 too. The header
-says the ``divergence`` of a segment that was refined: before, after and steps.
+of the first marker have no positions. In int8 there are keys.scale and values.scale (L, H, D) float32 too. In int4 keys
+and values are (N, D / 2) bytes, with keys.least, keys.step, values.least and values.step (L, H, D) float16; the bias is
+float16, and positions are int16 where they can be. The header says the ``divergence`` of a segment that was refined:
+before, after and steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lloco_engine.config import PrefixConfig
+from lloco_engine.config import DType, PrefixConfig
 from lloco_engine.errors import ConfigError, StoreError
 from lloco_engine.kinds import numbers
-from lloco_engine.kinds.base import DType, Format, MemoryKind, Room, Sizes, Tensors
+from lloco_engine.kinds.base import Format, MemoryKind, Room, Sizes, Tensors
 from lloco_engine.types import Divergence, Prefix, Segment
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CompactKV", "CompactKVFormat"]
 
@@ -81,7 +86,7 @@ class CompactKVFormat(Format):
 
     def marker(self, tensors: Collection[str]) -> str:
         """See `Format.marker`."""
-        return f"lloco.segment.{2 if 'positions' in tensors else 1}"
+        return f"lloco.segment.{3 if self.dtype == 'int4' else 2 if 'positions' in tensors else 1}"
 
     def _pack(self, segment: Segment, segment_id: str) -> Tensors:
         """See `Format.pack`; a bias may be minus infinity: a slot of no mass."""
@@ -89,12 +94,15 @@ class CompactKVFormat(Format):
 
         self._check(segment)
         lengths = segment.lengths.detach().to("cpu", torch.int32).contiguous()
-        tensors = {"bias": segment.bias.detach().to("cpu", torch.float32).contiguous(), "lengths": lengths}
+        small = self.dtype == "int4"
+        bias = segment.bias.detach().to("cpu", torch.float16 if small else torch.float32).contiguous()
+        tensors = {"bias": bias, "lengths": lengths}
         if segment.positions is not None:
-            tensors["positions"] = segment.positions.detach().to("cpu", torch.int32).contiguous()
+            places = torch.int16 if small and segment.source_tokens <= 2**15 else torch.int32
+            tensors["positions"] = segment.positions.detach().to("cpu", places).contiguous()
         for name, rows in (("keys", segment.keys), ("values", segment.values)):
             tensors |= numbers.packed(name, rows, lengths, self.dtype, segment_id)
-        if bool((torch.isnan(tensors["bias"]) | (tensors["bias"] == torch.inf)).any()):
+        if not _is_bias(bias):
             raise StoreError(f"bias of a segment must be finite or minus infinity; segment {segment_id} has others")
         return tensors
 
@@ -118,9 +126,14 @@ class CompactKVFormat(Format):
     def shapes(self, header: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
         """See `Format.shapes`."""
         rows, heads = int(header["bias"]["shape"][0]), [self.layers, self.kv_heads]
-        wanted: dict[str, tuple[str, list[int]]] = {"bias": ("F32", [rows]), "lengths": ("I32", heads)}
+        small = self.dtype == "int4"
+        wanted: dict[str, tuple[str, list[int]]] = {
+            "bias": ("F16" if small else "F32", [rows]),
+            "lengths": ("I32", heads),
+        }
         if "positions" in header:
-            wanted["positions"] = ("I32", [rows])
+            short = small and header["positions"]["dtype"] == "I16"
+            wanted["positions"] = ("I16" if short else "I32", [rows])
         for name in ("keys", "values"):
             wanted |= numbers.shapes(name, [rows, self.head_dim], [*heads, self.head_dim], self.dtype)
         return wanted
@@ -133,14 +146,22 @@ class CompactKVFormat(Format):
             return "it has no slots"
         if min(map(min, heads)) < 0 or sum(map(sum, heads)) != rows:
             return f"the slots of its heads do not add up to {rows}"
-        return None
+        if not _is_bias(tensors["bias"]):
+            return "its bias is neither finite nor minus infinity"
+        return numbers.fault("keys", tensors) or numbers.fault("values", tensors)
 
     def unpack(self, tensors: Tensors, source_tokens: int, strings: Mapping[str, str]) -> Segment:
         """See `Format.unpack`."""
-        lengths = tensors["lengths"]
+        lengths, positions = tensors["lengths"], tensors.get("positions")
         keys, values = (numbers.unpacked(name, tensors, lengths) for name in ("keys", "values"))
-        made = Segment(keys, values, tensors["bias"], lengths.long(), source_tokens, tensors.get("positions"))
+        positions = None if positions is None else positions.int()
+        made = Segment(keys, values, tensors["bias"].float(), lengths.long(), source_tokens, positions)
         if "divergence" not in strings:
             return made
         before, after, steps = strings["divergence"].split(" ")
         return replace(made, divergence=Divergence(float(before), float(after), int(steps)))
+
+
+def _is_bias(bias: torch.Tensor) -> bool:
+    """Whether each is finite or minus infinity."""
+    return bool((bias < float("inf")).all())  # nothing is less than a NaN, and a NaN is less than nothing

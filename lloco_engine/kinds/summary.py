@@ -1,6 +1,6 @@
 """Summary embeddings: vectors that the decoder reads in the place of input embeddings (docs/memories.md).
 
-A segment's file has vectors (K, E); in int8 vectors.scale (1, 1, E) float32 too.
+A segment's file has vectors (K, E); in int8 vectors.scale (1, 1, E) float32 too, in int4 vectors.least and .step.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lloco_engine.config import PrefixConfig
+from lloco_engine.config import DType, PrefixConfig
 from lloco_engine.errors import StoreError
 from lloco_engine.kinds import numbers
-from lloco_engine.kinds.base import DType, Format, MemoryKind, Room, Sizes, Tensors
+from lloco_engine.kinds.base import Format, MemoryKind, Room, Sizes, Tensors
 from lloco_engine.types import Prefix
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class SummaryFormat(Format):
 
     def fault(self, tensors: Tensors) -> str | None:
         """See `Format.fault`."""
-        return None if len(tensors["vectors"]) else "it has no vectors"
+        return numbers.fault("vectors", tensors) if len(tensors["vectors"]) else "it has no vectors"
 
     def unpack(self, tensors: Tensors, source_tokens: int, strings: Mapping[str, str]) -> SummarySegment:
         """See `Format.unpack`."""

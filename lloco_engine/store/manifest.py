@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from lloco_engine import kinds
-from lloco_engine.config import Config
+from lloco_engine.config import NUMBERS, Config, DType
 from lloco_engine.errors import ConfigError, StoreCorrupt, StoreMismatch
 from lloco_engine.fingerprints import agree
 from lloco_engine.kinds import Format, Sizes
@@ -61,7 +61,7 @@ class Manifest(Config):
     compressor: str
     compressor_settings: dict[str, Any]
     ratio: float
-    dtype: Literal["float16", "int8"]
+    dtype: DType
     embedder: str
     embedder_fingerprint: str
     embedder_dim: int
@@ -84,8 +84,8 @@ class Manifest(Config):
             raise ConfigError(
                 f"summary_dim of a manifest must suit memory {self.memory!r}, not be {self.summary_dim!r}"
             )
-        if self.dtype not in ("float16", "int8"):
-            raise ConfigError(f"dtype of a manifest must be 'float16' or 'int8', not {self.dtype!r}")
+        if self.dtype not in NUMBERS:
+            raise ConfigError(f"dtype of a manifest must be one of {', '.join(NUMBERS)}, not {self.dtype!r}")
 
     def dumps(self) -> str:
         """The manifest as the text of ``manifest.json``."""
@@ -158,7 +158,7 @@ class Manifest(Config):
         return f" (embedder {self.embedder!r})" if name.startswith("embedder_") else ""
 
 
-_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "Literal": str, "dict": dict}
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "DType": str, "dict": dict}
 
 
 def _as_stored(value: Any) -> Any:

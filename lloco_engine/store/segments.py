@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["SegmentFile", "SegmentFiles", "checksum", "content_id", "encode", "pack", "read", "received", "verify"]
 
 # Types of tensors as safetensors calls them: as numpy does, and the bytes of a number.
-_TYPES = {"F16": ("<f2", 2), "F32": ("<f4", 4), "I8": ("i1", 1), "I32": ("<i4", 4)}
+_TYPES = {"F16": ("<f2", 2), "F32": ("<f4", 4), "U8": ("u1", 1), "I8": ("i1", 1), "I16": ("<i2", 2), "I32": ("<i4", 4)}
 
 
 def content_id(made_with: Mapping[str, Any], token_ids: Iterable[int], previous: str | None = None) -> str:

@@ -81,7 +81,7 @@ class Store:
             ConfigError: ``config`` and ``manifest`` disagree about the type on disk.
         """
         config = StoreConfig(dtype=manifest.dtype) if config is None else config
-        if config.dtype != manifest.dtype:
+        if config.dtype not in ("auto", manifest.dtype):
             raise ConfigError(f"store dtype must be the manifest's, {manifest.dtype!r}, not {config.dtype!r}")
         make_store(Layout(path), manifest)
         return cls.open(path, config=config)
