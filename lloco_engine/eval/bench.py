@@ -15,9 +15,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from lloco_engine import kinds
 from lloco_engine.compress import registry
 from lloco_engine.compress.base import Compressor
-from lloco_engine.config import ChunkConfig, CompressConfig, Config, RetrieveConfig
+from lloco_engine.config import NUMBERS, ChunkConfig, CompressConfig, Config, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.engine import Engine, Progress
@@ -153,6 +154,7 @@ def run(
         "config": config.to_json()
         | {
             "decoder_fingerprint": decoder.fingerprint,
+            "dtype": engine.manifest.dtype,
             "compressor_settings": compressor.settings,
             "lengths": list(config.lengths),
         },
@@ -223,7 +225,14 @@ def _fingerprint(
     """16 hex digits of everything that the stores are made from."""
     made_of = [
         [decoder.fingerprint, decoder.tokenizer_fingerprint, decoder.template.fingerprint, embedder.fingerprint],
-        [compressor.name, compressor.settings, config.segment_tokens, config.ratio, config.whole_ratio],
+        [
+            kinds.get(compressor.memory).dtype,
+            compressor.name,
+            compressor.settings,
+            config.segment_tokens,
+            config.ratio,
+            config.whole_ratio,
+        ],
         [document.content_hash for document in source.values()],
     ]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -240,7 +249,7 @@ def _keys(details: dict[str, Any]) -> dict[str, Any]:
         "in_context_ttft_over_lloco": {length: row["ttft_over_lloco"] for length, row in in_context.items()},
         "decode_over_transformers_generate": details["transformers_generate"]["ratio"],
         "compress_over_prefill": details["compress"]["ratio"],
-        "bytes_per_source_token": details["bytes_per_source_token"]["float16"]["store"],
+        "bytes_per_source_token": details["bytes_per_source_token"][details["config"]["dtype"]]["store"],
     }
 
 
@@ -271,13 +280,12 @@ def _bytes(engine: Engine) -> dict[str, Any]:
     tokens, beside = stats["source_tokens"], stats["bytes"]["total"] - stats["bytes"]["segments"]
     identities = dict.fromkeys(hit.segment_id for info in kept.documents() for hit in kept.chunks(info.doc_id))
     with TemporaryDirectory() as folder:
-        manifest = replace(kept.manifest, dtype="int8")
-        with Store.create(Path(folder) / "int8", manifest) as store, store.writer() as writer:
-            small = sum(writer.save_segment(each, kept.load_segment(each)).bytes for each in identities)
-    return {
-        dtype: {"store": (size + beside) / tokens, "segments": size / tokens}
-        for dtype, size in (("float16", stats["bytes"]["segments"]), ("int8", small))
-    }
+        sizes: dict[str, int] = {}
+        for dtype in NUMBERS:
+            manifest = replace(kept.manifest, dtype=dtype)
+            with Store.create(Path(folder) / dtype, manifest) as store, store.writer() as writer:
+                sizes[dtype] = sum(writer.save_segment(each, kept.load_segment(each)).bytes for each in identities)
+    return {dtype: {"store": (size + beside) / tokens, "segments": size / tokens} for dtype, size in sizes.items()}
 
 
 def _rounded(value: Any) -> Any:

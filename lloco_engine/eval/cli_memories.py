@@ -34,6 +34,7 @@ def memories(
     from rich.console import Console
     from rich.table import Table
 
+    from lloco_engine.config import NUMBERS
     from lloco_engine.eval.machine import check_writable, write_json
     from lloco_engine.eval.memories import MemoriesConfig, run
     from lloco_engine.eval.progress import bar
@@ -44,14 +45,14 @@ def memories(
     with bar() as progress:
         result = run(config, progress=progress)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    names = ["memory", "slots", "float16", "int8", "bytes/token", "first token", "of no context", "compress"]
+    names = ["memory", "slots", *NUMBERS, "bytes/token", "first token", "of no context", "compress"]
     for name in names:
         table.add_column(name, justify="left" if name == "memory" else "right")
     for row in result["rows"]:
         table.add_row(
             row["memory"],
             str(row["slots_per_segment"]),
-            *(_bytes(row["bytes_per_segment"][dtype]) for dtype in ("float16", "int8")),
+            *(_bytes(row["bytes_per_segment"][dtype]) for dtype in NUMBERS),
             f"{row['bytes_per_source_token']['float16']:.4g}",
             f"{row['ttft_s']:.3f} s",
             f"{row['ttft_over_no_context']:.2f}x",

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lloco_engine.compress import registry
 from lloco_engine.compress.autocompressor import AutoCompressor
 from lloco_engine.compress.summary_tokens import SummaryTokens
-from lloco_engine.config import ChunkConfig, Config, GenerateConfig
+from lloco_engine.config import NUMBERS, ChunkConfig, Config, DType, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError
 from lloco_engine.eval.corpus import source_ids
@@ -39,7 +39,6 @@ __all__ = ["LLAMA_2_7B", "MemoriesConfig", "run", "segment_bytes"]
 
 _QUESTION = "What is said about the clamp?"
 _SEED = 0
-_DTYPES: tuple[Literal["float16", "int8"], ...] = ("float16", "int8")
 # Of the decoder that the published summary compressor was made from: its sizes on disk are computed, not measured.
 LLAMA_2_7B = DecoderShape(32, 32, 32, 128, 4096, 4096, 32000, 4096, True)
 
@@ -79,7 +78,7 @@ class _Kind:
 
     name: str
     make: Callable[[Sequence[int], Sequence[AnySegment]], AnySegment]
-    form: Callable[[Literal["float16", "int8"]], Format]
+    form: Callable[[DType], Format]
 
 
 def run(
@@ -122,10 +121,11 @@ def run(
             paths = [_write(Path(folder), f"{number:02d}{at:030d}", one, kind) for at, one in enumerate(made)]
             prepared.append((kind, made, spent, paths))
         times = _first_tokens(decoder, config, prepared)
-        for (kind, made, spent, paths), ttft in zip(prepared, times[1:], strict=True):
-            form = kind.form("int8")
-            small = [len(files.encode(one, "0" * 32, form)[0]) for one in made]
-            on_disk = {"float16": median(path.stat().st_size for path, _ in paths), "int8": median(small)}
+        for (kind, made, spent, _), ttft in zip(prepared, times[1:], strict=True):
+            on_disk = {
+                dtype: median(len(files.encode(one, "0" * 32, kind.form(dtype))[0]) for one in made)
+                for dtype in NUMBERS
+            }
             rows.append(
                 {
                     "memory": kind.name,

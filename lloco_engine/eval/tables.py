@@ -38,7 +38,12 @@ SCORES = {
 HEADLINES = ("f1", "rouge_1", "rouge_2", "rouge_l", "accuracy", "success")  # scores whose differences are shown
 _BASELINES = ("none", "full", "text_retrieved")
 # settings that tell runs of one task apart: a column each where the runs of a table differ
-_APART = {"passages_per_chunk": "passages a chunk", "segments": "segments", "beams": "beams"}
+_APART = {
+    "passages_per_chunk": ("passages a chunk", 1),
+    "segments": ("segments", 1),
+    "beams": ("beams", 1),
+    "dtype": ("numbers on disk", "float16"),
+}
 
 
 def evaluations(results: Sequence[Result], shown: Sequence[str] | None = None) -> Iterator[str]:
@@ -49,7 +54,7 @@ def evaluations(results: Sequence[Result], shown: Sequence[str] | None = None) -
         shown: scores that have a column, None for all that were taken.
     """
     configs = [result["config"] for result in results]
-    apart = {name: title for name, title in _APART.items() if len({config.get(name, 1) for config in configs}) > 1}
+    apart = {name: how for name, how in _APART.items() if len({config.get(name, how[1]) for config in configs}) > 1}
     sizes = {(row["documents"], row["questions"]) for result in results for row in result["results"]}
     counts = ["documents", "questions"] if len(sizes) > 1 else []
     taken = [name for name in SCORES if any(row.get(name) is not None for r in results for row in r["results"])]
@@ -58,14 +63,20 @@ def evaluations(results: Sequence[Result], shown: Sequence[str] | None = None) -
 
     def start(each: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         return [
-            *(str(config.get(name, 1)) for name in apart),
+            *(str(config.get(name, default)) for name, (_, default) in apart.items()),
             METHODS.get(each["method"], each["method"]),
             adapter_of(each["adapter"]),
             *([", ".join(hints_of(each, config)) or "-"] if hints else []),
             "-" if each["ratio"] is None else f"{each['ratio']:g}x",
         ]
 
-    first = [*apart.values(), "the decoder reads", "adapter", *(["hints"] if hints else []), "ratio"]
+    first = [
+        *(title for title, _ in apart.values()),
+        "the decoder reads",
+        "adapter",
+        *(["hints"] if hints else []),
+        "ratio",
+    ]
     costs = ["text tokens", "slots", "source tokens"]
     yield table(
         [*first, "loss", "recovered", *(SCORES[name] for name in scores), *counts, *costs],
@@ -172,15 +183,15 @@ def answered(details: Mapping[str, Any]) -> str:
 
 def memories(result: Result) -> Iterator[str]:
     """What compact KV and summary embeddings cost beside each other."""
+    dtypes = list(result["rows"][0]["bytes_per_segment"])
     yield table(
-        ["memory", "slots", "bytes, float16", "bytes, int8", "bytes per source token", "first token over no context",
-         "compressing, s"],
+        ["memory", "slots", *(f"bytes, {dtype}" for dtype in dtypes), "bytes per source token",
+         "first token over no context", "compressing, s"],
         [
             [
                 row["memory"],
                 number(row["slots_per_segment"], 0),
-                number(row["bytes_per_segment"]["float16"], 0),
-                number(row["bytes_per_segment"]["int8"], 0),
+                *(number(row["bytes_per_segment"][dtype], 0) for dtype in dtypes),
                 number(row["bytes_per_source_token"]["float16"], 1),
                 number(row["ttft_over_no_context"], 2),
                 number(row["compress_s_per_segment"], 1),

@@ -17,7 +17,7 @@ from lloco_engine.store.segments import content_id
 
 __all__ = ["FORMAT_VERSION", "Manifest"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew no int4
 
 # The same model may be named in several ways (a hub id, a folder): fingerprints say what it is.
 _DESCRIPTIVE = frozenset({"decoder", "embedder", "created", "engine_version"})

@@ -79,12 +79,16 @@ def test_the_details_say_what_was_measured(result):
     for part in (details["retrieved"], details["whole"]["400"]):
         assert set(part["seconds"]) == {"retrieve_s", "load_s", "decoder_s"}
         assert sum(part["seconds"].values()) == pytest.approx(part["ttft_s"], rel=0.5)
-    assert details["retrieved"]["bytes_read"] > 4 * 96 * 2 * 2 * 2 * 8 * 2  # keys and values of 2 layers, 2 heads of 8
+    assert (
+        details["retrieved"]["bytes_read"] > 4 * 96 * 2 * 2 * 8
+    )  # keys and values of 2 layers, 2 heads of 8, half a byte
     assert details["retrieved"]["ttft_over_no_context_with_embedding"] > 0
     assert details["retrieved"]["decode_over_no_context_without_lookup"] > 0
     assert details["in_context"]["400"]["prompt_tokens"] > 400
     sizes = details["bytes_per_source_token"]
-    assert sizes["int8"]["segments"] < sizes["float16"]["segments"] < sizes["float16"]["store"]
+    assert sizes["int4"]["segments"] < sizes["int8"]["segments"] < sizes["float16"]["segments"]
+    assert sizes["float16"]["segments"] < sizes["float16"]["store"]
+    assert result["bytes_per_source_token"] == sizes[details["config"]["dtype"]]["store"]
     assert {"versions", "hardware", "date", "seconds", "config"} <= set(details)
 
 

@@ -134,7 +134,7 @@ def test_a_manifest_field_of_the_wrong_type_is_named(path, field):
 def test_a_newer_format_is_refused_by_number(path):
     values = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({"format_version": 9, "unheard_of": values}))
-    with pytest.raises(StoreMismatch, match=r"format_version .* is 9; this engine reads up to 1"):
+    with pytest.raises(StoreMismatch, match=r"format_version .* is 9; this engine reads up to 2"):
         Store.open(path)
 
 
