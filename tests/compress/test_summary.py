@@ -241,17 +241,19 @@ def test_an_ingest_that_was_cut_off_goes_on_to_the_same_segments(folders, tmp_pa
                 assert torch.equal(mine, theirs)
 
 
-def test_int8_is_smaller_and_close(folders, tmp_path):
+def test_few_bits_are_close(folders, tmp_path):
     from lloco_engine import StoreConfig
 
     made = {}
-    for dtype in ("float16", "int8"):
+    for dtype in ("float16", "int8", "int4"):
         with open_engine(tmp_path / dtype, folders["llama", True], store_config=StoreConfig(dtype=dtype)) as engine:
             engine.ingest([Document("mill", SHORT)])
             (hit,) = engine.store.chunks("mill")
             made[dtype] = engine.store.load_segment(hit.segment_id, verify=True).vectors.float()
     spread = made["float16"].abs().amax(0, keepdim=True)
     assert ((made["int8"] - made["float16"]).abs() <= spread / 127 + 1e-3).all()
+    assert ((made["int4"] - made["float16"]).abs() <= spread / 15 + 2e-3).all()
+    assert not torch.equal(made["int4"], made["int8"])
 
 
 # -- one kind refuses the other -------------------------------------------------------------------------------------

@@ -250,8 +250,8 @@ def test_segments_that_tie_are_read_together_in_any_order():
         torch.testing.assert_close(other, found[0], **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_segments_out_of_a_store_are_read(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "atol"), [("float16", 2e-3), ("int8", 5e-2), ("int4", 0.3)])
+def test_segments_out_of_a_store_are_read(tmp_path, dtype, atol):
     written = SEGMENTS[0]
     form = CompactKVFormat(LAYERS, HEADS, DIM, dtype)
     file = tmp_path / "one.safetensors"
@@ -259,8 +259,7 @@ def test_segments_out_of_a_store_are_read(tmp_path, dtype):
     stored = segments.read(file, "0" * 32, form)
     q, keys, values, mask = live(1, 4, 2)
     found = read(make([prefix(stored)]), 0, q, keys, values, mask)
-    near = {"rtol": 0, "atol": 2e-3 if dtype == "float16" else 5e-2}
-    torch.testing.assert_close(found, naive(q, keys, values, mask, [prefix(written)], 0, 0.3), **near)
+    torch.testing.assert_close(found, naive(q, keys, values, mask, [prefix(written)], 0, 0.3), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

@@ -177,12 +177,13 @@ def test_the_ledger_adds_up(tmp_path):
         assert stats["bytes_per_source_token"] == stats["bytes"]["total"] / 100
 
 
-def test_int8_halves_the_memory_and_stays_close(tmp_path):
-    with make_store(tmp_path / "s", document("a"), dtype="int8") as store:
+@pytest.mark.parametrize(("dtype", "steps"), [("int8", 127), ("int4", 15)])
+def test_few_bits_stay_close(tmp_path, dtype, steps):
+    with make_store(tmp_path / "s", document("a"), dtype=dtype) as store:
         for hit in store.chunks("a"):
             got, made = store.load_segment(hit.segment_id, verify=True), segment(hit.text)
             assert got.keys.dtype == torch.float16
-            assert (got.keys - made.keys).abs().max() <= made.keys.abs().max() / 127
+            assert (got.keys - made.keys).abs().max() <= made.keys.abs().max() / steps
         assert store.verify() == [] and store.missing_segments("a", verify=True) == []
 
 
