@@ -29,7 +29,7 @@ from lloco_engine.cli.options import (
 )
 from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
 from lloco_engine.cli.refine import steps_of
-from lloco_engine.config import NUMBERS, RefineConfig
+from lloco_engine.config import RefineConfig
 from lloco_engine.types import IngestReport
 
 if TYPE_CHECKING:
@@ -38,8 +38,12 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 
-OnDisk = StrEnum("OnDisk", list(NUMBERS))
-"""Number types of segments on disk."""
+class OnDisk(StrEnum):
+    """Number types of segments on disk."""
+
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 def register(app: typer.Typer) -> None:
@@ -68,9 +72,7 @@ def ingest(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        OnDisk | None, typer.Option(help="Numbers of segments on disk; int4 for a new store of compact KV.")
-    ] = None,
+    dtype: Annotated[OnDisk | None, typer.Option(help="Numbers of segments on disk; float16 for a new store.")] = None,
     tenant: Tenant = "",
     meta: Annotated[
         list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata for every document; repeatable.")
