@@ -207,6 +207,11 @@ class RefineConfig(Config):
             value = getattr(self, name)
             _require(isinstance(value, int | float) and 0 <= value <= 1, f"{name} must be a step from 0 to 1", value)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a compressor that refines like this; none where there is nothing to do."""
+        return {("refine" if name == "steps" else name): value for name, value in self.to_json().items() if self.steps}
+
 
 @dataclass(frozen=True)
 class StoreConfig(Config):

@@ -155,10 +155,13 @@ def ingest(
 
 
 def _refinement(steps: str | None, store: Path) -> dict[str, Any]:
-    """The compressor's setting for ``--refine``; with ``auto`` a store that is there keeps its own."""
-    if steps is None or (steps == "auto" and (store / "manifest.json").exists()):
+    """The compressor's settings for ``--refine``; a store that is there keeps its own, but for the number of steps."""
+    there = (store / "manifest.json").exists()
+    if steps is None or (steps == "auto" and there):
         return {}
-    return {"refine": steps_of(steps)}
+    if there:
+        return {"refine": steps_of(steps)}
+    return RefineConfig(steps=steps_of(steps)).settings
 
 
 def _print_report(report: IngestReport) -> None:

@@ -34,6 +34,7 @@ __all__ = ["AttentionMatching"]
 
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
+_RATES = ("keys", "values", "biases")
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
@@ -49,6 +50,8 @@ class AttentionMatching(Compressor):
         floor: share of an even split of the slots that every head gets, whatever the other heads need.
         refine: steps of refinement after the fits (`lloco_engine.compress.refinement`); 0 is the fits alone.
         stretch: tokens of the chunk that a step reads; 0 reads all of it.
+        keys, values, biases: sizes of the first step (`RefineConfig`). Their defaults here never change: they are those
+            of segments whose settings say none, since releases before did not write them.
     """
 
     name = "attention_matching"
@@ -59,7 +62,10 @@ class AttentionMatching(Compressor):
     iterations: int = 60
     floor: float = 0.1
     refine: int = 0
-    stretch: int = RefineConfig.stretch
+    stretch: int = 128
+    keys: float = 0.01
+    values: float = 0.03
+    biases: float = 0.01
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, int | float) or not self.ridge > 0:
@@ -72,15 +78,20 @@ class AttentionMatching(Compressor):
         if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
             raise ConfigError(f"floor must be a number from 0 to 1, not {self.floor!r}")
         try:
-            self._refinement = RefineConfig(steps=self.refine, stretch=self.stretch)
+            self._refinement = RefineConfig(self.refine, self.stretch, self.keys, self.values, self.biases)
         except ConfigError as error:
-            raise ConfigError(f"refine and stretch: {error}") from error
+            raise ConfigError(f"refinement: {error}") from error
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As the contract says; those of refinement only where there is any, for stores made before it have none."""
+        """As the contract says; those of refinement only where there is any, and of its rates those that differ.
+
+        Stores made before there were such settings have none, and their segments keep their ids.
+        """
         own = super().settings
-        return own if self.refine else {name: own[name] for name in own if name not in ("refine", "stretch")}
+        if not self.refine:
+            return {name: own[name] for name in own if name not in ("refine", "stretch", *_RATES)}
+        return {name: own[name] for name in own if name not in _RATES or own[name] != getattr(type(self), name)}
 
     def longest_chunk(self, decoder: DecoderSpec) -> int:
         """Half the window: the chunk is read twice, once to be kept and once to be repeated."""

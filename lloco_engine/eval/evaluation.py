@@ -12,7 +12,7 @@ from lloco_engine import __version__
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, hash_of_named, load_named
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, RefineConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.eval import tasks
@@ -51,7 +51,7 @@ class Evaluation:
     ) -> None:
         self.task = tasks.get(config.task, **config.task_settings)
         self.decoder = decoder = decoder or LocalDecoder.load(config.decoder, device=config.device)
-        compressor = registry.get(config.compressor, **({"refine": config.refine} if config.refine else {}))
+        compressor = registry.get(config.compressor, **RefineConfig(steps=config.refine).settings)
         if slots := compressor.slots(decoder):  # which cannot be chosen
             config = replace(config, ratios=(max(1.0, config.segment_tokens / slots),))
         self.config = config

@@ -180,14 +180,14 @@ def _for_folder(
 ) -> None:
     from lloco_engine.chunking import Chunker
     from lloco_engine.compress import registry
-    from lloco_engine.config import CompressConfig
+    from lloco_engine.config import CompressConfig, RefineConfig
     from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.finetune.run import Finetune
 
     config = _config(preset, changes, None)
     loaded = LocalDecoder.load(decoder or "embedded", device=device or _own_device())
     chunker = Chunker(loaded.tokenizer, text_ids=loaded.template.text_ids)
-    compressor = registry.get(CompressConfig.name, **({"refine": refine} if refine else {}))
+    compressor = registry.get(CompressConfig.name, **RefineConfig(steps=refine).settings)
     run = Finetune(loaded, compressor, chunker, files, config, **options)
     _told(as_json)(run)
     with _shown(as_json) as progress:

@@ -125,6 +125,19 @@ def test_no_steps_are_the_fit_alone_bit_for_bit(monkeypatch):
     assert "stretch" not in AttentionMatching(stretch=64).settings
 
 
+def test_settings_say_every_rate_that_is_not_what_former_releases_took():
+    plain = AttentionMatching().settings
+    assert AttentionMatching(refine=8, stretch=128).settings == plain | {"refine": 8, "stretch": 128}
+    assert AttentionMatching(refine=8, values=0.06).settings == plain | {"refine": 8, "stretch": 128, "values": 0.06}
+    assert AttentionMatching(values=0.06, keys=0.5, biases=0.2).settings == plain
+    config = RefineConfig(3, 64, 0.02, 0.05, 0.04)
+    assert AttentionMatching(**config.settings)._refinement == config
+    assert AttentionMatching(**AttentionMatching(**config.settings).settings)._refinement == config
+    assert RefineConfig(steps=0).settings == {}
+    with pytest.raises(ConfigError, match="refinement: values must be a step from 0 to 1, not 2"):
+        AttentionMatching(refine=8, values=2)
+
+
 def test_within_compress_it_is_what_it_is_alone():
     decoder = tiny()
     ids = tokens(decoder, TEXT)
@@ -286,5 +299,5 @@ def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         RefineConfig(**settings)
     if "steps" in settings or "stretch" in settings:
-        with pytest.raises(ConfigError, match="refine and stretch"):
+        with pytest.raises(ConfigError, match="refinement: "):
             AttentionMatching(**{{"steps": "refine"}.get(name, name): value for name, value in settings.items()})
