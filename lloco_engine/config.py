@@ -187,8 +187,9 @@ class RefineConfig(Config):
     Args:
         steps: of Adam; 0 leaves a segment as it was fitted. The default is what ``auto`` stands for (docs/log.md).
         stretch: tokens of the chunk that a step reads; 0 reads all of it in every step.
-        keys, values, biases: size of the first step, falling linearly to nothing after the last. Values bear the
-            largest ones (docs/log.md).
+        keys, values, biases: size of a step, as far as ``pace`` leaves it. Values bear the largest ones (docs/log.md).
+        pace: every step goes so far that by its slope this share of the divergence would be gone, ten times its size at
+            most; 0: steps have their sizes, falling linearly to nothing after the last.
     """
 
     steps: int = 8
@@ -196,6 +197,7 @@ class RefineConfig(Config):
     keys: float = 0.01
     values: float = 0.03
     biases: float = 0.01
+    pace: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "stretch"):
@@ -206,6 +208,8 @@ class RefineConfig(Config):
         for name in ("keys", "values", "biases"):
             value = getattr(self, name)
             _require(isinstance(value, int | float) and 0 <= value <= 1, f"{name} must be a step from 0 to 1", value)
+        told = isinstance(self.pace, int | float) and 0 <= self.pace <= 2
+        _require(told, "pace must be a share of the divergence from 0 to 2", self.pace)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ __all__ = ["AttentionMatching"]
 
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
-_RATES = ("keys", "values", "biases")
+_RATES = ("keys", "values", "biases", "pace")
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
 
 
@@ -50,8 +50,8 @@ class AttentionMatching(Compressor):
         floor: share of an even split of the slots that every head gets, whatever the other heads need.
         refine: steps of refinement after the fits (`lloco_engine.compress.refinement`); 0 is the fits alone.
         stretch: tokens of the chunk that a step reads; 0 reads all of it.
-        keys, values, biases: sizes of the first step (`RefineConfig`). Their defaults here never change: they are those
-            of segments whose settings say none, since releases before did not write them.
+        keys, values, biases, pace: sizes of the steps (`RefineConfig`). Their defaults here never change: they are
+            those of segments whose settings say none, since releases before did not write them.
     """
 
     name = "attention_matching"
@@ -66,6 +66,7 @@ class AttentionMatching(Compressor):
     keys: float = 0.01
     values: float = 0.03
     biases: float = 0.01
+    pace: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, int | float) or not self.ridge > 0:
@@ -78,7 +79,7 @@ class AttentionMatching(Compressor):
         if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
             raise ConfigError(f"floor must be a number from 0 to 1, not {self.floor!r}")
         try:
-            self._refinement = RefineConfig(self.refine, self.stretch, self.keys, self.values, self.biases)
+            self._refinement = RefineConfig(self.refine, self.stretch, self.keys, self.values, self.biases, self.pace)
         except ConfigError as error:
             raise ConfigError(f"refinement: {error}") from error
 
@@ -99,14 +100,17 @@ class AttentionMatching(Compressor):
 
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
         """See `Compressor.compress`."""
-        fitted, cache = self._fitted(decoder, token_ids, ratios)
-        return [refine(decoder, token_ids, segment, self._refinement, cache) for segment in fitted]
+        fitted, cache, expected = self._fitted(decoder, token_ids, ratios)
+        return [refine(decoder, token_ids, segment, self._refinement, cache, expected) for segment in fitted]
 
     @torch.inference_mode()
     def _fitted(
         self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]
-    ) -> tuple[list[Segment], Cache]:
-        """A segment for each ratio, and the cache of template prefix and chunk."""
+    ) -> tuple[list[Segment], Cache, torch.Tensor | None]:
+        """A segment for each ratio, the cache of template prefix and chunk, and what `refine` expects, if it was read.
+
+        In bfloat16 it was not read: that is not exact enough to be aimed at.
+        """
         repeat = [*decoder.template.repeat_ids(), *token_ids]
         cache = decoder.prefill(token_ids, room=len(repeat))
         runner = decoder.runner
@@ -114,11 +118,13 @@ class AttentionMatching(Compressor):
             cache, decoder.template_tokens, runner.scale, self.fit_rows, self.fit_tokens, runner.rules
         )
         in_bf16 = runner.bf16 and quicker_in_bf16(runner.device, runner.dtype)
-        decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16)
+        wanted = None if self.refine and not in_bf16 else 0
+        states = decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16, wanted=wanted)
+        expected = None if wanted == 0 else states[0, -len(token_ids) - 1 : -1]
         importance = torch.stack([seen.importance for seen in repetition.seen])
         keeps = (select(importance, ratio, self.floor) for ratio in ratios)
         made = [self._fit(decoder, repeat[: self.fit_tokens], cache, repetition.seen, keep) for keep in keeps]
-        return made, cache
+        return made, cache, expected
 
     def _fit(
         self, decoder: LocalDecoder, repeat: Sequence[int], cache: Cache, seen: Sequence[Seen], keep: torch.Tensor

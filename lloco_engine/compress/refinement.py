@@ -3,7 +3,9 @@
 Keys, values and biases move by Adam towards the decoder's own next-token distributions with the whole chunk before it,
 while it repeats stretches of the chunk. The decoder's weights take no part. Source: the context distillation of
 Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266), here begun at a segment that was fitted in closed form, where a few
-steps do. Some tokens of the chunk are held out: no step aims at them, and what is not better there is not kept.
+steps do. How far a step goes is Polyak's rule (Loizou et al. 2021, arXiv 2002.10542): the least divergence is nothing,
+so a step ends where that would be reached if it fell on as its slope says. Some tokens of the chunk are held out: no
+step aims at them, and what is not better there is not kept.
 
 Beside the decoder and the chunk's cache a step holds what its stretch leaves in every layer, or, from `_LONG` tokens
 on, in one layer at a time and the states between them; and the logits of `_ROWS` tokens, four times over.
@@ -32,11 +34,17 @@ __all__ = ["refine"]
 _BLOCKS, _BLOCK = 4, 16  # stretches of tokens held out, and the tokens of each, where the chunk has eight times as many
 _LEAD = 16  # tokens read before each: the decoder must find out where in the chunk it is
 _LONG = 512  # tokens of a pass from which on its layers are run a second time for the gradients
+_FARTHEST = 10  # times its rates is as far as a step may go
 _ROWS = 128  # tokens whose logits are held at once
 
 
 def refine(
-    decoder: LocalDecoder, token_ids: Sequence[int], segment: Segment, config: RefineConfig, cache: Cache | None = None
+    decoder: LocalDecoder,
+    token_ids: Sequence[int],
+    segment: Segment,
+    config: RefineConfig,
+    cache: Cache | None = None,
+    expected: torch.Tensor | None = None,
 ) -> Segment:
     """A chunk's segment after some steps, with its divergence; as it was, but for this, where they made it no better.
 
@@ -49,6 +57,8 @@ def refine(
         config: how many steps, and of which kind.
         cache: the template prefix and the chunk, with room for the instruction and the chunk again; what follows them
             is written over. None reads the chunk anew.
+        expected: (n, E) states of the decoder where it foretells the chunk's tokens as it repeats it, with the whole
+            chunk before it. None reads the repetition where they are needed.
 
     Returns:
         a segment of the same heads and tokens. A chunk of fewer than eight tokens, of which none can be held out, has
@@ -57,7 +67,7 @@ def refine(
     if not config.steps or len(token_ids) < 8:
         return segment
     with torch.inference_mode(False), torch.enable_grad():
-        return _Run(decoder, list(token_ids), segment, config, cache).refined(segment)
+        return _Run(decoder, list(token_ids), segment, config, cache, expected).refined(segment)
 
 
 class _OnePass(Cache):
@@ -100,6 +110,7 @@ class _Run:
         segment: Segment,
         config: RefineConfig,
         cache: Cache | None,
+        expected: torch.Tensor | None = None,
     ) -> None:
         self._decoder, self._ids, self._config = decoder, token_ids, config
         self._repeat = decoder.template.repeat_ids()
@@ -116,9 +127,10 @@ class _Run:
         }
         self._made = replace(segment, **self._parts)
         self._size = min(config.stretch or len(token_ids), len(token_ids))  # of a stretch
-        self._whole: torch.Tensor | None = None  # what is expected where that is the chunk, once it was read
+        aimed = ~self._held.to(device)
+        self._whole = None if expected is None else expected[aimed]  # what is expected where that is the chunk
 
-    def refined(self, former: Segment) -> Segment:
+    def refined(self, fitted: Segment) -> Segment:
         """See `refine`."""
         config, steps = self._config, self._config.steps
         measured = [(stretch, self._expected(stretch)) for stretch in self._measured()]
@@ -127,7 +139,7 @@ class _Run:
         adam = torch.optim.Adam(
             [{"params": [part], "lr": rates[name]} for name, part in self._parts.items()], betas=(0.9, 0.95)
         )
-        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 if config.pace else 1 - step / steps)
         for _ in range(steps):
             stretch = self._stretch()
             loss = self._loss(stretch, self._goal(stretch))
@@ -135,13 +147,26 @@ class _Run:
                 self._parts.values(), torch.autograd.grad(loss, [*self._parts.values()]), strict=True
             ):
                 part.grad = slope
+            former = [part.detach().clone() for part in self._parts.values()]
             adam.step()
+            if config.pace:
+                self._pace(former, config.pace * float(loss.detach()))
             falling.step()
         after = self._divergence(measured)
         if not after < before or not all(bool(part.detach().half().isfinite().all()) for part in self._parts.values()):
-            return replace(former, divergence=Divergence(before, before, steps))
+            return replace(fitted, divergence=Divergence(before, before, steps))
         kept = {name: part.detach() for name, part in self._parts.items()}
-        return replace(former, **kept, divergence=Divergence(before, after, steps))
+        return replace(fitted, **kept, divergence=Divergence(before, after, steps))
+
+    @torch.no_grad()
+    def _pace(self, former: Sequence[torch.Tensor], fall: float) -> None:
+        """Have the step that was taken from ``former`` end where the loss falls by ``fall``, if its slope goes on."""
+        parts = [*self._parts.values()]
+        steps = [part - was for part, was in zip(parts, former, strict=True)]
+        promised = -sum(float((step * part.grad).sum()) for step, part in zip(steps, parts, strict=True))
+        share = min(_FARTHEST, fall / promised) if promised > 0 else 1.0
+        for part, was, step in zip(parts, former, steps, strict=True):
+            part.copy_(was + share * step)
 
     def _hold_out(self) -> torch.Tensor:
         """(n,) bool: the tokens that no step aims at, in blocks spread over the chunk."""

@@ -237,14 +237,23 @@ class AdaptedDecoder:
 
     @torch.inference_mode()
     def follow(
-        self, token_ids: Sequence[int], cache: Cache, attention: Attention, offset: int = 0, in_bf16: bool = False
-    ) -> None:
+        self,
+        token_ids: Sequence[int],
+        cache: Cache,
+        attention: Attention,
+        offset: int = 0,
+        in_bf16: bool = False,
+        wanted: int | None = 0,
+    ) -> torch.Tensor:
         """Run tokens after a cache with the base weights, their attention computed by ``attention``.
 
         Their positions are ``offset`` beyond their places in the cache; ``in_bf16`` the linear layers run in bfloat16.
+
+        Returns:
+            the hidden states (1, T, E) of the tokens that are ``wanted`` (`Runner.forward`).
         """
         with torch.autocast(self.runner.device.type, torch.bfloat16, enabled=in_bf16):
-            self.step([list(token_ids)], offset, cache, None, None, attention, wanted=0)
+            return self.step([list(token_ids)], offset, cache, None, None, attention, wanted=wanted)
 
     def memory(self, prefixes: Sequence[Prefix | None]) -> Memory | None:
         """What the rows of a pass read, a prefix each or None; None where no row reads any."""

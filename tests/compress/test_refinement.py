@@ -130,7 +130,7 @@ def test_settings_say_every_rate_that_is_not_what_former_releases_took():
     assert AttentionMatching(refine=8, stretch=128).settings == plain | {"refine": 8, "stretch": 128}
     assert AttentionMatching(refine=8, values=0.06).settings == plain | {"refine": 8, "stretch": 128, "values": 0.06}
     assert AttentionMatching(values=0.06, keys=0.5, biases=0.2).settings == plain
-    config = RefineConfig(3, 64, 0.02, 0.05, 0.04)
+    config = RefineConfig(3, 64, 0.02, 0.05, 0.04, 0.5)
     assert AttentionMatching(**config.settings)._refinement == config
     assert AttentionMatching(**AttentionMatching(**config.settings).settings)._refinement == config
     assert RefineConfig(steps=0).settings == {}
@@ -149,6 +149,51 @@ def test_within_compress_it_is_what_it_is_alone():
         alone = refine(decoder, ids, fit(decoder, ratio=ratio), QUICK)
         assert same(made, alone)
         assert made.divergence == alone.divergence
+
+
+def test_whole_readings_within_compress_aim_at_what_the_fit_has_read_already(monkeypatch):
+    decoder = tiny()
+    ids = tokens(decoder, TEXT)
+    (made,) = AttentionMatching(refine=2, stretch=0, pace=1.0).compress(decoder, ids, [8])
+    alone = refine(decoder, ids, fit(decoder), RefineConfig(2, 0, 0.01, 0.03, 0.01))
+    for part in PARTS:
+        torch.testing.assert_close(getattr(made, part), getattr(alone, part), rtol=1e-3, atol=1e-3)
+    asked = []
+    plain = refinement._Run._expected
+    monkeypatch.setattr(
+        refinement._Run, "_expected", lambda run, stretch: asked.append(len(stretch.ids)) or plain(run, stretch)
+    )
+    AttentionMatching(refine=2, stretch=0).compress(decoder, ids, [8])
+    assert len(asked) == 1  # the block that is held out
+
+
+@pytest.mark.parametrize(("fall", "share"), [(0.3, None), (0.0, 0.0), (1e9, 10.0)])
+def test_a_step_goes_as_far_as_its_slope_says(fall, share):
+    decoder = tiny()
+    run = refinement._Run(decoder, tokens(decoder, TEXT), fit(decoder), QUICK, None)
+    former, promised = [part.detach().clone() for part in run._parts.values()], 0.0
+    with torch.no_grad():
+        for number, part in enumerate(run._parts.values()):
+            part.grad = torch.full_like(part, 0.1 * (number + 1))
+            part -= 0.01
+            promised += 0.01 * float(part.grad.sum())
+    run._pace(former, fall)
+    share = fall / promised if share is None else share
+    for part, was in zip(run._parts.values(), former, strict=True):
+        torch.testing.assert_close(part.detach(), was - 0.01 * share)
+
+
+def test_a_step_uphill_is_taken_as_it_is():
+    decoder = tiny()
+    run = refinement._Run(decoder, tokens(decoder, TEXT), fit(decoder), QUICK, None)
+    former = [part.detach().clone() for part in run._parts.values()]
+    with torch.no_grad():
+        for part in run._parts.values():
+            part.grad = -torch.ones_like(part)
+            part -= 0.01
+    run._pace(former, 0.3)
+    for part, was in zip(run._parts.values(), former, strict=True):
+        torch.testing.assert_close(part.detach(), was - 0.01)
 
 
 def test_equal_arguments_give_equal_segments_and_other_chunks_other_stretches():
@@ -293,6 +338,7 @@ def test_the_slope_of_a_bias_is_that_of_plain_attention(focus):
         ({"steps": 1.5}, "steps must be a whole number"),
         ({"stretch": 8}, "stretch must be 0"),
         ({"keys": 2.0}, "keys must be a step from 0 to 1, not 2.0"),
+        ({"pace": -1}, "pace must be a share of the divergence from 0 to 2, not -1"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
