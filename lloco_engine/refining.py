@@ -200,7 +200,7 @@ class Refining:
     def _pending(self, info: DocumentInfo) -> Iterator[Refine]:
         """What is to be made in the place of the segments that were never refined, each once."""
         hits = self._store.chunks(info.doc_id, info.tenant)
-        once = dict.fromkeys(hit.segment_id for hit in hits if self._store.divergence(hit.segment_id) is None)
+        once = dict.fromkeys(hit.segment_id for hit in hits if not self._is_done(hit.segment_id))
         self._tally.earlier += sum(hit.segment_id not in once for hit in hits)
         if not once:
             return
@@ -215,6 +215,10 @@ class Refining:
                 del once[hit.segment_id]
                 new = content_id({"refined": hit.segment_id} | self._config.to_json(), ())
                 yield Refine(new, chunk.token_ids, hit.segment_id, self._config)
+
+    def _is_done(self, segment_id: str) -> bool:
+        told = self._store.divergence(segment_id)
+        return told is not None and told.steps > 0
 
     def _segment(self, info: DocumentInfo, job: Refine, ready: Made | None) -> SegmentStats | None:
         """Refine one segment, saved beside the former one; None where it is too short."""

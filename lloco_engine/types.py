@@ -111,6 +111,7 @@ class Divergence:
 
     Kullback-Leibler divergence of the next token's distribution, in nats a token, on parts of the chunk's repetition
     that no step of refinement aimed at: ``before`` the ``steps`` that were tried, and ``after`` them, of what was kept.
+    Without steps it was only measured.
     """
 
     before: float
@@ -131,7 +132,7 @@ class Segment:
     source_tokens : decoder tokens of the chunk that the slots stand for
     positions : (N,)  int32, the position of each slot among those, or None where it is not known (segments of former
               releases): such a segment is read where every layer reads all that lies before a token
-    divergence : measured where the segment was refined, else None
+    divergence : where it was measured, as it is when a segment is refined, else None
 
     Where a decoder's layers differ in head size, D is the largest, and the others are filled up with zeros.
     """

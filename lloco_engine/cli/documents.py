@@ -108,19 +108,20 @@ def show(
     for name, value in info.metadata.items():
         typer.echo(f"{'metadata ' + safe(name):>24}  {safe(str(value))}")
     typer.echo()
-    refined = any(divergences)
+    known = any(divergences)
     rows = [
         (
             hit.ordinal,
             hit.span.start,
             hit.span.end,
             hit.source_tokens,
-            *([_told(one)] if refined else []),
+            hit.slots,
+            *([_told(one)] if known else []),
             " ".join(hit.text[:200].split())[:60],
         )
         for hit, one in zip(hits, divergences, strict=True)
     ]
-    print_table(["segment>", "from>", "to>", "tokens>", *(["divergence"] if refined else []), "begins"], rows)
+    print_table(["segment>", "from>", "to>", "tokens>", "slots>", *(["divergence"] if known else []), "begins"], rows)
 
 
 def _divergence(store: Store, segment_id: str) -> Divergence | None:
@@ -132,7 +133,9 @@ def _divergence(store: Store, segment_id: str) -> Divergence | None:
 
 
 def _told(divergence: Divergence | None) -> str:
-    return "" if divergence is None else f"{divergence.before:.3f} -> {divergence.after:.3f}"
+    if divergence is None:
+        return ""
+    return f"{divergence.before:.3f} -> {divergence.after:.3f}" if divergence.steps else f"{divergence.after:.3f}"
 
 
 def remove(

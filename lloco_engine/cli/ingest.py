@@ -72,6 +72,15 @@ def ingest(
             show_default=False,
         ),
     ] = None,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            min=0,
+            help="Give a segment that diverges further from its text more slots, for a new store. Default: none is.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[OnDisk | None, typer.Option(help="Numbers of segments on disk; float16 for a new store.")] = None,
     tenant: Tenant = "",
     meta: Annotated[
@@ -120,7 +129,7 @@ def ingest(
       lloco ingest corpus.jsonl --ratio 8 --json
       lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
       lloco ingest contracts/ --group law
-      lloco ingest docs/ --store fine --refine 16
+      lloco ingest docs/ --store fine --refine auto --max-divergence 0.3
     """
     metadata = parse_metadata(meta or [])
     if group is not None:
@@ -136,7 +145,9 @@ def ingest(
         dtype=dtype.value if dtype else None,
         device=device,
         compressor=compressor,
-        settings=parse_settings(settings or []) | _refinement(refine, store),
+        settings=parse_settings(settings or [])
+        | _refinement(refine, store)
+        | ({} if max_divergence is None else {"max_divergence": max_divergence}),
     ) as engine:
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:

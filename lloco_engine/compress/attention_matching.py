@@ -7,6 +7,7 @@ while the compacted decoder reads them. No training; works for any decoder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from lloco_engine.compress.base import Compressor
 from lloco_engine.compress.eviction import positions_of, select
 from lloco_engine.compress.least_squares import nnls
-from lloco_engine.compress.refinement import refine
+from lloco_engine.compress.refinement import measured, refine
 from lloco_engine.compress.repetition import Repetition, Seen
 from lloco_engine.compress.rereading import Rereading
 from lloco_engine.config import RefineConfig
@@ -35,7 +36,23 @@ __all__ = ["AttentionMatching"]
 _LEAST_MASS = 1e-4  # a slot's mass is kept above 0, so that its logarithm, the bias, is finite
 _PULL = 1e-2  # of the masses towards 1, relative to the mean squared attention
 _RATES = ("keys", "values", "biases", "pace")
+_LEAST_RATIO = 2.0  # down to which a segment that diverges too far is given more slots
 _BATCH = 2**25  # most floats of the fits' attention matrix, over the heads that are fitted together
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What is known of a chunk once it and its repetition were read, whatever the ratio.
+
+    ``repeat`` are the repetition's tokens, ``cache`` has template prefix and chunk, ``seen`` is by layer,
+    ``importance`` (L, H, n), and ``expected`` what `refine` takes, where there will be any.
+    """
+
+    repeat: list[int]
+    cache: Cache
+    seen: Sequence[Seen]
+    importance: torch.Tensor
+    expected: torch.Tensor | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -52,6 +69,8 @@ class AttentionMatching(Compressor):
         stretch: tokens of the chunk that a step reads; 0 reads all of it.
         keys, values, biases, pace: sizes of the steps (`RefineConfig`). Their defaults here never change: they are
             those of segments whose settings say none, since releases before did not write them.
+        max_divergence: a segment that diverges further on what was held out (`Divergence`) is made again at half its
+            ratio, until it does not or is down to two tokens per slot; 0: whatever it diverges.
     """
 
     name = "attention_matching"
@@ -67,6 +86,7 @@ class AttentionMatching(Compressor):
     values: float = 0.03
     biases: float = 0.01
     pace: float = 0.0
+    max_divergence: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, int | float) or not self.ridge > 0:
@@ -78,6 +98,8 @@ class AttentionMatching(Compressor):
             )
         if not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
             raise ConfigError(f"floor must be a number from 0 to 1, not {self.floor!r}")
+        if not isinstance(self.max_divergence, int | float) or not 0 <= self.max_divergence < math.inf:
+            raise ConfigError(f"max_divergence must be a number of nats, not negative, not {self.max_divergence!r}")
         try:
             self._refinement = RefineConfig(self.refine, self.stretch, self.keys, self.values, self.biases, self.pace)
         except ConfigError as error:
@@ -90,9 +112,10 @@ class AttentionMatching(Compressor):
         Stores made before there were such settings have none, and their segments keep their ids.
         """
         own = super().settings
-        if not self.refine:
-            return {name: own[name] for name in own if name not in ("refine", "stretch", *_RATES)}
-        return {name: own[name] for name in own if name not in _RATES or own[name] != getattr(type(self), name)}
+        unwritten = {name for name in _RATES if not self.refine or own[name] == getattr(type(self), name)}
+        unwritten |= set() if self.refine else {"refine", "stretch"}
+        unwritten |= set() if self.max_divergence else {"max_divergence"}
+        return {name: value for name, value in own.items() if name not in unwritten}
 
     def longest_chunk(self, decoder: DecoderSpec) -> int:
         """Half the window: the chunk is read twice, once to be kept and once to be repeated."""
@@ -100,17 +123,26 @@ class AttentionMatching(Compressor):
 
     def make(self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]) -> list[Segment]:
         """See `Compressor.compress`."""
-        fitted, cache, expected = self._fitted(decoder, token_ids, ratios)
-        return [refine(decoder, token_ids, segment, self._refinement, cache, expected) for segment in fitted]
+        read = self._read(decoder, token_ids)
+        return [self._made(decoder, token_ids, ratio, read) for ratio in ratios]
+
+    def _made(self, decoder: LocalDecoder, token_ids: Sequence[int], ratio: float, read: _Read) -> Segment:
+        """A segment as it is asked for, or with more slots where it would diverge too far."""
+        while True:
+            keep = select(read.importance, ratio, self.floor)
+            segment = self._fit(decoder, read.repeat[: self.fit_tokens], read.cache, read.seen, keep)
+            segment = refine(decoder, token_ids, segment, self._refinement, read.cache, read.expected)
+            if not self.max_divergence:
+                return segment
+            segment = measured(decoder, token_ids, segment, read.cache)
+            told = segment.divergence
+            if told is None or told.after <= self.max_divergence or ratio <= _LEAST_RATIO:
+                return segment
+            ratio = max(_LEAST_RATIO, ratio / 2)
 
     @torch.inference_mode()
-    def _fitted(
-        self, decoder: LocalDecoder, token_ids: Sequence[int], ratios: Sequence[float]
-    ) -> tuple[list[Segment], Cache, torch.Tensor | None]:
-        """A segment for each ratio, the cache of template prefix and chunk, and what `refine` expects, if it was read.
-
-        In bfloat16 it was not read: that is not exact enough to be aimed at.
-        """
+    def _read(self, decoder: LocalDecoder, token_ids: Sequence[int]) -> _Read:
+        """Read the chunk and its repetition."""
         repeat = [*decoder.template.repeat_ids(), *token_ids]
         cache = decoder.prefill(token_ids, room=len(repeat))
         runner = decoder.runner
@@ -118,14 +150,13 @@ class AttentionMatching(Compressor):
             cache, decoder.template_tokens, runner.scale, self.fit_rows, self.fit_tokens, runner.rules
         )
         in_bf16 = runner.bf16 and quicker_in_bf16(runner.device, runner.dtype)
-        wanted = None if self.refine and not in_bf16 else 0
+        wanted = None if self.refine and not in_bf16 else 0  # bfloat16 is not exact enough to be aimed at
         states = decoder.follow(repeat, cache, repetition.attend, in_bf16=in_bf16, wanted=wanted)
-        expected = None if wanted == 0 else states[0, -len(token_ids) - 1 : -1]
         importance = torch.stack([seen.importance for seen in repetition.seen])
-        keeps = (select(importance, ratio, self.floor) for ratio in ratios)
-        made = [self._fit(decoder, repeat[: self.fit_tokens], cache, repetition.seen, keep) for keep in keeps]
-        return made, cache, expected
+        expected = None if wanted == 0 else states[0, -len(token_ids) - 1 : -1]
+        return _Read(repeat, cache, repetition.seen, importance, expected)
 
+    @torch.inference_mode()
     def _fit(
         self, decoder: LocalDecoder, repeat: Sequence[int], cache: Cache, seen: Sequence[Seen], keep: torch.Tensor
     ) -> Segment:

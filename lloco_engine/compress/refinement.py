@@ -29,7 +29,7 @@ from lloco_engine.types import Divergence, Prefix, Segment
 if TYPE_CHECKING:
     from lloco_engine.decoder.local import LocalDecoder
 
-__all__ = ["refine"]
+__all__ = ["measured", "refine"]
 
 _BLOCKS, _BLOCK = 4, 16  # stretches of tokens held out, and the tokens of each, where the chunk has eight times as many
 _LEAD = 16  # tokens read before each: the decoder must find out where in the chunk it is
@@ -68,6 +68,15 @@ def refine(
         return segment
     with torch.inference_mode(False), torch.enable_grad():
         return _Run(decoder, list(token_ids), segment, config, cache, expected).refined(segment)
+
+
+def measured(decoder: LocalDecoder, token_ids: Sequence[int], segment: Segment, cache: Cache | None = None) -> Segment:
+    """A segment with its divergence, where it has none; arguments as `refine` has. Below eight tokens it stays so."""
+    if segment.divergence is not None or len(token_ids) < 8:
+        return segment
+    with torch.inference_mode(False):
+        there = _Run(decoder, list(token_ids), segment, RefineConfig(steps=0), cache).divergence()
+    return replace(segment, divergence=Divergence(there, there, 0))
 
 
 class _OnePass(Cache):
@@ -129,6 +138,10 @@ class _Run:
         self._size = min(config.stretch or len(token_ids), len(token_ids))  # of a stretch
         aimed = ~self._held.to(device)
         self._whole = None if expected is None else expected[aimed]  # what is expected where that is the chunk
+
+    def divergence(self) -> float:
+        """Of the segment as it is now (`Divergence`)."""
+        return self._divergence([(stretch, self._expected(stretch)) for stretch in self._measured()])
 
     def refined(self, fitted: Segment) -> Segment:
         """See `refine`."""

@@ -115,7 +115,7 @@ def test_held_out_tokens_are_spread_and_never_aimed_at():
 def test_no_steps_are_the_fit_alone_bit_for_bit(monkeypatch):
     decoder = tiny()
     ids, method = tokens(decoder, TEXT), AttentionMatching(refine=0)
-    fitted = method._fitted(decoder, ids, [4, 16])[0]
+    fitted = [fit(decoder, ratio=ratio) for ratio in (4, 16)]
     monkeypatch.setattr(refinement, "_Run", None)
     for made, alone in zip(AttentionMatching().compress(decoder, ids, [4, 16]), fitted, strict=True):
         assert same(made, alone)
@@ -264,6 +264,28 @@ def test_what_is_expected_of_the_whole_chunk_is_read_once(monkeypatch, stretch, 
     )
     refine(decoder, ids, fitted, RefineConfig(steps=4, stretch=stretch))
     assert len(asked) == read + 1  # and the block that is held out
+
+
+def test_a_segment_that_diverges_too_far_is_given_more_slots():
+    decoder = tiny()
+    ids = tokens(decoder, TEXT)
+    told = {}
+    for ratio in (16, 8, 4):
+        (made,) = AttentionMatching(max_divergence=1e9).compress(decoder, ids, [ratio])
+        assert same(made, fit(decoder, ratio=ratio))
+        assert made.divergence.steps == 0
+        told[ratio] = made.divergence.after
+        expected = refine(decoder, ids, made, RefineConfig(steps=1)).divergence.before
+        assert told[ratio] == pytest.approx(expected, rel=1e-3)
+    for limit in (0.99 * told[16], 0.99 * min(told[16], told[8])):
+        reached = next((ratio for ratio in (16, 8, 4) if told[ratio] <= limit), 2)
+        (made,) = AttentionMatching(max_divergence=limit).compress(decoder, ids, [16])
+        assert same(made, fit(decoder, ratio=reached))
+    (made,) = AttentionMatching(max_divergence=1e-12).compress(decoder, ids, [16])
+    assert same(made, fit(decoder, ratio=2))
+    assert AttentionMatching(max_divergence=0.5).settings == AttentionMatching().settings | {"max_divergence": 0.5}
+    with pytest.raises(ConfigError, match="max_divergence must be a number of nats, not negative, not -1"):
+        AttentionMatching(max_divergence=-1)
 
 
 def test_a_chunk_of_which_nothing_can_be_held_out_keeps_its_segment():
