@@ -20,11 +20,20 @@ def test_every_row_is_what_the_decoder_says_of_it(tmp_path, tiny_folder, tiny_lo
     questions = [{"id": str(n), "question": q, "answers": [a]} for n, (q, a) in enumerate(ASKED)]
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"doc_id": "a", "title": "", "text": TEXT, "source": "", "questions": questions}))
-    options = ["--decoder", str(tiny_folder), "--chunks", "1", "--ratios", "8", "--runs", "2:32,1:0,1:0:0.5"]
-    refinement_curve.main([str(data), *options])
+    options = ["--decoder", str(tiny_folder), "--chunks", "1", "--ratios", "8", "--runs", "2:32,1:0,1:0:0.5:0"]
+    refinement_curve.main([str(data), *options, "--plot", str(tmp_path / "curve.svg")])
     shown = capsys.readouterr().out
-    for name in ("none", "full", "8x fit", "8x 2 steps of 32", "8x 1 steps of all", "8x 1 steps of all, values 0.5"):
+    for name in (
+        "none",
+        "full",
+        "8x fit",
+        "8x 2 steps of 32",
+        "8x 1 steps of all",
+        "8x 1 steps of all, values 0.5, pace 0",
+    ):
         assert f"  {name} " in shown
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert "<svg" in drawn
     curve = refinement_curve.Curve(tiny_loaded, [8], refinement_curve._runs("2:32"))
     curve.add(TEXT, ASKED)
     rows = {row["row"]: row for row in curve.rows()}
@@ -36,3 +45,4 @@ def test_every_row_is_what_the_decoder_says_of_it(tmp_path, tiny_folder, tiny_lo
     assert rows["8x fit"]["loss"] == pytest.approx(sum(one for one, _ in losses) / sum(many for _, many in losses))
     assert rows["8x 2 steps of 32"]["held_out"] <= rows["8x fit"]["held_out"]
     assert rows["8x 2 steps of 32"]["prefills"] > 0
+    assert rows["8x 2 steps of 32"]["seconds"] > rows["8x fit"]["seconds"] > 0
