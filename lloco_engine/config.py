@@ -188,15 +188,15 @@ class RefineConfig(Config):
         steps: of Adam; 0 leaves a segment as it was fitted. The default is what ``auto`` stands for (docs/log.md).
         stretch: tokens of the chunk that a step reads; 0 reads all of it in every step.
         keys, values, biases: size of a step, as far as ``pace`` leaves it. Values bear the largest ones (docs/log.md).
-        pace: every step goes so far that by its slope this share of the divergence would be gone, ten times its size at
-            most; 0: steps have their sizes, falling linearly to nothing after the last.
+        pace: a step goes so far that by its slope this share of the divergence would be gone, five times its size at
+            most; 0: it has its size. Either falls linearly to nothing after the last step.
     """
 
-    steps: int = 8
-    stretch: int = 128
-    keys: float = 0.01
+    steps: int = 4
+    stretch: int = 256
+    keys: float = 0.005
     values: float = 0.03
-    biases: float = 0.01
+    biases: float = 0.005
     pace: float = 1.0
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ __all__ = ["measured", "refine"]
 _BLOCKS, _BLOCK = 4, 16  # stretches of tokens held out, and the tokens of each, where the chunk has eight times as many
 _LEAD = 16  # tokens read before each: the decoder must find out where in the chunk it is
 _LONG = 512  # tokens of a pass from which on its layers are run a second time for the gradients
-_FARTHEST = 10  # times its rates is as far as a step may go
+_FARTHEST = 5  # times its rates is as far as a step may go
 _ROWS = 128  # tokens whose logits are held at once
 
 
@@ -152,8 +152,8 @@ class _Run:
         adam = torch.optim.Adam(
             [{"params": [part], "lr": rates[name]} for name, part in self._parts.items()], betas=(0.9, 0.95)
         )
-        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 if config.pace else 1 - step / steps)
-        for _ in range(steps):
+        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+        for step in range(steps):
             stretch = self._stretch()
             loss = self._loss(stretch, self._goal(stretch))
             for part, slope in zip(
@@ -163,7 +163,7 @@ class _Run:
             former = [part.detach().clone() for part in self._parts.values()]
             adam.step()
             if config.pace:
-                self._pace(former, config.pace * float(loss.detach()))
+                self._pace(former, config.pace * (1 - step / steps) * float(loss.detach()))
             falling.step()
         after = self._divergence(measured)
         if not after < before or not all(bool(part.detach().half().isfinite().all()) for part in self._parts.values()):

@@ -141,7 +141,7 @@ def test_settings_say_every_rate_that_is_not_what_former_releases_took():
 def test_within_compress_it_is_what_it_is_alone():
     decoder = tiny()
     ids = tokens(decoder, TEXT)
-    method = AttentionMatching(refine=6, stretch=32)
+    method = AttentionMatching(**QUICK.settings)
     assert {name: method.settings[name] for name in ("refine", "stretch")} == {"refine": 6, "stretch": 32}
     one, other = method.compress(decoder, ids, [4, 16])
     assert one.divergence.steps == other.divergence.steps == 6
@@ -155,7 +155,7 @@ def test_whole_readings_within_compress_aim_at_what_the_fit_has_read_already(mon
     decoder = tiny()
     ids = tokens(decoder, TEXT)
     (made,) = AttentionMatching(refine=2, stretch=0, pace=1.0).compress(decoder, ids, [8])
-    alone = refine(decoder, ids, fit(decoder), RefineConfig(2, 0, 0.01, 0.03, 0.01))
+    alone = refine(decoder, ids, fit(decoder), RefineConfig(2, 0, 0.01, 0.03, 0.01, 1.0))
     for part in PARTS:
         torch.testing.assert_close(getattr(made, part), getattr(alone, part), rtol=1e-3, atol=1e-3)
     asked = []
@@ -167,7 +167,7 @@ def test_whole_readings_within_compress_aim_at_what_the_fit_has_read_already(mon
     assert len(asked) == 1  # the block that is held out
 
 
-@pytest.mark.parametrize(("fall", "share"), [(0.3, None), (0.0, 0.0), (1e9, 10.0)])
+@pytest.mark.parametrize(("fall", "share"), [(0.3, None), (0.0, 0.0), (1e9, 5.0)])
 def test_a_step_goes_as_far_as_its_slope_says(fall, share):
     decoder = tiny()
     run = refinement._Run(decoder, tokens(decoder, TEXT), fit(decoder), QUICK, None)
