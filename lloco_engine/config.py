@@ -192,12 +192,12 @@ class RefineConfig(Config):
             most; 0: it has its size. Either falls linearly to nothing after the last step.
     """
 
-    steps: int = 4
-    stretch: int = 256
-    keys: float = 0.005
+    steps: int = 8
+    stretch: int = 128
+    keys: float = 0.01
     values: float = 0.03
-    biases: float = 0.005
-    pace: float = 1.0
+    biases: float = 0.01
+    pace: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "stretch"):
