@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from lloco_engine.compress.attention_matching import AttentionMatching
@@ -26,6 +25,7 @@ from lloco_engine.types import AnySegment, Segment
 
 __all__ = ["Curve", "main"]
 
+_RATES = ("values", "pace", "keys", "biases")
 _TOGETHER = 6  # questions of a pass
 
 
@@ -133,7 +133,7 @@ class Curve:
 def _name(ratio: float, run: RefineConfig | None = None) -> str:
     if run is None:
         return f"{ratio:g}x fit"
-    own = [(name, getattr(run, name)) for name in ("values", "pace")]
+    own = [(name, getattr(run, name)) for name in _RATES]
     told = "".join(f", {name} {value:g}" for name, value in own if value != getattr(RefineConfig, name))
     return f"{ratio:g}x {run.steps} steps of {run.stretch or 'all'}{told}"
 
@@ -141,8 +141,8 @@ def _name(ratio: float, run: RefineConfig | None = None) -> str:
 def _runs(text: str) -> list[RefineConfig]:
     runs = []
     for steps, stretch, *rates in (part.split(":") for part in text.split(",")):
-        sizes = dict(zip(("values", "pace"), map(float, rates), strict=False))
-        runs.append(replace(RefineConfig(steps=int(steps), stretch=int(stretch)), **sizes))
+        run = RefineConfig(steps=int(steps), stretch=int(stretch))
+        runs.append(run.but(dict(zip(_RATES, map(float, rates), strict=False))))
     return runs
 
 
@@ -159,7 +159,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--runs",
         type=_runs,
         default=_runs("4:128,8:128,16:128"),
-        help="steps:stretch[:rate of values[:pace]], ...; stretch 0: all",
+        help=f"steps:stretch[:{'[:'.join(_RATES)}{4 * ']'}, ...; stretch 0: all",
     )
     parser.add_argument("--plot", type=Path, help="draw quality against seconds: a .png or .svg")
     parser.add_argument("--decoder", default="embedded")
