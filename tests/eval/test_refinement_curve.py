@@ -20,7 +20,7 @@ def test_every_row_is_what_the_decoder_says_of_it(tmp_path, tiny_folder, tiny_lo
     questions = [{"id": str(n), "question": q, "answers": [a]} for n, (q, a) in enumerate(ASKED)]
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"doc_id": "a", "title": "", "text": TEXT, "source": "", "questions": questions}))
-    options = ["--decoder", str(tiny_folder), "--chunks", "1", "--ratios", "8", "--runs", "2:32,1:0,1:0:0.5:0"]
+    options = ["--decoder", str(tiny_folder), "--chunks", "1", "--ratios", "8", "--runs", "2:32,1:0,1:0:0.5:0.25"]
     refinement_curve.main([str(data), *options, "--plot", str(tmp_path / "curve.svg")])
     shown = capsys.readouterr().out
     for name in (
@@ -29,7 +29,7 @@ def test_every_row_is_what_the_decoder_says_of_it(tmp_path, tiny_folder, tiny_lo
         "8x fit",
         "8x 2 steps of 32",
         "8x 1 steps of all",
-        "8x 1 steps of all, values 0.5, pace 0",
+        "8x 1 steps of all, values 0.5, pace 0.25",
     ):
         assert f"  {name} " in shown
     drawn = (tmp_path / "curve.svg").read_text()
