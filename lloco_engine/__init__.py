@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lloco_engine.metadata import plain_metadata
     from lloco_engine.reasoning import without_thoughts
     from lloco_engine.request import AskRequest
+    from lloco_engine.store.segment_reader import SegmentReader
     from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
     from lloco_engine.types import (
         Answer,
@@ -107,6 +108,7 @@ _HOMES = {
     "metadata": ("plain_metadata",),
     "reasoning": ("without_thoughts",),
     "request": ("AskRequest",),
+    "store.segment_reader": ("SegmentReader",),
     "types": (
         "Answer",
         "Chunk",
@@ -161,6 +163,7 @@ __all__ = [
     "RetrieveConfig",
     "ScorerCompressor",
     "Segment",
+    "SegmentReader",
     "SegmentUnavailable",
     "Span",
     "StoreConfig",

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from lloco_engine import Manifest
+from lloco_engine.store import Manifest
 from lloco_integrations.vllm.params import (
     FIELD,
     KEY,

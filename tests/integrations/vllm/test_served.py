@@ -1,0 +1,286 @@
+"""vLLM itself with the plug-in, against the engine's own decoder: one server of the embedded decoder for all tests.
+
+``LLOCO_VLLM_STORE`` names a store of the embedded decoder to use; else a small one is made. ``LLOCO_VLLM_PROMPTS`` says
+how many prompts the comparison takes (8).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_server_cases import Server, has_vllm, ids_in, segments_of, served
+
+from lloco_engine import Engine, GenerateConfig, PrefixConfig
+from lloco_engine.adapters.loading import default_folder
+from lloco_engine.decoder.local import LocalDecoder, Prompt
+from lloco_engine.demo import documents_folder, questions
+from lloco_engine.models import embedded_decoder_folder
+from lloco_engine.prefix import place
+from lloco_integrations.vllm.params import FIELD, Memory, sign
+
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not has_vllm(), reason="needs vLLM: make vllm-test")]
+
+PROMPTS = int(os.environ.get("LLOCO_VLLM_PROMPTS", "8"))
+NEW = 12
+ADAPTER = "default"
+CHUNK = 24  # tokens of a pass, less than a prompt has
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the embedded decoder, with at least eight segments. Read-only."""
+    if given := os.environ.get("LLOCO_VLLM_STORE"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("vllm") / "store"
+    paths = sorted(path for path in documents_folder().iterdir() if path.suffix in (".md", ".txt"))
+    with Engine.open(folder) as engine:
+        assert not engine.ingest(paths[:3]).failed
+    assert len(ids_in(folder)) >= 8
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(store: Path) -> LocalDecoder:
+    """What answers must be equal to."""
+    made = LocalDecoder.load("embedded")
+    made.load_adapter(shipped(), ADAPTER)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, decoder: LocalDecoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all but those that need another."""
+    folder = tmp_path_factory.mktemp("server")
+    with start(store, folder, "--max-num-seqs", "16") as made:
+        yield made
+
+
+def shipped() -> Path:
+    folder = default_folder()
+    assert folder is not None
+    return folder
+
+
+def start(store: Path, folder: Path, *arguments: str, **more: Any) -> Any:
+    adapters = {"adapters": {ADAPTER: shipped()}} | more
+    common = "--max-model-len", "2048", "--generation-config", "vllm", "--block-size", "32"
+    return served(embedded_decoder_folder(), store, folder, *common, *arguments, **adapters)
+
+
+@dataclass
+class Asked:
+    """A question with its memory, for both."""
+
+    prompt: Prompt
+    ids: list[int]
+    segments: list[str]
+    template: int
+    adapter: str | None
+
+    def memory(self, server: Server, **more: Any) -> dict[str, Any] | None:
+        if self.prompt.prefix is None:
+            return None
+        prefix = self.prompt.prefix
+        told = {"focus": prefix.focus, "priors": tuple(map(float, prefix.prior))} | more
+        return server.memory(self.segments, self.template, **told)
+
+    def options(self) -> dict[str, Any]:
+        return {"model": self.adapter or "base", "max_tokens": NEW}
+
+
+def asked(decoder: LocalDecoder, store: Path, number: int, many: int, adapter: str | None = None) -> Asked:
+    """A question of the demo's with so many segments, of which by turns 2 or all are read, some with priors."""
+    draw = random.Random(number * 1000 + many)
+    question = questions()[number % len(questions())].question
+    chosen = draw.sample(ids_in(store), many)
+    scores = [draw.uniform(0.2, 0.7) for _ in chosen] if number % 2 else None
+    prefix = None
+    if many:
+        focus = PrefixConfig(focus=0 if number % 3 == 0 else 2)
+        parts = segments_of(store, chosen)
+        prefix = place(parts, focus, template_tokens=decoder.template_tokens, scores=scores)
+    prompt = Prompt(question, prefix=prefix)
+    ids = [*decoder.template.prefix_ids, *decoder.prompt_ids(prompt)]
+    return Asked(prompt, ids, chosen, decoder.template_tokens, adapter)
+
+
+@torch.inference_mode()
+def expected_logits(decoder: LocalDecoder, one: Asked) -> torch.Tensor:
+    text = one.ids[one.template :]
+    cache = decoder.start_cache(1, len(text), one.adapter)
+    offset = decoder.position(one.prompt) - cache.length
+    hidden = decoder.step([text], offset, cache, decoder.memory([one.prompt.prefix]), one.adapter, wanted=1)
+    return decoder.runner.logits(hidden)[0, -1]
+
+
+def expected(decoder: LocalDecoder, one: Asked) -> list[int]:
+    (made,) = decoder.generate([one.prompt], GenerateConfig(max_new_tokens=NEW), one.adapter)
+    return without_end(decoder, made.token_ids)
+
+
+def without_end(decoder: LocalDecoder, ids: list[int]) -> list[int]:
+    return [one for one in ids if one not in decoder.eos]
+
+
+def answered(decoder: LocalDecoder, server: Server, one: Asked, **more: Any) -> list[int]:
+    return without_end(decoder, server.tokens(one.ids, one.memory(server), **one.options() | more))
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["base", "adapter"])
+@pytest.mark.parametrize("many", [0, 1, 2, 4, 8])
+def test_answers_are_the_local_decoders(decoder, server, store, many, adapter, capsys):
+    furthest, same = 0.0, 0
+    for number in range(PROMPTS):
+        one = asked(decoder, store, number, many, adapter)
+        wanted = expected_logits(decoder, one)
+        logits = server.logits(one.ids, one.memory(server), 1000, model=adapter or "base")
+        found = torch.tensor(list(logits.values()))
+        furthest = max(furthest, float((found - wanted[list(logits)]).abs().max()))
+        same += answered(decoder, server, one) == expected(decoder, one)
+    with capsys.disabled():
+        what = f"{many} segments, {adapter or 'base'}: {PROMPTS} prompts"
+        print(f"\n{what}, logits within {furthest:.1e}, {same} answers equal")
+    assert furthest <= 1e-3 and same >= PROMPTS * 0.99
+
+
+def test_many_at_once_answer_as_one_by_one(decoder, server, store):
+    every = [asked(decoder, store, n, (0, 1, 2, 4)[n % 4], (None, ADAPTER)[n // 4 % 2]) for n in range(16)]
+    wanted = [expected(decoder, one) for one in every]
+    for _ in range(2):  # the second time from the prefix cache
+        with ThreadPoolExecutor(16) as threads:
+            assert list(threads.map(lambda one: answered(decoder, server, one), every)) == wanted
+
+
+def test_the_prefix_cache_is_kept_apart_by_memory_and_tenant(decoder, server, store):
+    one, other = asked(decoder, store, 3, 1), asked(decoder, store, 1003, 1)
+    long = [*one.ids, *one.ids[one.template :] * 3]
+    cached = []
+    for memory in (one.memory(server), other.memory(server), None, one.memory(server, tenant="blue")) * 2:
+        answer = server.post(long, memory).json()
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert cached[:4] == [0, 0, 0, 0] and all(cached[4:])
+
+
+def test_an_answer_says_that_it_has_read(decoder, server, store):
+    one, plain = asked(decoder, store, 5, 2), asked(decoder, store, 5, 0)
+    assert server.post(one.ids, one.memory(server)).json()["kv_transfer_params"] == {FIELD: {"segments": 2}}
+    assert server.post(plain.ids).json()["kv_transfer_params"] is None
+
+
+def test_forged_requests_fail_alone(decoder, server, store):
+    one = asked(decoder, store, 6, 2)
+    wanted, good = expected(decoder, one), one.memory(server)
+    assert good is not None
+    signed = good[FIELD]
+    forged: list[dict[str, Any]] = [
+        {FIELD: signed | {"signature": "0" * 64}},
+        {FIELD: signed | {"tenant": "another"}},
+        {FIELD: signed | {"segments": [*signed["segments"], ids_in(store)[0]]}},
+        {FIELD: signed | {"segments": ["../../etc/passwd", signed["segments"][0]]}},
+        {FIELD: signed | {"focus": 1}},
+        {FIELD: signed | {"expires": signed["expires"] + 1}},
+        {FIELD: 7},
+        {FIELD: None},
+        {FIELD: []},
+        {FIELD: {}},
+        {FIELD: signed | {"signature": None}},
+        one.memory(server, expires=int(time.time()) - 5) or {},
+        sign(Memory("0" * 64, tuple(one.segments), one.template, expires=int(time.time()) + 99), [b"x" * 64]),
+        one.memory(server) | {"do_remote_decode": True},  # type: ignore[operator]
+    ]
+    forged.pop()
+    draw = random.Random(0)
+    mixed = [draw.choice(forged) for _ in range(200)]
+    more = [{}, {"prompt_logprobs": 1}, {"stream": True}, {"n": 2}]
+
+    def ask(memory: dict[str, Any]) -> bool:
+        answer = server.post(one.ids, memory, **draw.choice(more))
+        return '"token_ids"' in answer.text and '"error"' not in answer.text
+
+    with ThreadPoolExecutor(12) as threads:
+        told = threads.map(ask, mixed)
+        right = [answered(decoder, server, one) for _ in range(5)]
+        assert not any(told)
+    assert right == [wanted] * 5 and answered(decoder, server, one) == wanted
+
+
+def test_prompt_logprobs_do_not_go_round_the_memory(decoder, server, store):
+    one = asked(decoder, store, 8, 2)
+    assert answered(decoder, server, one, prompt_logprobs=1) == expected(decoder, one)
+
+
+def test_missing_and_damaged_segments_fail_their_readers_alone(decoder, store, tmp_path):
+    """On a copy of the store, under a server whose passes, cache and pool are too small for what is asked."""
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy, ignore=shutil.ignore_patterns("catalogue*", "index"))
+    ids = ids_in(copy)
+    mib = 3.2 * max(page_mib(copy, one) for one in ids)
+    tight = "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "6", "--num-gpu-blocks-override", "14"
+    with start(copy, tmp_path, *tight, pool_mib=mib) as server:
+        every = [asked(decoder, copy, n, (1, 2, 3, 0)[n % 4]) for n in range(20)]
+        wanted = [expected(decoder, one) for one in every]
+        with ThreadPoolExecutor(10) as threads:
+            assert list(threads.map(lambda one: answered(decoder, server, one), every)) == wanted
+        metrics = server.client.get(f"{server.url}/metrics").text
+        counted = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions_total")]
+        assert float(counted[0].split()[-1]) > 0, "the cache was large enough for all"
+
+        too_many = asked(decoder, copy, 1, 8)
+        assert server.post(too_many.ids, too_many.memory(server)).status_code == 500
+        bad, gone = ids[0], ids[1]
+        for number in range(8):  # others take the pages of those two
+            one = asked(decoder, copy, number, 1)
+            answered(decoder, server, one)
+        path = next(copy.glob(f"segments/*/{bad}.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[-7] ^= 0x40
+        path.write_bytes(data)
+        next(copy.glob(f"segments/*/{gone}.safetensors")).unlink()
+        good = asked(decoder, copy, 0, 0)
+        for name in (bad, gone, "0" * 32):
+            refused = server.post(good.ids, server.memory([name], good.template))
+            assert refused.status_code == 500 or name in (bad, gone)  # what lies in the pool is read on
+        server.kill()
+    with start(copy, tmp_path, pool_mib=mib) as server:
+        for name in (bad, gone, "0" * 32):
+            assert server.post(good.ids, server.memory([name], good.template)).status_code == 500
+        sound = next(one for one in every if one.segments and not {bad, gone} & set(one.segments))
+        assert answered(decoder, server, sound) == expected(decoder, sound)
+
+
+def page_mib(store: Path, segment: str) -> float:
+    from lloco_integrations.vllm.pool import pages_needed
+    from lloco_integrations.vllm.shelf import page_bytes
+
+    (found,) = segments_of(store, [segment])
+    return pages_needed(found.lengths.tolist(), 1)[0] * page_bytes(found.keys.shape[1]) / 2**20
+
+
+def test_three_ranks_read_as_one(decoder, store, tmp_path):
+    with start(store, tmp_path, "--tensor-parallel-size", "3", pool_mib=64) as server:
+        every = [asked(decoder, store, n, (0, 1, 4)[n % 3], (None, ADAPTER)[n % 2]) for n in range(6)]
+        with ThreadPoolExecutor(6) as threads:
+            made = list(threads.map(lambda one: answered(decoder, server, one), every))
+        assert made == [expected(decoder, one) for one in every]
+        signed = every[1].memory(server)
+        assert signed is not None
+        forged = {FIELD: json.loads(json.dumps(signed[FIELD])) | {"tenant": "another"}}
+        assert server.post(every[1].ids, forged).status_code == 500
+
+
+def test_requests_without_a_memory_are_untouched(decoder, server, store, tmp_path):
+    every = [asked(decoder, store, n, 0) for n in range(4)]
+    with_plugin = [server.logits(one.ids, None, 1000) for one in every]
+    with start(store, tmp_path, plugin=False) as plain:
+        assert [plain.logits(one.ids, None, 1000) for one in every] == with_plugin
