@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         RetrieveConfig,
         StoreConfig,
     )
+    from lloco_engine.decoder.prompt import Prompt
     from lloco_engine.engine import Engine
     from lloco_engine.errors import (
         AdapterError,
         ConfigError,
+        DecoderUnavailable,
         DocumentError,
         LLoCOError,
         ModelNotFound,
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
     from lloco_engine.kinds import MemoryKind, register_memory
     from lloco_engine.metadata import plain_metadata
+    from lloco_engine.opening import DecoderFacts
     from lloco_engine.reasoning import without_thoughts
+    from lloco_engine.remote import RemoteDecoder, register_decoder
     from lloco_engine.request import AskRequest
     from lloco_engine.store.segment_reader import SegmentReader
     from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
         Page,
         Prefix,
         Segment,
+        SegmentReference,
         Span,
         Turn,
         Usage,
@@ -89,6 +94,7 @@ _HOMES = {
     "errors": (
         "AdapterError",
         "ConfigError",
+        "DecoderUnavailable",
         "DocumentError",
         "LLoCOError",
         "ModelNotFound",
@@ -106,7 +112,10 @@ _HOMES = {
     ),
     "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
     "metadata": ("plain_metadata",),
+    "opening": ("DecoderFacts",),
+    "decoder.prompt": ("Prompt",),
     "reasoning": ("without_thoughts",),
+    "remote": ("RemoteDecoder", "register_decoder"),
     "request": ("AskRequest",),
     "store.segment_reader": ("SegmentReader",),
     "types": (
@@ -119,6 +128,7 @@ _HOMES = {
         "Page",
         "Prefix",
         "Segment",
+        "SegmentReference",
         "Span",
         "Turn",
         "Usage",
@@ -139,6 +149,8 @@ __all__ = [
     "Compressor",
     "Condition",
     "ConfigError",
+    "DecoderFacts",
+    "DecoderUnavailable",
     "Document",
     "DocumentError",
     "Engine",
@@ -158,12 +170,15 @@ __all__ = [
     "Page",
     "Prefix",
     "PrefixConfig",
+    "Prompt",
     "PromptTooLong",
     "ReadConfig",
+    "RemoteDecoder",
     "RetrieveConfig",
     "ScorerCompressor",
     "Segment",
     "SegmentReader",
+    "SegmentReference",
     "SegmentUnavailable",
     "Span",
     "StoreConfig",
@@ -181,6 +196,7 @@ __all__ = [
     "parse_filter",
     "plain_metadata",
     "register",
+    "register_decoder",
     "register_memory",
     "without_thoughts",
 ]

@@ -16,6 +16,7 @@ from lloco_engine.types import Answer, Hit, Prefix
 from lloco_engine.usage import usage_of
 
 if TYPE_CHECKING:
+    from lloco_engine.decoder.answering import AnsweringDecoder
     from lloco_engine.decoder.local import LocalDecoder
 
 __all__ = [
@@ -41,7 +42,7 @@ class Text:
     left_out: int
     part: Literal["middle", "end"]
 
-    def warnings(self, decoder: LocalDecoder) -> tuple[str, ...]:
+    def warnings(self, decoder: AnsweringDecoder) -> tuple[str, ...]:
         """What is to be said about what does not fit."""
         if not self.left_out:
             return ()
@@ -51,7 +52,7 @@ class Text:
         )
 
 
-def whole(decoder: LocalDecoder, texts: Sequence[str], room: int) -> Text:
+def whole(decoder: AnsweringDecoder, texts: Sequence[str], room: int) -> Text:
     """Whole texts, joined by blank lines, in at most ``room`` tokens: both ends are kept, as SCROLLS and LongBench do.
 
     The tokens are those of untrusted text: control tokens written in it are plain text.
@@ -63,13 +64,13 @@ def whole(decoder: LocalDecoder, texts: Sequence[str], room: int) -> Text:
     return Text(ids[: room - tail] + ids[len(ids) - tail :], len(ids) - room, "middle")
 
 
-def of_hits(decoder: LocalDecoder, hits: Sequence[Hit], room: int) -> Text:
+def of_hits(decoder: AnsweringDecoder, hits: Sequence[Hit], room: int) -> Text:
     """The text of hits, best first, in at most ``room`` tokens: what is left out is the end, where the worst are."""
     ids = decoder.template.text_ids(_JOINT.join(hit.text.strip() for hit in hits))
     return Text(ids[:room], max(0, len(ids) - room), "end")
 
 
-def room_for_text(decoder: LocalDecoder, question: str, config: GenerateConfig) -> int:
+def room_for_text(decoder: AnsweringDecoder, question: str, config: GenerateConfig) -> int:
     """Tokens of raw text that fit the window beside the template, a question and the longest answer."""
     asked = len(decoder.template.question_ids(question))
     return max(0, decoder.shape.window - decoder.template_tokens - asked - config.max_new_tokens)
@@ -93,7 +94,7 @@ def read_once(decoder: LocalDecoder, ids: Sequence[int], adapter: str | None = N
 
 
 def in_context(
-    decoder: LocalDecoder,
+    decoder: AnsweringDecoder,
     texts: Sequence[str],
     question: str,
     config: GenerateConfig | None = None,
@@ -118,7 +119,7 @@ def in_context(
 
 
 def stream_in_context(
-    decoder: LocalDecoder,
+    decoder: AnsweringDecoder,
     texts: Sequence[str],
     question: str,
     config: GenerateConfig | None = None,
@@ -132,7 +133,7 @@ def stream_in_context(
 
 
 def text_retrieval(
-    decoder: LocalDecoder,
+    decoder: AnsweringDecoder,
     hits: Sequence[Hit],
     question: str,
     config: GenerateConfig | None = None,
@@ -154,7 +155,7 @@ def text_retrieval(
 
 
 def stream_text_retrieval(
-    decoder: LocalDecoder,
+    decoder: AnsweringDecoder,
     hits: Sequence[Hit],
     question: str,
     config: GenerateConfig | None = None,
@@ -168,14 +169,14 @@ def stream_text_retrieval(
 
 
 def _stream(
-    decoder: LocalDecoder,
+    decoder: AnsweringDecoder,
     text: Text,
     question: str,
     config: GenerateConfig,
     adapter: str | None,
     hits: tuple[Hit, ...] = (),
 ) -> AnswerStream:
-    from lloco_engine.decoder.local import Prompt
+    from lloco_engine.decoder.prompt import Prompt
 
     # The sources stand in the prompt: guesses and hints from there give raw text the same help with decoding.
     draft = decoder.tokenizer.decode(text.ids)

@@ -16,10 +16,11 @@ from lloco_engine.relevance import doubt, floor_of
 from lloco_engine.request import AskRequest
 from lloco_engine.retrieve import Retriever, with_history
 from lloco_engine.store import Store
-from lloco_engine.types import AnySegment, Hit, Prefix
+from lloco_engine.types import AnySegment, Hit, Prefix, SegmentReference
 
 if TYPE_CHECKING:
-    from lloco_engine.decoder.local import LocalDecoder, Prompt
+    from lloco_engine.decoder.answering import AnsweringDecoder
+    from lloco_engine.decoder.prompt import Prompt
     from lloco_engine.opening import Setup
 
 __all__ = ["Context", "ContextBuilder", "Found", "Prepared"]
@@ -150,8 +151,8 @@ class ContextBuilder:
             warnings.append(warning)
         return [hit for hit in now if hit is not None]
 
-    def place(self, found: Found, decoder: LocalDecoder, config: PrefixConfig, room: int) -> Context:
-        """Read the segments of what was found, and place them.
+    def place(self, found: Found, decoder: AnsweringDecoder, config: PrefixConfig, room: int) -> Context:
+        """Read the segments of what was found, or refer to them where the decoder reads them itself, and place them.
 
         Args:
             found: from `find`.
@@ -163,7 +164,7 @@ class ContextBuilder:
             SegmentUnavailable: no segment that was found can be used.
         """
         began = time.perf_counter()
-        read, warnings = self._load(found.hits)
+        read, warnings = self._load(found.hits, by_id=decoder.reads_by_id and not self._setup.kind.embeds)
         warnings = [*found.warnings, *warnings]
         if found.nothing:
             warnings.append(found.nothing if read else f"{found.nothing}: the answer is the decoder's own")
@@ -207,18 +208,18 @@ class ContextBuilder:
             for hit in hits
         ]
 
-    def _load(self, hits: Sequence[Hit]) -> tuple[list[_Read], list[str]]:
+    def _load(self, hits: Sequence[Hit], *, by_id: bool = False) -> tuple[list[_Read], list[str]]:
         """The hits whose segments can be used, with these, and warnings about the others.
 
         Whether a document is still there is asked after its segments were read: so all that is read was in the store
         at one moment, and what a writer took away meanwhile is named.
         """
-        read = {hit.segment_id: self.read(hit) for hit in hits}
+        read = {} if by_id else {hit.segment_id: self.read(hit) for hit in hits}
         warnings: list[str] = []
         hits = self._still_there(hits, warnings)
         good: list[_Read] = []
         for hit in hits:
-            own = read[hit.segment_id]
+            own = read.get(hit.segment_id) or self.read(hit, by_id=by_id)  # a better one may have taken its place
             if isinstance(own, SegmentUnavailable):
                 warnings.append(f"segment {hit.ordinal} of {hit.doc_id!r} was left out: {own}")
             else:
@@ -227,8 +228,11 @@ class ContextBuilder:
             raise SegmentUnavailable(f"none of the {len(hits)} segments found can be used; {warnings[0]}")
         return good, warnings
 
-    def read(self, hit: Hit) -> _Read | SegmentUnavailable:
-        """A hit's segment with all that it is read after; or what is wrong with one of them."""
+    def read(self, hit: Hit, *, by_id: bool = False) -> _Read | SegmentUnavailable:
+        """A hit's segment with all that it is read after, or references to them; or what is wrong with one of them."""
+        if by_id:
+            before = tuple(_Read(one, self._reference(one), wanted=False) for one in self.earlier(hit))
+            return _Read(hit, self._reference(hit), before)
         after: list[_Read] = []
         for earlier in self.earlier(hit):
             segment = self._try_segment(earlier)
@@ -245,6 +249,9 @@ class ContextBuilder:
     @cached_property
     def _reads_chain(self) -> bool:
         return reads_chain(self._setup.compressor, self._setup.facts)
+
+    def _reference(self, hit: Hit) -> SegmentReference:
+        return SegmentReference(hit.segment_id, self._setup.kind.name, hit.slots, hit.source_tokens)
 
     def _try_segment(self, hit: Hit) -> AnySegment | SegmentUnavailable:
         """A hit's segment, or what is wrong with it."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from lloco_engine.adapters.routing import Adapters
 from lloco_engine.comparing import beside
@@ -40,7 +40,9 @@ from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValu
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
     from lloco_engine.compress.base import Compressor
-    from lloco_engine.decoder.local import Generation, LocalDecoder
+    from lloco_engine.decoder.answering import AnsweringDecoder
+    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.prompt import Generation
 
 __all__ = ["AnswerStream", "AsyncAnswerStream", "Engine", "Progress"]
 
@@ -67,9 +69,9 @@ class Engine:
         self.prefix = prefix
         self.retrieval = retrieval
         self.adapters = Adapters(store, lambda: self.decoder)
-        self._setup = setup
+        self._setup, self._elsewhere = setup, setup.elsewhere
         self._device, self._dtype = device, dtype
-        self._decoder: LocalDecoder | None = None if isinstance(setup.decoder, str) else setup.decoder
+        self._decoder: AnsweringDecoder | None = None
         self._lock = ProcessLock(f"the engine of {store.path}")
         self._compressing = threading.Lock()
         self._context = ContextBuilder(store, setup)
@@ -79,7 +81,7 @@ class Engine:
         cls,
         store: str | Path,
         *,
-        decoder: str | LocalDecoder | None = None,
+        decoder: str | AnsweringDecoder | None = None,
         embedder: str | Encodes | None = None,
         create: bool = True,
         compress: CompressConfig | None = None,
@@ -96,7 +98,8 @@ class Engine:
 
         Args:
             store: its folder.
-            decoder: ``"embedded"``, a local folder or a hub id; or a decoder that is loaded already.
+            decoder: ``"embedded"``, a local folder or a hub id; one that runs elsewhere, ``"vllm:http://host:port"``
+                (docs/vllm.md); or a decoder that is opened already.
             embedder: the same for the search embedder.
             create: make the store where there is none.
             compress, chunk, store_config: which compressor and how hard; sizes; type on disk.
@@ -112,6 +115,7 @@ class Engine:
             StoreNotFound: there is no store, and ``create`` is False.
             StoreMismatch: the store was made with something else; names the first field that differs.
             ModelNotFound: decoder or embedder cannot be found; says which command to run.
+            DecoderUnavailable: the decoder runs elsewhere, and cannot be reached, or is another one.
             ConfigError: settings do not fit each other or the decoder.
             StoreError: the store cannot be opened or made.
         """
@@ -133,7 +137,7 @@ class Engine:
         if prefix is not None:
             setup.check(prefix)
         opened = open_store(path, setup, stored=stored, create=create)
-        return cls(
+        engine = cls(
             opened,
             setup,
             prefix=prefix or PrefixConfig(),
@@ -141,12 +145,21 @@ class Engine:
             device=device,
             dtype=dtype,
         )
+        if engine._elsewhere:
+            try:
+                engine.adapters.load_all()  # whether the decoder answers, and has them, is found out now
+            except BaseException:
+                engine.close()
+                raise
+        return engine
 
     def close(self) -> None:
-        """Let go of the store and of the decoder's weights."""
+        """Let go of the store and of the decoder: its weights, or what leads to it."""
         self.store.close()
         if self._lock.here:
             with self._lock:
+                if self._decoder is not None and isinstance(self._setup.decoder, str):
+                    self._decoder.close()
                 self._decoder = None
 
     def __enter__(self) -> Self:
@@ -168,18 +181,35 @@ class Engine:
         return max(0, facts.shape.window - facts.template_tokens - self._setup.chunk.segment_tokens)
 
     @property
-    def decoder(self) -> LocalDecoder:
-        """The decoder, loaded on first use."""
+    def window(self) -> int:
+        """Positions that the decoder can attend over. No weights are loaded."""
+        return self._setup.facts.shape.window
+
+    @property
+    def decoder(self) -> AnsweringDecoder:
+        """The decoder, opened on first use."""
         with self._lock:
             if self._decoder is None:
-                from lloco_engine.decoder.local import LocalDecoder
-
-                name = str(self._setup.decoder)
-                self._decoder = LocalDecoder.load(
-                    name, device=self._device, dtype=self._dtype, template=self._setup.facts.template
-                )
-                self._decoder.template_cache()  # once per process: not a cost of the first question
+                self._decoder = self._setup.open_decoder(self._device, self._dtype)
             return self._decoder
+
+    @property
+    def local_decoder(self) -> LocalDecoder:
+        """The decoder with its weights in this process, which all that makes or scores anything needs.
+
+        Raises:
+            ConfigError: it runs elsewhere.
+        """
+        if self._elsewhere:
+            self._setup.require_weights()
+        return cast("LocalDecoder", self.decoder)
+
+    @property
+    def decoder_folder(self) -> Path:
+        """The folder of the decoder on this machine: config.json, tokenizer and weights. None of them is loaded."""
+        from lloco_engine import models
+
+        return Path(models.decoder_folder(self._setup.facts.name))
 
     @property
     def compressor(self) -> Compressor:
@@ -236,7 +266,7 @@ class Engine:
             StoreFull: the disk is full; finished documents and segments stay.
             StoreLocked: another writer held the store for ten seconds; finished documents and segments stay.
             ConfigError: the sources cannot be iterated over, or a metadata key is one of the names that every document
-                has, or a value of no fitting type; nothing was read.
+                has, or a value of no fitting type, or the decoder runs elsewhere; nothing was read.
         """
         if isinstance(sources, Document | str | os.PathLike):
             sources = [sources]
@@ -278,7 +308,7 @@ class Engine:
 
         Raises:
             NotInStore: the tenant has no document of an id.
-            ConfigError: the store holds summary embeddings.
+            ConfigError: the store holds summary embeddings, or the decoder runs elsewhere.
             StoreFull, StoreLocked: what was finished stays.
         """
         run = Refining(
@@ -291,10 +321,14 @@ class Engine:
         return run.run(doc_ids, tenant, budget)
 
     def _maker(self) -> Maker:
-        """Makes segments in this process."""
+        """Makes segments in this process; `ConfigError` where the decoder runs elsewhere."""
+        if self._elsewhere:
+            self._setup.require_weights()
         setup, form = self._setup, self.manifest.form
         return Here(
-            self.store, lambda: Bench(self.decoder, setup.compressor, setup.compress.ratio, form), self._compressing
+            self.store,
+            lambda: Bench(self.local_decoder, setup.compressor, setup.compress.ratio, form),
+            self._compressing,
         )
 
     def delete(self, doc_id: str, tenant: str = "") -> None:
@@ -466,7 +500,7 @@ class Engine:
             number of these tokens.
         """
         asked = self.prepare(question, **options)
-        return self.decoder.answer_losses([asked.prompt] * len(answers), answers, asked.adapter)
+        return self.local_decoder.answer_losses([asked.prompt] * len(answers), answers, asked.adapter)
 
     def _find(self, request: AskRequest) -> Found:
         if request.hits is None:
@@ -474,7 +508,7 @@ class Engine:
         return self._context.find(request)
 
     def _prepared(self, request: AskRequest, found: Found) -> Prepared:
-        from lloco_engine.decoder.local import Prompt
+        from lloco_engine.decoder.prompt import Prompt
 
         decoder = self.decoder
         self.adapters.check(request.adapter, request.tenant)
@@ -484,6 +518,7 @@ class Engine:
             context=request.context or None,
             history=tuple(request.history),
             verbatim=request.verbatim,
+            tenant=request.tenant,
         )
         room = len(decoder.prompt_ids(text)) + request.generate.max_new_tokens
         memory = self._context.place(found, decoder, request.prefix, room)

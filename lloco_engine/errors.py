@@ -17,6 +17,7 @@
     ├── NotInStore             an id that the store does not hold
     ├── PromptTooLong          question, prefix and answer do not fit the decoder's window
     ├── AdapterError           an adapter is unknown, or was made for another decoder
+    ├── DecoderUnavailable     a decoder that runs elsewhere cannot be reached, or refuses
     └── WrongProcess           opened before a fork and used after it
 
 A message states the rule, the value received and, where it is known, the fix.
@@ -25,6 +26,7 @@ A message states the rule, the value received and, where it is known, the fix.
 __all__ = [
     "AdapterError",
     "ConfigError",
+    "DecoderUnavailable",
     "DocumentError",
     "LLoCOError",
     "ModelNotFound",
@@ -103,6 +105,10 @@ class PromptTooLong(LLoCOError, ValueError):
 
 class AdapterError(LLoCOError):
     """An adapter is unknown, or was made for another decoder."""
+
+
+class DecoderUnavailable(LLoCOError):
+    """A decoder that runs elsewhere cannot be reached, or refuses."""
 
 
 class WrongProcess(LLoCOError):

@@ -16,14 +16,16 @@ from lloco_engine.errors import ConfigError, StoreError, StoreNotFound
 from lloco_engine.kinds import Room
 from lloco_engine.pretrained import read_decoder_config
 from lloco_engine.store import FORMAT_VERSION, Manifest, Store
+from lloco_engine.weights import weight_files
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from lloco_engine.compress.base import Compressor
-    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.answering import AnsweringDecoder
     from lloco_engine.decoder.template import Template
+    from lloco_engine.remote import Address
     from lloco_engine.shape import DecoderShape
 
 __all__ = ["DecoderFacts", "Encodes", "Setup", "open_store"]
@@ -58,7 +60,7 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True)
 class DecoderFacts:
-    """A decoder without its weights: the attributes of a `LocalDecoder` that chunking and a manifest need."""
+    """A decoder without its weights: the attributes of a decoder that chunking and a manifest need."""
 
     name: str
     fingerprint: str
@@ -73,12 +75,15 @@ class DecoderFacts:
         return len(self.template.prefix_ids)
 
     @classmethod
-    def of(cls, decoder: str | LocalDecoder, template: str | None = None) -> DecoderFacts:
+    def of(
+        cls, decoder: str | AnsweringDecoder, template: str | None = None, fingerprint: str | None = None
+    ) -> DecoderFacts:
         """The facts of a decoder by name, read from its folder, or of a loaded one.
 
         Args:
             decoder: which.
             template: as `LocalDecoder` takes it; a loaded decoder has its own.
+            fingerprint: what is believed of a folder without weights, whose fingerprint cannot be taken.
 
         Raises:
             ModelNotFound: nothing of that name can be read.
@@ -88,17 +93,17 @@ class DecoderFacts:
         from lloco_engine.shape import DecoderShape
 
         if not isinstance(decoder, str):
-            fingerprint = decoder.fingerprint or fingerprints.model_fingerprint(decoder.runner.model)
             return cls(
                 decoder.name,
-                fingerprint,
+                decoder.fingerprint,
                 decoder.tokenizer,
                 decoder.tokenizer_fingerprint,
                 decoder.template,
                 decoder.shape,
             )
-        folder = models.decoder_folder(decoder)
-        fingerprint = fingerprints.model_fingerprint(folder)  # first: it says best what is wrong with a folder
+        folder = Path(models.decoder_folder(decoder))
+        if fingerprint is None or weight_files(folder):
+            fingerprint = fingerprints.model_fingerprint(folder)  # first: it says best what is wrong with a folder
         config = read_decoder_config(folder)
         tokenizer = models.load_tokenizer(decoder)
         shape = DecoderShape.of(config)
@@ -117,7 +122,7 @@ class Setup:
 
     Args:
         stored: the manifest of the store; None where it is yet to be made.
-        decoder: a name, or a loaded decoder.
+        decoder: a name, or an opened decoder.
         embedder: a name, or an embedder.
         compress: which compressor, and how hard.
         chunk: sizes of chunks and search windows.
@@ -131,7 +136,7 @@ class Setup:
         self,
         stored: Manifest | None,
         *,
-        decoder: str | LocalDecoder | None,
+        decoder: str | AnsweringDecoder | None,
         embedder: str | Encodes | None,
         compress: CompressConfig | None,
         chunk: ChunkConfig | None,
@@ -143,6 +148,9 @@ class Setup:
         from lloco_engine.compress import registry
         from lloco_engine.embedder import Embedder
 
+        self._address = None if decoder is None else _elsewhere(decoder, stored)
+        if self._address is not None:
+            decoder = self._address.local or None
         if stored is not None:
             decoder = decoder or stored.decoder
             embedder = embedder or stored.embedder
@@ -164,12 +172,51 @@ class Setup:
     @cached_property
     def facts(self) -> DecoderFacts:
         """The decoder without its weights, its template as the store was made with it."""
-        facts = DecoderFacts.of(self.decoder, self.template)
+        # which weights answer elsewhere is seen to there
+        weights = self._stored.decoder_fingerprint if self._address is not None and self._stored is not None else None
+        facts = DecoderFacts.of(self.decoder, self.template, weights)
         if self._stored is None or not isinstance(self.decoder, str):
             return facts
         made_with = self._stored.template_fingerprint
         forms = _forms(facts.template, self._stored.created)
         return replace(facts, template=next((one for one in forms if one.fingerprint == made_with), facts.template))
+
+    @property
+    def elsewhere(self) -> str:
+        """Where the decoder runs, where that is not in this process; else ""."""
+        if self._address is not None:
+            return self._address.place
+        return "" if isinstance(self.decoder, str) or self.decoder.device is not None else self.decoder.name
+
+    def require_weights(self) -> None:
+        """Raise `ConfigError` where the decoder's weights are not to be had in this process."""
+        if self.elsewhere:
+            raise ConfigError(
+                "the decoder must run in this process to compress, refine, score or train, and it runs at "
+                f"{self.elsewhere}, which answers only: do that with a local decoder "
+                f"(`lloco ingest --decoder {self.facts.name}`), and the servers read what it adds to the store"
+            )
+
+    def open_decoder(self, device: str | None, dtype: str | None) -> AnsweringDecoder:
+        """The decoder, ready to answer.
+
+        Args:
+            device, dtype: of its weights, where they are loaded here.
+
+        Raises:
+            ModelNotFound, UnsupportedModel: it cannot be loaded.
+            DecoderUnavailable: it runs elsewhere, and cannot be reached, or is another one.
+        """
+        if not isinstance(self.decoder, str):
+            return self.decoder
+        if self._address is not None:
+            assert self._stored is not None
+            return self._address.opens(self._address.place, self.facts, self._stored.to_json())
+        from lloco_engine.decoder.local import LocalDecoder
+
+        loaded = LocalDecoder.load(self.decoder, device=device, dtype=dtype, template=self.facts.template)
+        loaded.template_cache()  # once per process: not a cost of the first question
+        return loaded
 
     @cached_property
     def chunk(self) -> ChunkConfig:
@@ -249,6 +296,25 @@ class Setup:
             engine_version=__version__,
             **self.expected(),
         )
+
+
+def _elsewhere(decoder: object, stored: Manifest | None) -> Address | None:
+    """Where a decoder runs by its name, if that is elsewhere.
+
+    Raises:
+        ConfigError: there is no store yet.
+    """
+    if not isinstance(decoder, str) or ":" not in decoder:
+        return None
+    from lloco_engine.remote import Address
+
+    address = Address.of(decoder)
+    if address is not None and stored is None:
+        raise ConfigError(
+            f"a decoder that runs elsewhere answers from a store that is there, and there is none for {decoder!r}: "
+            "make it with a decoder in this process first (`lloco ingest --decoder NAME`)"
+        )
+    return address
 
 
 def _forms(template: Template, created: str) -> Iterator[Template]:

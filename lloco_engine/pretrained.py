@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "ends_of",
     "quiet",
     "read_adapter_config",
     "read_decoder",
     "read_decoder_config",
     "read_embedder",
+    "read_ends",
     "read_gguf",
     "read_gguf_config",
     "read_tokenizer",
@@ -104,6 +106,24 @@ def read_decoder_config(folder: str | Path) -> PretrainedConfig:
     except Exception as error:  # transformers raises many kinds for fields that are missing or of another type
         raise ModelNotFound(f"the decoder in {folder} has a config.json that cannot be read: {error}") from error
     return config
+
+
+def read_ends(folder: str | Path, tokenizer: Any) -> set[int]:
+    """The tokens that end a decoder's answers: those that its generation config names, and its tokenizer's."""
+    from transformers import GenerationConfig
+
+    try:
+        with quiet():
+            config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except OSError:  # it has none of its own
+        config = GenerationConfig.from_model_config(read_decoder_config(folder))
+    return ends_of(config, tokenizer)
+
+
+def ends_of(config: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end answers, by a generation config, which may be None, and a tokenizer."""
+    named = None if config is None else config.eos_token_id
+    return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
 
 
 def _check_quantised(folder: str | Path, quantised: Any) -> None:

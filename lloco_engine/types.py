@@ -28,6 +28,7 @@ __all__ = [
     "Page",
     "Prefix",
     "Segment",
+    "SegmentReference",
     "Span",
     "Turn",
     "Usage",
@@ -167,6 +168,16 @@ class AnySegment(Protocol):
 
 
 @dataclass(frozen=True)
+class SegmentReference:
+    """A segment that is read elsewhere: its id, the name of its kind of memory, and what it costs in a prompt."""
+
+    segment_id: str
+    memory: str
+    slots: int
+    source_tokens: int
+
+
+@dataclass(frozen=True)
 class Turn:
     """One turn of a conversation before the question, untrusted like the question itself."""
 
@@ -241,7 +252,7 @@ class Prefix:
 
     @property
     def compact(self) -> tuple[Segment, ...]:
-        """The segments that attention reads: all or none."""
+        """The segments that attention reads, where it does so in this process: all or none."""
         return cast("tuple[Segment, ...]", self.segments) if self.embeddings is None else ()
 
     @property

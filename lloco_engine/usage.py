@@ -12,7 +12,8 @@ from lloco_engine.types import Prefix, Usage
 if TYPE_CHECKING:
     import torch
 
-    from lloco_engine.decoder.local import Generation, LocalDecoder
+    from lloco_engine.decoder.answering import AnsweringDecoder
+    from lloco_engine.decoder.prompt import Generation
 
 __all__ = ["peak_memory", "usage_of"]
 
@@ -32,7 +33,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def usage_of(
-    decoder: LocalDecoder,
+    decoder: AnsweringDecoder,
     generation: Generation,
     *,
     prefix: Prefix | None = None,
@@ -63,5 +64,5 @@ def usage_of(
         load_s=load_s,
         ttft_s=before_s + generation.ttft_s,
         decode_s=generation.decode_s,
-        peak_memory=peak_memory(decoder.runner.device),
+        peak_memory=0 if decoder.device is None else peak_memory(decoder.device),
     )

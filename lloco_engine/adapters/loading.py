@@ -6,22 +6,19 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lloco_engine import fingerprints
 from lloco_engine.adapters.manifest import MANIFEST, WEIGHTS, AdapterManifest
 from lloco_engine.errors import AdapterError
 
 if TYPE_CHECKING:
-    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.answering import AnsweringDecoder
 
 __all__ = ["DEFAULT", "default_folder", "facts_of", "hash_of_named", "load", "load_named", "read"]
 
 DEFAULT = "default"  # group of documents that have none; the shipped adapter's name
 
 
-def facts_of(decoder: LocalDecoder) -> dict[str, str]:
+def facts_of(decoder: AnsweringDecoder) -> dict[str, str]:
     """The fingerprints of a decoder, its tokenizer and its template, as manifests name them."""
-    if not decoder.fingerprint:  # one that was never in a folder; taken before an adapter changes its modules
-        decoder.fingerprint = fingerprints.model_fingerprint(decoder.runner.model)
     return {
         "decoder_fingerprint": decoder.fingerprint,
         "tokenizer_fingerprint": decoder.tokenizer_fingerprint,
@@ -46,7 +43,7 @@ def read(folder: Path) -> AdapterManifest:
     return manifest
 
 
-def load(decoder: LocalDecoder, folder: Path, name: str, memory: str = "compact_kv") -> AdapterManifest:
+def load(decoder: AnsweringDecoder, folder: Path, name: str, memory: str = "compact_kv") -> AdapterManifest:
     """Load an adapter under a name.
 
     Args:
@@ -70,7 +67,7 @@ def default_folder() -> Path | None:
     return folder if (folder / MANIFEST).is_file() else None
 
 
-def load_named(decoder: LocalDecoder, reference: str, memory: str = "compact_kv") -> str | None:
+def load_named(decoder: AnsweringDecoder, reference: str, memory: str = "compact_kv") -> str | None:
     """An adapter by reference, loaded if it is not yet: for those who have no store.
 
     Args:

@@ -12,13 +12,13 @@ from lloco_engine.config import Config
 from lloco_engine.errors import AdapterError, ConfigError
 from lloco_engine.fingerprints import agree
 
-__all__ = ["FILES", "FORMAT_VERSION", "MANIFEST", "WEIGHTS", "AdapterManifest"]
+__all__ = ["FILES", "FORMAT_VERSION", "MANIFEST", "MUST_AGREE", "WEIGHTS", "AdapterManifest"]
 
 FORMAT_VERSION = 1
 MANIFEST = "lloco.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS, MANIFEST, "log.jsonl")  # of an adapter's folder
-_MUST_AGREE = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
+MUST_AGREE = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class AdapterManifest(Config):
         Raises:
             AdapterError: names the first field that differs, and both values.
         """
-        for name in _MUST_AGREE:
+        for name in MUST_AGREE:
             if not agree(getattr(self, name), facts[name]):
                 raise AdapterError(
                     f"adapter {self.group!r} was made with {name} {getattr(self, name)!r} (decoder {self.decoder!r}), "

@@ -6,19 +6,20 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lloco_engine.adapters.loading import DEFAULT, default_folder, facts_of, load, load_named
-from lloco_engine.adapters.manifest import AdapterManifest
+from lloco_engine.adapters.manifest import MUST_AGREE, AdapterManifest
 from lloco_engine.adapters.registry import Registry
 from lloco_engine.errors import AdapterError
 from lloco_engine.store import Store
 from lloco_engine.types import Hit
 
 if TYPE_CHECKING:
-    from lloco_engine.decoder.local import LocalDecoder
+    from lloco_engine.decoder.answering import AnsweringDecoder
 
-__all__ = ["GROUP", "Adapters", "group_of"]
+__all__ = ["GROUP", "Adapters", "group_of", "name_of"]
 
 GROUP = "group"  # the metadata that says which group a document belongs to
 
@@ -37,6 +38,12 @@ def group_of(hits: Sequence[Hit]) -> str:
     return min({group for score, group in named if score == best}, key=lambda group: (-count[group], group))
 
 
+def name_of(group: str, version: int, tenant: str = "") -> str:
+    """What a decoder, which serves all tenants, calls a store's adapter."""
+    named = f"{group}@{version}"
+    return f"{named}-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}" if tenant else named
+
+
 class Adapters:
     """The adapters of an engine: its store's, and the one that the package ships. Loaded when first needed.
 
@@ -45,9 +52,10 @@ class Adapters:
         decoder: gives the decoder.
     """
 
-    def __init__(self, store: Store, decoder: Callable[[], LocalDecoder]) -> None:
+    def __init__(self, store: Store, decoder: Callable[[], AnsweringDecoder]) -> None:
         self.registry = Registry(store)
-        self._memory, self._decoder = store.manifest.memory, decoder
+        self._manifest, self._decoder = store.manifest, decoder
+        self._memory = store.manifest.memory
         self._of_store: set[str] = set()  # names in the decoder of adapters that belong to a tenant
         self._lock = threading.Lock()
         self._ships: bool | None = None  # whether the shipped adapter is for this decoder
@@ -86,14 +94,39 @@ class Adapters:
                 return self._shipped()
             return self._stored(wanted, tenant) or load_named(self._decoder(), wanted, self._memory)
 
+    def folders(self) -> dict[str, Path]:
+        """Folders of all that may answer, by the names that a decoder has them under; nothing is loaded.
+
+        These are the adapters of every group of every tenant, and the one that the package ships where it is for this
+        decoder.
+        """
+        rows = [kept for kept in self.registry.kept() if kept.current]
+        found = {name_of(kept.group, kept.version, kept.tenant): kept.folder for kept in rows}
+        made = {name: getattr(self._manifest, name) for name in MUST_AGREE}
+        if (shipped := default_folder()) is not None and AdapterManifest.load(shipped).fits(made):
+            found[DEFAULT] = shipped
+        return found
+
+    def load_all(self) -> None:
+        """Load all that may answer, instead of each when it is first needed.
+
+        Raises:
+            AdapterError: one of them cannot be had.
+        """
+        decoder = self._decoder()
+        with self._lock:
+            for kept in self.registry.kept():
+                if kept.current:
+                    self._stored(kept.group, kept.tenant)
+            if DEFAULT in self.folders():
+                load_named(decoder, DEFAULT, self._memory)
+
     def _stored(self, group: str, tenant: str) -> str | None:
         current = self.registry.current(group, tenant)
         if current is None:
             return None
         version, decoder = current[0], self._decoder()
-        name = f"{group}@{version}"
-        if tenant:  # names are the decoder's, which serves them all
-            name += f"-{hashlib.sha256(tenant.encode()).hexdigest()[:16]}"
+        name = name_of(group, version, tenant)
         if name not in decoder.adapters:
             opened = self.registry.open(group, tenant)
             if opened is None or opened[0] != version:  # changed in between

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,26 @@ from lloco_engine.errors import LLoCOError
 __all__ = ["app", "main"]
 
 
+COMMANDS = "lloco.commands"  # entry points of installed packages, each a `typer.Typer` with one command
+
+
 class _Group(TyperGroup):
-    """Turns the engine's errors into one line on stderr and exit code 1, for every command."""
+    """Turns the engine's errors into one line on stderr and exit code 1, for every command; and has the commands of
+    other packages beside the engine's own."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own = super().list_commands(ctx)
+        return own + sorted(point.name for point in entry_points(group=COMMANDS) if point.name not in own)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        found = next(iter(entry_points(group=COMMANDS, name=cmd_name)), None)
+        if found is None:
+            return None
+        command = typer.main.get_command(found.load())
+        command.name = cmd_name
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lloco_engine import fingerprints
+from lloco_engine.decoder.answering import AnsweringDecoder
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.batching import Batching, Stream
 from lloco_engine.decoder.joint import JointPass
@@ -20,13 +21,14 @@ from lloco_engine.decoder.replay import PlacedCache, Replay
 from lloco_engine.decoder.runner import Attention, Runner
 from lloco_engine.decoder.template import Template
 from lloco_engine.errors import AdapterError, UnsupportedModel
+from lloco_engine.pretrained import ends_of
 from lloco_engine.process import ProcessLock
 from lloco_engine.types import Prefix
 
 __all__ = ["AdaptedDecoder"]
 
 
-class AdaptedDecoder:
+class AdaptedDecoder(AnsweringDecoder):
     """A Hugging Face causal language model with its tokenizer, its template and any number of LoRA adapters.
 
     Requests from several threads take turns, pass by pass, and answers share their steps
@@ -39,26 +41,40 @@ class AdaptedDecoder:
         template: of `lloco_engine.decoder.template.NAMES`, or one that is made; None is the one that suits the decoder.
     """
 
+    _fingerprint: str
+
     def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | Template | None = None) -> None:
-        self.name = name
-        self.tokenizer = tokenizer
         self.runner = runner_of(model)
-        self.shape = self.runner.shape
-        self.template = Template.suited(tokenizer, model.config, template)
-        self.tokenizer_fingerprint = fingerprints.tokenizer_fingerprint(tokenizer)
-        self.fingerprint = ""
+        super().__init__(
+            name,
+            fingerprint="",
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=fingerprints.tokenizer_fingerprint(tokenizer),
+            template=Template.suited(tokenizer, model.config, template),
+            shape=self.runner.shape,
+            eos=ends_of(model.generation_config, tokenizer),
+        )
         self._modules = PeftModules(model, self.runner.linears())
         self._prefix_cache: dict[str | None, Cache] = {}  # template prefix by adapter
         self._adapters: dict[str, Path] = {}
         self._lock = ProcessLock(f"the decoder {name!r}")
         self._joint, self._batching = JointPass(self.runner), Batching(self._shared_step)
-        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
 
     @property
-    def template_tokens(self) -> int:
-        """Tokens of the template prefix."""
-        return len(self.template.prefix_ids)
+    def device(self) -> torch.device:
+        """Where its passes run."""
+        return self.runner.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights; of a decoder that was never in a folder it is taken when it is first asked for."""
+        if not self._fingerprint:
+            self._fingerprint = fingerprints.model_fingerprint(self.runner.model)
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
 
     @property
     def end(self) -> int:
@@ -89,10 +105,7 @@ class AdaptedDecoder:
         if not name or name in self._adapters or name == "none":
             raise AdapterError(f"an adapter's name must be new and neither 'none' nor empty, not {name!r}")
         with self._lock:
-            if (
-                not self.fingerprint
-            ):  # of a decoder that was never in a folder: from now on its modules have other names
-                self.fingerprint = fingerprints.model_fingerprint(self.runner.model)
+            _ = self.fingerprint  # from now on its modules have other names
             self._modules.load(Path(folder), name)
             self._adapters[name] = Path(folder)
 

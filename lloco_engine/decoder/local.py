@@ -22,10 +22,7 @@ from lloco_engine.decoder.hints import Pieces, hints
 from lloco_engine.decoder.memory import Memory
 from lloco_engine.decoder.processors import Pipeline, processors
 from lloco_engine.decoder.prompt import Generation, Prompt
-from lloco_engine.decoder.stopping import TextStream
 from lloco_engine.decoder.template import Template
-from lloco_engine.decoder.thoughts import Thoughts
-from lloco_engine.errors import PromptTooLong
 from lloco_engine.tokenizing import encode
 
 __all__ = ["Generation", "LocalDecoder", "Prompt"]
@@ -43,7 +40,6 @@ class LocalDecoder(AdaptedDecoder):
     def __init__(self, model: Any, tokenizer: Any, name: str = "", template: str | Template | None = None) -> None:
         super().__init__(model, tokenizer, name, template)
         self._pieces = Pieces(tokenizer)
-        self._thoughts = Thoughts.of(tokenizer, self.template)
 
     @classmethod
     def load(
@@ -65,54 +61,12 @@ class LocalDecoder(AdaptedDecoder):
         decoder.fingerprint = fingerprints.model_fingerprint(models.decoder_folder(name))
         return decoder
 
-    def check_window(self, start: int, tokens: int, new: int) -> None:
-        """Raise `PromptTooLong` unless ``tokens`` of text from position ``start`` and ``new`` of an answer fit."""
-        if start + tokens + new > self.shape.window:
-            raise PromptTooLong(
-                f"positions of the prompt and the answer must fit the decoder's window of {self.shape.window}: text "
-                f"starts at {start}, the prompt has {tokens} tokens and the answer may have {new}, "
-                f"{start + tokens + new} in all; shorten the question or lower max_new_tokens"
-            )
-
-    def position(self, prompt: Prompt) -> int:
-        """Where a prompt's text starts."""
-        return self.template_tokens if prompt.prefix is None else prompt.prefix.start
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt's text: all that follows the template prefix and the segments.
-
-        Embeddings stand before the template prefix, which then is a part of the text.
-        """
-        before = [] if prompt.prefix is None or prompt.prefix.embeddings is None else self.template.prefix_ids
-        joint = None
-        if prompt.verbatim:
-            joint = "\n\n" if prompt.prefix is not None or prompt.context else ""
-        asked = self.template.question_ids(
-            prompt.question,
-            prompt.context,
-            history=prompt.history,
-            joint=joint,
-            memory=prompt.prefix is not None,
-        )
-        return before + asked
-
     # -- generation -------------------------------------------------------------------------------------------
 
-    def stream(
-        self, prompt: Prompt, config: GenerateConfig | None = None, adapter: str | None = None
-    ) -> tuple[Generation, Iterator[str]]:
-        """Answer one question, text by text.
-
-        Returns:
-            the generation, which fills while the iterator is read, and the iterator of new text.
-
-        Raises:
-            PromptTooLong: at once, before anything is read.
-        """
-        config = config or GenerateConfig()
-        generation, ids = Generation(), self._checked_ids(prompt, config)
-        generation.prompt_tokens = len(ids)
-        return generation, self._run([prompt], [ids], config, adapter, [generation])
+    def _answer(
+        self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation
+    ) -> Iterator[str]:
+        return self._run([prompt], [ids], config, adapter, [generation])
 
     def generate(
         self, prompts: Sequence[Prompt], config: GenerateConfig | None = None, adapter: str | None = None
@@ -131,11 +85,6 @@ class LocalDecoder(AdaptedDecoder):
             for _ in self._run(some, ids, config, adapter, [generations[number] for number in group]):
                 pass
         return generations
-
-    def _checked_ids(self, prompt: Prompt, config: GenerateConfig) -> list[int]:
-        ids = self.prompt_ids(prompt)
-        self.check_window(self.position(prompt), len(ids), self._least(config))
-        return ids
 
     @torch.inference_mode()
     def _run(
@@ -210,20 +159,7 @@ class LocalDecoder(AdaptedDecoder):
         own = hints(config.hint_weights, self._pieces, prompt.draft, prompt.question)
         generation.hints = tuple(own)
         pipeline = Pipeline([*own.values(), *processors(config, self.eos, self.runner.device)])
-        text = TextStream(self.tokenizer, config.stop, self._thoughts, budget)
-        return Row(generation, text, pipeline, config.max_new_tokens, self.eos, began)
-
-    def _least(self, config: GenerateConfig) -> int:
-        """Tokens that an answer must have room for: its own, and the markers of thoughts."""
-        if (thoughts := self._thoughts) is None:
-            return config.max_new_tokens
-        return config.max_new_tokens + sum(map(len, (thoughts.begin, thoughts.close, thoughts.head)))
-
-    def _budget(self, used: int, config: GenerateConfig) -> int:
-        """Tokens that thoughts may take after ``used`` positions: what is asked for, as far as the window has room."""
-        if self._thoughts is None:
-            return 0
-        return max(0, min(config.reasoning_tokens, self.shape.window - used - self._least(config)))
+        return Row(generation, self._text(config, budget), pipeline, config.max_new_tokens, self.eos, began)
 
     # -- scoring ----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ class Prompt:
             and hints read it, where some are on (`lloco_engine.decoder.hints`).
         history: earlier turns of the conversation, oldest first.
         verbatim: the question brings its own instructions: nothing is written between it and what it is about.
+        tenant: whose segments the prefix holds; a decoder that reads them elsewhere says so there.
     """
 
     question: str
@@ -31,6 +32,7 @@ class Prompt:
     draft: str = ""
     history: tuple[Turn, ...] = ()
     verbatim: bool = False
+    tenant: str = ""
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Generation:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     hints: tuple[str, ...] = ()  # that were on
+    notes: tuple[str, ...] = ()  # what else is to be said about how it was made
     steps: int = 0  # passes through the decoder after the first token; fewer than tokens when guesses were kept
 
     @property
@@ -56,9 +59,12 @@ class Generation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is to be said about its thoughts."""
+        """What is to be said about it, and about its thoughts."""
         if self.inside:
-            return ("the answer ended inside the decoder's thoughts: raise reasoning_tokens, or set it to 0",)
+            return (
+                *self.notes,
+                "the answer ended inside the decoder's thoughts: raise reasoning_tokens, or set it to 0",
+            )
         if self.cut:
-            return ("the decoder's thoughts were ended for it: raise reasoning_tokens for longer ones",)
-        return ()
+            return (*self.notes, "the decoder's thoughts were ended for it: raise reasoning_tokens for longer ones")
+        return self.notes

@@ -202,7 +202,7 @@ def _ask(
     texts = [document.text for document in documents]
     filters = {"doc_id": tuple(document.doc_id for document in documents)}
     in_context = InContext(
-        engine.decoder, texts, [question.question for question in asked], _GENERATE, kept_file, console.print
+        engine.local_decoder, texts, [question.question for question in asked], _GENERATE, kept_file, console.print
     )
     held, cut = len(in_context.text.ids), in_context.text.left_out
     if cut:

@@ -69,7 +69,7 @@ def run(
             decoding[count].append(count * (new_tokens - 1) / median(each_s))
             first_tokens[count].append(median(answer.usage.ttft_s for answer in answers))
             same[count] += sum(a.token_ids == b.token_ids for a, b in zip(answers, alone, strict=True))
-    runner = engine.decoder.runner
+    runner = engine.local_decoder.runner
     return {
         "tokens_per_s": {count: median(each) for count, each in speeds.items()},
         "over_first": {

@@ -239,7 +239,7 @@ def self_study(
             if not as_json:
                 typer.echo(f"chunk {done} of {total}", err=True)
 
-        report = SelfStudy(engine.decoder, config, progress).run(chunks, out)
+        report = SelfStudy(engine.local_decoder, config, progress).run(chunks, out)
     if as_json:
         typer.echo(json.dumps(report))
         return

@@ -273,7 +273,7 @@ def finetune_store(
     registry = engine.adapters.registry
     check_group(group)
     run = Finetune(
-        engine.decoder,
+        engine.local_decoder,
         engine.compressor,
         engine.chunker,
         data,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from lloco_engine.config import DType, PrefixConfig
 from lloco_engine.errors import ConfigError, StoreError
 from lloco_engine.plugins import run_plugins
-from lloco_engine.types import AnySegment, Prefix
+from lloco_engine.types import AnySegment, Prefix, SegmentReference
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +218,8 @@ def of(segment: AnySegment) -> MemoryKind:
     Raises:
         ConfigError: it is of none.
     """
+    if isinstance(segment, SegmentReference):
+        return get(segment.memory)
     found = next((kind for kind in _kinds.values() if isinstance(segment, kind.segment)), None)
     if found is None:
         raise ConfigError(f"a segment must be of one of the kinds {', '.join(_kinds)}, not {type(segment).__name__}")

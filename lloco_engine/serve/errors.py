@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from lloco_engine.errors import (
     AdapterError,
     ConfigError,
+    DecoderUnavailable,
     DocumentError,
     LLoCOError,
     NotInStore,
@@ -98,6 +99,10 @@ def api_error_of(error: Exception) -> APIError:
         case StoreLocked():
             again = {"Retry-After": str(_RETRY_S)}
             return APIError(503, "another process writes to the store; try again", "store_busy", headers=again)
+        case DecoderUnavailable():
+            again = {"Retry-After": str(_RETRY_S)}
+            said = "the decoder cannot be reached, or refuses; the server's log says why; try again"
+            return APIError(503, said, "decoder_unavailable", headers=again)
         case StoreFull():
             return APIError(503, "the disk of the store is full, and nothing was changed; free space", "store_full")
         case LLoCOError():
