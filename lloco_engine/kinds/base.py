@@ -102,6 +102,13 @@ class Format(ABC):
     def _pack(self, segment: Any, segment_id: str) -> Tensors:
         """See `pack`."""
 
+    def rounded(self, segment: Any) -> Any:
+        """A segment as it will be read from its file; gradients pass as if nothing were rounded.
+
+        Of a kind that nothing trains, the segment itself.
+        """
+        return segment
+
     def strings(self, segment: Any) -> dict[str, str]:
         """What the file's header says of the segment, beside its id and its source tokens."""
         return {}

@@ -118,6 +118,13 @@ class CompactKVFormat(Format):
             if tuple(tensor.shape) != wanted:
                 raise StoreError(f"{name} of a segment must be {wanted}, not {tuple(tensor.shape)}")
 
+    def rounded(self, segment: Segment) -> Segment:
+        """See `Format.rounded`: keys and values are, the bias is near enough."""
+        keys, values = (
+            numbers.fake_quantize(rows, segment.lengths, self.dtype) for rows in (segment.keys, segment.values)
+        )
+        return replace(segment, keys=keys, values=values)
+
     def strings(self, segment: Segment) -> dict[str, str]:
         """See `Format.strings`."""
         told = segment.divergence
