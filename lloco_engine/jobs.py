@@ -84,7 +84,7 @@ class Refine(Job):
 
         (former,) = needed
         assert isinstance(former, Segment)
-        made = refine(bench.decoder, self.token_ids, former, self.config)
+        made = refine(bench.decoder, self.token_ids, former, self.config, rounded=bench.form.rounded)
         return None if made.divergence is None else made
 
 

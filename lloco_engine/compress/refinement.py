@@ -14,7 +14,7 @@ on, in one layer at a time and the states between them; and the logits of `_ROWS
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ def refine(
     config: RefineConfig,
     cache: Cache | None = None,
     expected: torch.Tensor | None = None,
+    rounded: Callable[[Segment], Segment] | None = None,
 ) -> Segment:
     """A chunk's segment after some steps, with its divergence; as it was, but for this, where they made it no better.
 
@@ -59,6 +60,8 @@ def refine(
             is written over. None reads the chunk anew.
         expected: (n, E) states of the decoder where it foretells the chunk's tokens as it repeats it, with the whole
             chunk before it. None reads the repetition where they are needed.
+        rounded: a segment as it will be read where it is kept (`lloco_engine.kinds.Format.rounded`): then every step
+            moves what is read so, and the divergence is of that. None: as it is.
 
     Returns:
         a segment of the same heads and tokens. A chunk of fewer than eight tokens, of which none can be held out, has
@@ -67,7 +70,7 @@ def refine(
     if not config.steps or len(token_ids) < 8:
         return segment
     with torch.inference_mode(False), torch.enable_grad():
-        return _Run(decoder, list(token_ids), segment, config, cache, expected).refined(segment)
+        return _Run(decoder, list(token_ids), segment, config, cache, expected, rounded).refined(segment)
 
 
 def measured(decoder: LocalDecoder, token_ids: Sequence[int], segment: Segment, cache: Cache | None = None) -> Segment:
@@ -120,7 +123,9 @@ class _Run:
         config: RefineConfig,
         cache: Cache | None,
         expected: torch.Tensor | None = None,
+        rounded: Callable[[Segment], Segment] | None = None,
     ) -> None:
+        self._rounded = rounded or (lambda segment: segment)
         self._decoder, self._ids, self._config = decoder, token_ids, config
         self._repeat = decoder.template.repeat_ids()
         self._start = decoder.template_tokens + len(token_ids)  # where the text after the chunk begins
@@ -236,7 +241,7 @@ class _Run:
         """The same with the segment in the chunk's place, as it is now."""
         inputs, foretell = self._passage(stretch)
         decoder, tokens = self._decoder, len(inputs[0])
-        memory = decoder.memory([Prefix((self._made,), (0,), self._start)])
+        memory = decoder.memory([Prefix((self._rounded(self._made),), (0,), self._start)])
         if memory is not None and torch.is_grad_enabled():
             for layer in range(decoder.shape.layers):
                 memory.layer(layer)  # laid out once, before any layer runs: one that runs again finds it so

@@ -119,7 +119,9 @@ class CompactKVFormat(Format):
                 raise StoreError(f"{name} of a segment must be {wanted}, not {tuple(tensor.shape)}")
 
     def rounded(self, segment: Segment) -> Segment:
-        """See `Format.rounded`: keys and values are, the bias is near enough."""
+        """See `Format.rounded`: int8 and int4 are told of; float16, and the bias, are near enough."""
+        if self.dtype == "float16":
+            return segment
         keys, values = (
             numbers.fake_quantize(rows, segment.lengths, self.dtype) for rows in (segment.keys, segment.values)
         )

@@ -17,6 +17,7 @@ from lloco_engine.decoder.attention import causal_mask
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.decoder.padded import Segments
 from lloco_engine.errors import ConfigError
+from lloco_engine.kinds.compact_kv import CompactKVFormat
 from lloco_engine.types import Segment
 
 PARTS = ("keys", "values", "bias")
@@ -86,6 +87,20 @@ def test_the_divergence_is_that_of_plain_passes():
     begin = max(0, block.start - 16)
     assert made.divergence.before == pytest.approx(plain_divergence(decoder, fitted, begin, block), rel=1e-3)
     assert made.divergence.after == pytest.approx(plain_divergence(decoder, made, begin, block), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_is_kept_in_few_bits_is_refined_as_it_will_be_read(dtype):
+    decoder = tiny()
+    shape, ids, fitted = decoder.shape, tokens(decoder, TEXT), fit(decoder)
+    form = CompactKVFormat(shape.layers, shape.kv_heads, shape.head_dim, dtype)
+    made = refine(decoder, ids, fitted, RefineConfig(steps=12, stretch=48), rounded=form.rounded)
+    (block,) = refinement._Run(decoder, ids, fitted, QUICK, None)._blocks
+    begin = max(0, block.start - 16)
+    for segment, told in ((fitted, made.divergence.before), (made, made.divergence.after)):
+        kept = form.unpack(form.pack(segment, "0" * 32), segment.source_tokens, {})
+        assert told == pytest.approx(plain_divergence(decoder, kept, begin, block), rel=1e-2)
+    assert made.divergence.after < made.divergence.before
 
 
 def test_the_whole_cache_diverges_from_nothing():
