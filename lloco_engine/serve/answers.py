@@ -10,7 +10,7 @@ from lloco_engine.types import Answer, Hit, Span, Usage
 
 __all__ = ["api_usage", "citations", "file_of", "lloco_field", "source", "usage"]
 
-_OF_A_FILE = re.compile(r"(file-[0-9a-f]{32})@([\w-]{1,64})(/.*)?", re.DOTALL)
+_OF_A_FILE = re.compile(r"(file-[0-9a-f]{32})@([\w%-]+)(/.*)?", re.DOTALL)
 
 
 def file_of(doc_id: str) -> tuple[str | None, str | None]:

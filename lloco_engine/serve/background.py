@@ -14,6 +14,7 @@ from lloco_engine.engine import Engine, Progress
 from lloco_engine.errors import LLoCOError, StoreFull, StoreLocked
 from lloco_engine.filters import Condition
 from lloco_engine.readers import Reader
+from lloco_engine.serve.groups import group_of
 from lloco_engine.serve.metrics import Metrics
 from lloco_engine.serve.records import Attachment, FileRecord, Records
 from lloco_engine.serve.uploads import Uploads
@@ -182,7 +183,7 @@ class Background:
 
     def _documents(self, job: Attachment, record: FileRecord, watch: _Watch) -> Iterator[Document]:
         """What a file holds, under the names that it has in its vector store."""
-        own = dict(job.attributes) | ({} if job.store == DEFAULT else {GROUP: job.store})
+        own = dict(job.attributes) | ({} if job.store == DEFAULT else {GROUP: group_of(job.store)})
         first = True
         for item in Reader(config=self._read).read(self._uploads.path(record)):
             watch.check()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lloco_engine.adapters.loading import DEFAULT
-from lloco_engine.adapters.routing import GROUP
 from lloco_engine.errors import ConfigError
 from lloco_engine.filters import MAX_DEPTH
 
-__all__ = ["both", "of_group", "plain_filters"]
+__all__ = ["both", "plain_filters"]
 
 _COMPARISONS = ("eq", "ne", "gt", "gte", "lt", "lte", "in", "nin")
 
@@ -36,13 +34,6 @@ def plain_filters(given: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
             raise ConfigError(f"a filter has a key and a type of {', '.join(_COMPARISONS)}, not {given!r:.80}")
         return {given["key"]: {f"${kind}": given["value"]}}
     return dict(given)
-
-
-def of_group(group: str) -> dict[str, Any]:
-    """Whether a document belongs to a group: those that name none belong to ``default``."""
-    if group != DEFAULT:
-        return {GROUP: group}
-    return {"$or": [{GROUP: DEFAULT}, {GROUP: {"$exists": False}}]}
 
 
 def both(one: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:

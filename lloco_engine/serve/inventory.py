@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from lloco_engine.adapters.loading import DEFAULT
-from lloco_engine.adapters.routing import GROUP
 from lloco_engine.readers import SUFFIXES
 from lloco_engine.serve.answers import file_of
 from lloco_engine.serve.door import Asker, TheDoor, Writer
+from lloco_engine.serve.groups import named_in
 from lloco_engine.store import DocumentInfo
 
 __all__ = ["router"]
@@ -93,7 +92,7 @@ def _document(info: DocumentInfo) -> dict[str, Any]:
         "title": info.title,
         "source": info.source,
         "file_id": file,
-        "vector_store_id": str(info.metadata.get(GROUP) or DEFAULT),
+        "vector_store_id": named_in(info.metadata),
         "tokens": info.source_tokens,
         "segments": info.segments,
         "slots": info.slots,

@@ -13,7 +13,8 @@ from lloco_engine.serve.answers import file_of, source
 from lloco_engine.serve.asking import EMBEDDINGS
 from lloco_engine.serve.door import Asker, TheDoor
 from lloco_engine.serve.errors import APIError
-from lloco_engine.serve.filters import both, of_group, plain_filters
+from lloco_engine.serve.filters import both, plain_filters
+from lloco_engine.serve.groups import of_store
 from lloco_engine.serve.schema import STRICT
 from lloco_engine.serve.vector_stores import find_store
 from lloco_engine.types import Hit
@@ -72,7 +73,7 @@ def search(store_id: str, body: SearchRequest, door: TheDoor, caller: Asker) -> 
     hits = door.engine.retrieve(
         query,
         tenant=caller.tenant,
-        filters=both(of_group(store_id), wanted),
+        filters=both(of_store(store_id), wanted),
         top_k=body.max_num_results or 10,
         min_score=least,
     )

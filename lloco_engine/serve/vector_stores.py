@@ -19,6 +19,7 @@ from lloco_engine.serve.answers import file_of
 from lloco_engine.serve.door import Asker, Door, TheDoor, Writer
 from lloco_engine.serve.errors import APIError, not_found
 from lloco_engine.serve.files import file_record
+from lloco_engine.serve.groups import group_of, named_in
 from lloco_engine.serve.paging import Page, page_of
 from lloco_engine.serve.records import Attachment, VectorStore
 from lloco_engine.serve.schema import STRICT
@@ -256,23 +257,19 @@ def find_store(door: Door, tenant: str, store_id: str) -> VectorStore:
     if store_id in known:
         return known[store_id]
     if store_id == DEFAULT or _documents(door, tenant, store_id):
-        return VectorStore(tenant, store_id, store_id, {}, 0)
+        return VectorStore(tenant, store_id, group_of(store_id), {}, 0)
     raise not_found("vector store", store_id, "GET /v1/vector_stores lists those that are", "vector_store_id")
 
 
 def _all(door: Door, tenant: str, documents: list[DocumentInfo]) -> list[VectorStore]:
     named = door.records.stores(tenant)
-    groups = dict.fromkeys([DEFAULT, *sorted({_group(one) for one in documents})])
+    groups = dict.fromkeys([DEFAULT, *sorted({named_in(one.metadata) for one in documents})])
     known = {one.id for one in named}
-    return [*named, *(VectorStore(tenant, group, group, {}, 0) for group in groups if group not in known)]
-
-
-def _group(document: DocumentInfo) -> str:
-    return str(document.metadata.get(GROUP) or DEFAULT)
+    return [*named, *(VectorStore(tenant, group, group_of(group), {}, 0) for group in groups if group not in known)]
 
 
 def _documents(door: Door, tenant: str, store_id: str) -> list[DocumentInfo]:
-    return [one for one in door.engine.documents(tenant) if _group(one) == store_id]
+    return [one for one in door.engine.documents(tenant) if named_in(one.metadata) == store_id]
 
 
 def _other(door: Door, tenant: str, store_id: str, doc_id: str) -> DocumentInfo | None:
@@ -320,7 +317,7 @@ def _counts(found: list[Attachment], others: int = 0) -> dict[str, int]:
 
 def _store(door: Door, known: VectorStore, documents: list[DocumentInfo] | None = None) -> dict[str, Any]:
     documents = door.engine.documents(known.tenant) if documents is None else documents
-    own = [one for one in documents if _group(one) == known.id]
+    own = [one for one in documents if named_in(one.metadata) == known.id]
     found = door.records.attachments(known.tenant, store=known.id)
     counts = _counts(found, sum(file_of(one.doc_id)[0] is None for one in own))
     return {

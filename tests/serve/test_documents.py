@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import openai
@@ -66,6 +67,22 @@ def test_a_file_is_uploaded_attached_asked_searched_and_deleted(client, http, en
     assert client.vector_stores.delete(store.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.vector_stores.retrieve(store.id)
+
+
+def test_a_group_of_any_name_has_an_id_that_fits_into_an_address(client, engine):
+    group = "oil & gas/2026 100%, 日本"
+    engine.ingest([replace(PUMPS, doc_id="in/a b.md", metadata={"group": group})])
+    (known,) = [one for one in client.vector_stores.list() if one.name == group]
+    assert known.id == "oil%20%26%20gas%2F2026%20100%25%2C%20日本"
+    assert [one.id for one in client.vector_stores.files.list(known.id)] == ["in/a b.md"]
+    assert client.vector_stores.files.retrieve("in/a b.md", vector_store_id=known.id).status == "completed"
+    file = client.files.create(file=("c.md", b"# Cranes\n\nThe crane of the quay lifts nine tonnes."), purpose="assistants")
+    client.vector_stores.files.create_and_poll(file.id, vector_store_id=known.id)
+    assert len(engine.store.find_documents({"group": group})) == 2
+    assert client.vector_stores.retrieve(known.id).file_counts.completed == 2
+    assert file.id in [one.file_id for one in client.vector_stores.search(known.id, query="crane")]
+    assert client.vector_stores.delete(known.id).deleted
+    assert engine.store.find_documents({"group": group}) == []
 
 
 def test_groups_that_were_ingested_otherwise_are_vector_stores(client, http):
