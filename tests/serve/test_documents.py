@@ -76,7 +76,7 @@ def test_a_group_of_any_name_has_an_id_that_fits_into_an_address(client, engine)
     assert known.id == "oil%20%26%20gas%2F2026%20100%25%2C%20日本"
     assert [one.id for one in client.vector_stores.files.list(known.id)] == ["in/a b.md"]
     assert client.vector_stores.files.retrieve("in/a b.md", vector_store_id=known.id).status == "completed"
-    file = client.files.create(file=("c.md", b"# Cranes\n\nThe crane of the quay lifts nine tonnes."), purpose="assistants")
+    file = upload(client, "c.md", b"# Cranes\n\nThe crane of the quay lifts nine tonnes.")
     client.vector_stores.files.create_and_poll(file.id, vector_store_id=known.id)
     assert len(engine.store.find_documents({"group": group})) == 2
     assert client.vector_stores.retrieve(known.id).file_counts.completed == 2
