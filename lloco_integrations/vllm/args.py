@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lloco_engine import AdapterError, ConfigError, Engine
+from lloco_integrations.vllm import CUDA
 from lloco_integrations.vllm.client import served_name
 from lloco_integrations.vllm.params import KEY_FILE
 from lloco_integrations.vllm.prompt_embeds import TARGETS, check_targets
@@ -69,10 +70,7 @@ def arguments(
         if device == "cuda":
             given += ["--attention-backend", "FLASH_ATTN"]
     given += _adapters(engine, embeds=embeds)
-    environment = dict(_ENVIRONMENT)
-    if device == "cpu":
-        environment |= _ON_CPU
-    return environment, given
+    return _ENVIRONMENT | (_ON_CPU if device == "cpu" else {} if embeds else {CUDA: "1"}), given
 
 
 def _connector(

@@ -47,7 +47,7 @@ def test_the_command_names_the_store_the_decoder_and_its_adapters(store, tiny_fo
     monkeypatch.setattr("lloco_engine.embedder.Embedder", lambda *_: HashingEmbedder())
     manifest = json.loads((store / "manifest.json").read_text())
     environment, flags = printed(store, "--port", 8100, "--key-file", tmp_path / "key", "--pool-mib", 64)
-    assert environment == {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    assert environment == {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "LLOCO_VLLM_CUDA": "1"}
     assert flags["--model"] == [str(tiny_folder)]
     assert flags["--served-model-name"] == [served_name(manifest["decoder_fingerprint"])]
     assert flags["--port"] == ["8100"] and flags["--max-model-len"] == ["4096"]
