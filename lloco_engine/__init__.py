@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         RetrieveConfig,
         StoreConfig,
     )
+    from lloco_engine.decoder.memory import segment_slots
     from lloco_engine.decoder.prompt import Prompt
     from lloco_engine.engine import Engine
     from lloco_engine.errors import (
@@ -113,6 +114,7 @@ _HOMES = {
     "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
     "metadata": ("plain_metadata",),
     "opening": ("DecoderFacts",),
+    "decoder.memory": ("segment_slots",),
     "decoder.prompt": ("Prompt",),
     "reasoning": ("without_thoughts",),
     "remote": ("RemoteDecoder", "register_decoder"),
@@ -198,6 +200,7 @@ __all__ = [
     "register",
     "register_decoder",
     "register_memory",
+    "segment_slots",
     "without_thoughts",
 ]
 

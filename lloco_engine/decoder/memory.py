@@ -12,7 +12,7 @@ from lloco_engine.decoder import cpu_kernel, gpu_kernel, padded
 from lloco_engine.decoder.slots import LayerSlots, SegmentSlots
 from lloco_engine.types import Prefix, Segment
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "segment_slots"]
 
 Rotate = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -79,6 +79,23 @@ class Memory:
                 padded.Segments(*told, self._device, self._dtype) if kernel is None else kernel(*told)
             )
         return self._segments[compiled]
+
+
+def segment_slots(segments: Sequence[Segment], focus: int = 0, prior: Sequence[float] = ()) -> SegmentSlots:
+    """What reads some segments in parallel for a float32 decoder on the CPU: the compiled kernel, or torch without it.
+
+    For engines that have a loop of their own; `lloco_engine.decoder.slots.LayerSlots.attend` says how a layer is read.
+
+    Args:
+        segments: on the CPU; of a decoder whose heads are shared out, those of one share.
+        focus: how many of them a query reads (0: all).
+        prior: of each, what is added to its largest logit where they are compared; empty: nothing.
+    """
+    device, dtype = torch.device("cpu"), torch.float32
+    rows, reader = [list(segments)], cpu_kernel.reader(device, dtype)
+    if reader is not None:
+        return reader(rows, [focus], [prior])
+    return padded.Segments(rows, [focus], [prior], device, dtype)
 
 
 def _moved(segment: Segment, offset: int, rotate: Rotate) -> Segment:

@@ -26,10 +26,11 @@ class ReadsSegments(_Base):
     """
 
     reads_segments = True
+    in_pages = True  # whether it reads segments where `Shelf` has put them into pages
 
-    @abstractmethod
     def live_keys(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Keys (R, H, D, N) of blocks (R, N / block size) int64 of the cache."""
+        """Keys (R, H, D, N) of blocks (R, N / block size) int64 of the cache, where segments lie in pages."""
+        raise NotImplementedError
 
     @abstractmethod
     def layer_index(self, layer: Any) -> int:
@@ -60,10 +61,10 @@ class ReadsSegments(_Base):
         own.forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if step is not None and shelf is not None:
             for part in step.parts:
-                self._read(shelf, part, layer, query, kv_cache, attn_metadata.block_table, output)
+                self.read_part(shelf, part, layer, query, kv_cache, attn_metadata.block_table, output)
         return output
 
-    def _read(
+    def read_part(
         self,
         shelf: Shelf,
         part: Part,
@@ -73,11 +74,11 @@ class ReadsSegments(_Base):
         block_table: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Merge what some rows read of segments into ``output``."""
+        """Merge what some rows read of segments, which lie in pages, into ``output``."""
         heads, size = self.num_kv_heads, kv_cache.shape[2]
         q = part.asked(query, heads)
         read, mass = part.layout.read(self.layer_index(layer), shelf.pool, q, self.scale)
-        blocks = block_table[part.rows, : -(-part.longest // size)].long()
+        blocks = block_table[part.rows, : -(-max(part.lives) // size)].long()
         keys = self.live_keys(layer, kv_cache, blocks)
         alone = live_mass(q, keys, part.ends, part.tokens.shape[1], self.scale)
         flat = output.view(len(output), heads * self.num_queries_per_kv, -1)

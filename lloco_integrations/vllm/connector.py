@@ -194,8 +194,9 @@ class LlocoConnector(KVConnectorBase_V1, SupportsHMA):
                     f"layer {name} must read segments, and its attention is {type(layers[name].impl).__name__}: "
                     "the plug-in `lloco` must be loaded (VLLM_PLUGINS), and no other take the backend's place"
                 )
-        device = next(iter(kv_caches.values())).device
-        self._shelf = shelf.Shelf(self._reader, self._pages, device=device, **self._made)
+        name, cache = next(iter(kv_caches.items()))
+        in_pages = layers[name].impl.in_pages
+        self._shelf = shelf.Shelf(self._reader, self._pages, device=cache.device, in_pages=in_pages, **self._made)
         shelf.set_active(self._shelf)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from lloco_integrations.vllm.attention import ReadsSegments
+from lloco_integrations.vllm.reading import Part
+from lloco_integrations.vllm.shelf import Shelf
 
 __all__ = ["SegmentBackend", "SegmentImpl"]
 
@@ -16,9 +19,20 @@ _ISA = "vec"  # how vLLM lays keys in float32 blocks of a multiple of 32: [head_
 
 
 class SegmentImpl(ReadsSegments, CPUAttentionBackendImpl):
-    """See `ReadsSegments`."""
+    """See `ReadsSegments`. The engine's own kernel reads rows with a memory again, slots and live tokens at once."""
 
-    def live_keys(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    in_pages = False
+
+    def read_part(
+        self,
+        shelf: Shelf,
+        part: Part,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         """See `ReadsSegments`; the cache is (blocks, H, 2 * block size, D), keys before values.
 
         Raises:
@@ -26,13 +40,30 @@ class SegmentImpl(ReadsSegments, CPUAttentionBackendImpl):
         """
         if layer.isa != _ISA:
             raise RuntimeError(f"keys must be float32 in blocks of a multiple of 32 ({_ISA!r}), not {layer.isa!r}")
-        heads, size = kv_cache.shape[1:3]
-        keys = kv_cache.view(len(kv_cache), heads, 2 * size, -1)[:, :, :size][blocks]
-        return keys.reshape(*keys.shape[:3], -1, size).permute(0, 2, 3, 1, 4).flatten(3)
+        index, (blocks, heads, size, _) = self.layer_index(layer), kv_cache.shape
+        pairs, new = kv_cache.view(blocks, heads, 2 * size, -1), part.tokens.shape[1]
+        flat = output.view(len(output), heads * self.num_queries_per_kv, -1)
+        for row, tokens, live, recall in zip(part.rows.tolist(), part.tokens, part.lives, part.recalls, strict=True):
+            held = pairs.index_select(0, block_table[row, : -(-live // size)].long())
+            laid = held[:, :, :size].reshape(len(held), heads, -1, size)  # keys (D, size)
+            keys = laid.permute(1, 0, 3, 2).reshape(1, heads, -1, laid.shape[2])[:, :, :live]
+            values = held[:, :, size:].transpose(0, 1).reshape(1, heads, -1, laid.shape[2])[:, :, :live]
+            q = query.index_select(0, tokens).transpose(0, 1)[None]
+            read = recall.slots.layer(index).attend(q, keys, values, _mask(new, live), self.scale)
+            flat.index_copy_(0, tokens, read.view(new, *flat.shape[1:]))
 
     def layer_index(self, layer: Any) -> int:
         """See `ReadsSegments`."""
         return int(extract_layer_index(layer.layer_name))
+
+
+@lru_cache(maxsize=4)
+def _mask(new: int, live: int) -> torch.Tensor | None:
+    """Additive (1, 1, T, S): each of the last T of S tokens sees what lies before it and itself; None for one."""
+    if new == 1:
+        return None
+    later = torch.arange(live) > torch.arange(live - new, live)[:, None]
+    return torch.zeros(1, 1, new, live).masked_fill_(later, torch.finfo(torch.float32).min)
 
 
 class SegmentBackend(CPUAttentionBackend):

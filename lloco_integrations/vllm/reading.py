@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
+from lloco_engine import Segment, segment_slots
 from lloco_integrations.vllm.pool import PAGE, heads_of
 
 __all__ = ["Held", "Layout", "Pages", "Part", "Recall", "Turn", "inverse_frequencies", "live_mass", "merge", "parts"]
@@ -59,13 +60,29 @@ class Held:
     """Where one segment lies in the pool of a rank.
 
     tokens : of its source. layers, heads, pages : (P,) int64 of each page, in order of layer and head: the layer, the
-    KV head among this rank's, and the page's number in the pool
+    KV head among this rank's, and the page's number in the pool. segment : the slots of this rank's heads where a CPU
+    reads them as they are, and there are no pages
     """
 
     tokens: int
     layers: torch.Tensor
     heads: torch.Tensor
     pages: torch.Tensor
+    segment: Segment | None = None
+
+    @classmethod
+    def whole(cls, segment: Segment, rank: int, ranks: int) -> Held:
+        """A segment as it was read, for a CPU: the slots of a rank's heads side by side, in order of layer and head."""
+        none = torch.empty(0, dtype=torch.int64)
+        own, (_, heads) = heads_of(rank, ranks, segment.lengths.shape[1]), segment.lengths.shape
+        if len(own) < heads:
+            mine = torch.zeros_like(segment.lengths, dtype=torch.bool)
+            mine[:, own.start : own.stop] = True
+            kept = mine.flatten().repeat_interleave(segment.lengths.flatten())
+            keys, values, bias = (part[kept] for part in (segment.keys, segment.values, segment.bias))
+            lengths = segment.lengths[:, own.start : own.stop].contiguous()
+            segment = Segment(keys, values, bias, lengths, segment.source_tokens)
+        return cls(segment.source_tokens, none, none, none, segment)
 
     @classmethod
     def packed(cls, segment: Any, numbers: Sequence[int], rank: int, ranks: int) -> tuple[Held, Pages]:
@@ -116,6 +133,14 @@ class Recall:
     def shift(self) -> int:
         """Positions that the text after the segments is moved on."""
         return max(held.tokens for held in self.segments)
+
+    @cached_property
+    def slots(self) -> Any:
+        """What reads them on a CPU, as `lloco_engine.segment_slots` makes it."""
+        kept = [held.segment for held in self.segments if held.segment is not None]
+        if len(kept) != len(self.segments):
+            raise RuntimeError("a CPU reads segments as they are, and these lie in pages")
+        return segment_slots(kept, self.focus, self.priors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,16 +231,23 @@ class Part:
     """Rows of a step that read segments, of equally many new tokens behind their template prefixes.
 
     rows : (R,) int64, their numbers in the step. tokens : (R, T) int64, of the new tokens among the step's.
-    ends : (R,) int64, live tokens of each row, the last new one included; longest : the most of these. shifts : (R,)
-    int64, positions that they are turned on. layout : of their segments
+    ends : (R,) int64, live tokens of each row, the last new one included; lives : the same. shifts : (R,) int64,
+    positions that they are turned on. recalls : what each reads. layers, heads : of the decoder, and of the rank
     """
 
     rows: torch.Tensor
     tokens: torch.Tensor
     ends: torch.Tensor
-    longest: int
+    lives: tuple[int, ...]
     shifts: torch.Tensor
-    layout: Layout
+    recalls: tuple[Recall, ...]
+    layers: int
+    heads: int
+
+    @property
+    def layout(self) -> Layout:
+        """Of the pages of their segments."""
+        return _layout(self.recalls, self.layers, self.heads, self.tokens.device)
 
     def asked(self, query: torch.Tensor, heads: int) -> torch.Tensor:
         """Their queries (R, H, M, D) among the step's (tokens, H * G, D)."""
@@ -266,10 +298,9 @@ def parts(
     for new, rows in found.items():
         numbers, firsts, lives, theirs = zip(*rows, strict=True)
         tokens = torch.tensor(firsts, device=device)[:, None] + torch.arange(new, device=device)
-        layout = _layout(theirs, layers, heads, device)
         shifts = [recall.shift for recall in theirs]
         which, till, on = (torch.tensor(one, device=device) for one in (numbers, lives, shifts))
-        made.append(Part(which, tokens, till, max(lives), on, layout))
+        made.append(Part(which, tokens, till, lives, on, theirs, layers, heads))
     return made
 
 

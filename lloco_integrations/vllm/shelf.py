@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lloco_engine import Segment, segment_slots
 from lloco_integrations.vllm.admission import Binding, Reads
 from lloco_integrations.vllm.pool import PAGE, Placed
 from lloco_integrations.vllm.reading import Held, Pages, Part, Recall, Turn, parts
@@ -71,6 +72,8 @@ class Shelf:
         rank, ranks: of tensor parallelism.
         inverse: (D / 2,) of `reading.inverse_frequencies`.
         device: of the pool.
+        in_pages: else segments stay as they were read, which the CPU's kernel takes; they take no more room than the
+            books say.
     """
 
     def __init__(
@@ -85,21 +88,29 @@ class Shelf:
         rank: int = 0,
         ranks: int = 1,
         device: torch.device | str = "cpu",
+        in_pages: bool = True,
     ) -> None:
-        self.pool = Pages.empty(pages, dim, device, DTYPE)
+        self.pool = Pages.empty(pages if in_pages else 0, dim, device, DTYPE)
+        self._in_pages = in_pages
         self.rank = rank
         self._reads, self._layers, self._ranks = reads, layers, ranks
         self._heads = max(1, heads // ranks)
         self._device = torch.device(device)
         self._turn = Turn(inverse)
         self._held: dict[int, Held] = {}
-        self._loading: dict[int, tuple[Placed, Future[tuple[Held, Pages]]]] = {}
-        self._recalls: dict[int, Recall] = {}  # by first block
+        self._loading: dict[int, tuple[Placed, Future[tuple[Held, Pages | None]]]] = {}
+        self._recalls: dict[int, tuple[frozenset[int], Recall]] = {}  # by first block, with its placings
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lloco-load")
+        if not in_pages:  # the kernel is compiled now rather than by the first request
+            rows = torch.zeros(layers * self._heads, dim, dtype=DTYPE)
+            lengths = torch.ones(layers, self._heads, dtype=torch.int64)
+            segment_slots([Segment(rows, rows, torch.zeros(len(rows)), lengths, 1)])
 
     def follow(self, dropped: Iterable[int], placed: Iterable[Placed], bound: Mapping[int, Binding | None]) -> None:
         """Do as the books say: forget placings, load others, and know the requests that are let in by first block."""
-        for number in dropped:
+        if gone := frozenset(dropped):  # nobody reads them any more
+            self._recalls = {block: one for block, one in self._recalls.items() if not gone & one[0]}
+        for number in gone:
             self._held.pop(number, None)
             if (begun := self._loading.pop(number, None)) is not None:
                 begun[1].cancel()
@@ -114,7 +125,8 @@ class Shelf:
                     f"a request is let in whose segments (placings {missing}) this worker has not loaded"
                 )
             held = tuple(self._held[number] for number in binding.numbers)
-            self._recalls[block] = Recall(held, binding.template, binding.focus, binding.priors)
+            recall = Recall(held, binding.template, binding.focus, binding.priors)
+            self._recalls[block] = frozenset(binding.numbers), recall
 
     def settle(self) -> tuple[list[int], dict[int, str]]:
         """Put what has been read since into the pool: numbers of what is there now, and why of what never will be.
@@ -132,7 +144,8 @@ class Shelf:
                 lost[number] = str(error)
                 _LOG.warning("segment %s cannot be loaded: %s", placed.segment, error)
                 continue
-            self.pool.write(held.pages.to(self._device), pages)
+            if pages is not None:
+                self.pool.write(held.pages.to(self._device), pages)
             self._held[number] = held
             loaded.append(number)
         return loaded, lost
@@ -145,7 +158,7 @@ class Shelf:
             starts, ends: as `reading.parts` takes them.
         """
         recalls = {
-            row: self._recalls[block]
+            row: self._recalls[block][1]
             for row, block in enumerate(first_blocks)
             if block in self._recalls and starts[row] < starts[row + 1]
         }
@@ -162,8 +175,10 @@ class Shelf:
         """No more is loaded."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, placed: Placed) -> tuple[Held, Pages]:
+    def _load(self, placed: Placed) -> tuple[Held, Pages | None]:
         segment: Any = self._reads.read(placed.segment)
+        if not self._in_pages:
+            return Held.whole(segment, self.rank, self._ranks), None
         return Held.packed(segment, placed.pages[self.rank], self.rank, self._ranks)
 
 

@@ -14,7 +14,7 @@ from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.prefix import place
 from lloco_engine.testing import tiny_config, tiny_decoder, tiny_tokenizer
-from lloco_integrations.vllm.pool import PAGE, pages_needed
+from lloco_integrations.vllm.pool import PAGE, heads_of, pages_needed
 from lloco_integrations.vllm.reading import (
     PIECE,
     TIE,
@@ -141,6 +141,29 @@ def test_live_tokens_and_slots_merge_to_one_softmax():
         whole = torch.cat((slots, logits[head]), -1).softmax(-1)
         wanted = whole @ torch.cat((segment.values[here].float(), values[head, :live]))
         torch.testing.assert_close(merged[head], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_cpu_reads_segments_as_they_are(ranks):
+    segments, live, new = [ragged(6), ragged(7), ragged(8)], 9, 3
+    q, keys, values = (torch.randn(1, HEADS, many, DIM) for many in (GROUP * new, live, live))
+    mask = torch.zeros(1, 1, new, live)
+    mask = mask.masked_fill(torch.arange(live) > torch.arange(live - new, live)[:, None], torch.finfo().min)
+    held, pool = shelved(*segments)
+    read, mass = Layout([Recall(tuple(held), 0, 2, (0.5, 0.0, 1.0))], LAYERS, HEADS, pool.keys.device).read(
+        1, pool, q, SCALE
+    )
+    logits = q @ keys.transpose(2, 3) * SCALE + mask.repeat(1, 1, GROUP, 1)
+    wanted = merge(logits.softmax(-1) @ values, logits.logsumexp(-1), read, mass)
+    for rank in range(ranks):
+        kept = tuple(Held.whole(one, rank, ranks) for one in segments)
+        slots = Recall(kept, 0, 2, (0.5, 0.0, 1.0)).slots
+        own = heads_of(rank, ranks, HEADS)
+        mine = [part[:, own.start : own.stop].contiguous() for part in (q, keys, values, wanted)]
+        asked = mine[0].view(1, len(own) * GROUP, new, DIM)
+        made = slots.layer(1).attend(asked, mine[1], mine[2], mask, SCALE).view(new, len(own) * GROUP, DIM)
+        expected = mine[3].view(len(own) * GROUP, new, DIM).transpose(0, 1)
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
 
 
 def plan(recalls, starts, ends):

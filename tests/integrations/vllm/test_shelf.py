@@ -55,6 +55,28 @@ def test_segments_are_loaded_and_found_by_first_block():
     assert torch.equal(step.turn(x)[:8], x[:8]) and not torch.allclose(step.turn(x)[8:], x[8:])
 
 
+def test_where_a_cpu_reads_nothing_is_put_into_pages():
+    one = Shelf(Files(), 4, layers=1, heads=1, dim=DIM, inverse=torch.ones(DIM // 2), in_pages=False)
+    one.follow([], [Placed(0, "a", ((2,),))], {})
+    assert settled(one) == ([0], {}) and len(one.pool.keys) == 0
+    one.follow([], [], {7: Binding((0,), 3, 0, ())})
+    step = one.step([7], [0, 5], [5])
+    assert step is not None
+    (recall,) = step.parts[0].recalls
+    x = torch.zeros(1, 1, 2, DIM)
+    read = recall.slots.layer(0).attend(x, x, x, torch.zeros(1, 1, 2, 2), 1.0)
+    torch.testing.assert_close(read, torch.full_like(read, 4 * 5 / 6))  # four slots of 5 and two tokens of 0
+
+
+def test_who_has_read_what_is_dropped_is_forgotten():
+    one = shelf()
+    one.follow([], [Placed(0, "a", ((0,),))], {})
+    settled(one)
+    one.follow([], [], {7: Binding((0,), 0, 0, ())})
+    one.follow([0], [], {})
+    assert one.step([7], [0, 1], [1]) is None
+
+
 def test_a_block_that_goes_to_another_request_forgets_the_first():
     one = shelf()
     one.follow([], [Placed(0, "a", ((0,),))], {})
