@@ -154,7 +154,7 @@ def served(
 
 
 def _await(server: Server) -> None:
-    for _ in range(600):
+    for _ in range(1800):
         if server.process.poll() is not None:
             break
         try:
