@@ -75,6 +75,7 @@ def shipped() -> Path:
 def start(store: Path, folder: Path, *arguments: str, **more: Any) -> Any:
     adapters = {"adapters": {ADAPTER: shipped()}} | more
     common = "--max-model-len", "2048", "--generation-config", "vllm", "--block-size", "32"
+    common = *common, "--enable-prompt-tokens-details"
     return served(embedded_decoder_folder(), store, folder, *common, *arguments, **adapters)
 
 
@@ -162,14 +163,18 @@ def test_many_at_once_answer_as_one_by_one(decoder, server, store):
             assert list(threads.map(lambda one: answered(decoder, server, one), every)) == wanted
 
 
-def test_the_prefix_cache_is_kept_apart_by_memory_and_tenant(decoder, server, store):
-    one, other = asked(decoder, store, 3, 1), asked(decoder, store, 1003, 1)
-    long = [*one.ids, *one.ids[one.template :] * 3]
-    cached = []
-    for memory in (one.memory(server), other.memory(server), None, one.memory(server, tenant="blue")) * 2:
-        answer = server.post(long, memory).json()
-        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-    assert cached[:4] == [0, 0, 0, 0] and all(cached[4:])
+def test_the_prefix_cache_is_kept_apart_by_memory_and_tenant(server, store):
+    draw, (one, other) = random.Random(0), ids_in(store)[:2]
+    prompt = [draw.randint(1000, 20000) for _ in range(120)]  # that nobody has asked yet
+    blue = server.memory([one], 24, tenant="blue")
+    said = []
+    for memory in (server.memory([one], 24), server.memory([other], 24), None, blue) * 2:
+        answer = server.post(prompt, memory).json()
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        said.append((cached, answer["choices"][0]["token_ids"]))
+    assert [cached for cached, _ in said] == [0] * 4 + [96] * 4
+    tokens = [made for _, made in said]
+    assert tokens[:4] == tokens[4:] and tokens[0] == tokens[3] and len({*map(tuple, tokens)}) == 3
 
 
 def test_an_answer_says_that_it_has_read(decoder, server, store):
