@@ -78,6 +78,9 @@ class AnsweringDecoder(ABC):
             AdapterError: the folder holds no adapter for this decoder, the name is taken, or it cannot be had.
         """
 
+    def warm(self) -> None:  # noqa: B027
+        """Have all ready that the first answer would wait for."""
+
     def close(self) -> None:  # noqa: B027
         """Let go of what leads to it, where it runs elsewhere."""
 

@@ -12,6 +12,7 @@ import torch
 
 from lloco_engine import fingerprints, models
 from lloco_engine.config import GenerateConfig
+from lloco_engine.decoder import cpu_kernel
 from lloco_engine.decoder.adapted import AdaptedDecoder
 from lloco_engine.decoder.attention import Cache
 from lloco_engine.decoder.batching import Stream
@@ -62,6 +63,10 @@ class LocalDecoder(AdaptedDecoder):
         return decoder
 
     # -- generation -------------------------------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """See `AnsweringDecoder.warm`."""
+        cpu_kernel.warm(self.runner.device, self.runner.dtype)
 
     def _answer(
         self, prompt: Prompt, ids: list[int], config: GenerateConfig, adapter: str | None, generation: Generation

@@ -85,11 +85,11 @@ def run(
     take_turns()
     began = time.perf_counter()
     say("loading the decoder and the search embedder ...")
-    _ = engine.embedder.dim, engine.decoder
+    _ = engine.embedder.dim
+    engine.decoder.warm()
     say(f"loaded in {time.perf_counter() - began:.1f} s")
     app = create_app(engine, keys=keys, tenant=tenant, limits=limits)
     ServerThatSays(uvicorn_config(app, host, port), say, "{address} (the page), {address}/v1 (the API)").run()
-    say("stopped")
 
 
 def take_turns() -> None:
@@ -121,7 +121,7 @@ def serving(engine: Engine, *, tenant: str = "", limits: Limits | None = None) -
 
 
 class ServerThatSays(uvicorn.Server):
-    """Says where it listens, once it does.
+    """Says where it listens, once it does, and when all is over: uvicorn raises the signal anew that stopped it.
 
     Args:
         config: of uvicorn.
@@ -139,3 +139,7 @@ class ServerThatSays(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             self._say(f"listening on {self._what.format(address=f'http://{shown}:{port}')}; Ctrl-C stops")
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().shutdown(sockets)  # type: ignore[arg-type]
+        self._say("stopped")

@@ -377,3 +377,13 @@ def test_segments_that_do_not_hold_what_they_say_are_refused(bad):
     changes, said = BAD_SEGMENTS[bad]
     with pytest.raises(ValueError, match=said):
         make([prefix(SEGMENTS[1], replace(SEGMENTS[0], **changes))]).layer(0)
+
+
+@needs_kernel
+def test_a_decoder_that_is_warm_has_its_kernel_compiled(tiny_loaded, monkeypatch):
+    from lloco_engine.decoder.cpu_kernel import kernel
+
+    prepared = []
+    monkeypatch.setattr(kernel, "prepare", lambda: prepared.append(True))
+    tiny_loaded.warm()
+    assert prepared == [True]

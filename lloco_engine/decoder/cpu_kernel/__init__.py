@@ -20,7 +20,7 @@ from lloco_engine.types import Segment
 if TYPE_CHECKING:
     from lloco_engine.decoder.cpu_kernel.joint import Joint
 
-__all__ = ["Reader", "joint_reader", "reader"]
+__all__ = ["Reader", "joint_reader", "reader", "warm"]
 
 # (segments of each row, how many of them a query reads, priors) -> their slots: see `ragged.Segments`
 Reader = Callable[[Sequence[Sequence[Segment]], Sequence[int], Sequence[Sequence[float]]], SegmentSlots]
@@ -42,6 +42,14 @@ def reader(device: torch.device, dtype: torch.dtype) -> Reader | None:
     from lloco_engine.decoder.cpu_kernel.ragged import Segments
 
     return Segments
+
+
+def warm(device: torch.device, dtype: torch.dtype) -> None:
+    """Have the kernel compiled, where it serves such a decoder on this machine."""
+    if reader(device, dtype) is not None:
+        from lloco_engine.decoder.cpu_kernel import kernel
+
+        kernel.prepare()
 
 
 def joint_reader(heads: int, dim: int) -> Joint:
