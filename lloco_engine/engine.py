@@ -39,6 +39,7 @@ from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValu
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
+    from lloco_engine.cluster import Cluster
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.answering import AnsweringDecoder
     from lloco_engine.decoder.local import LocalDecoder
@@ -238,6 +239,7 @@ class Engine:
         metadata: Mapping[str, MetadataValue] | None = None,
         prune: bool = False,
         read: ReadConfig | None = None,
+        cluster: Cluster | str | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """Compress documents into the store, one after another.
@@ -256,6 +258,8 @@ class Engine:
             prune: remove the documents that have vanished: those that were read before from a folder, or from a file
                 of records, that was read now, and that are no longer there. Without it they are named.
             read: what a file may ask of the readers; a document beyond it is in ``failed``.
+            cluster: who compresses instead of this process: a `lloco_engine.RayCluster`, or the address of one. The
+                store comes to hold the same.
             progress: called when a document begins and after each of its segments.
 
         Returns:
@@ -266,7 +270,9 @@ class Engine:
             StoreFull: the disk is full; finished documents and segments stay.
             StoreLocked: another writer held the store for ten seconds; finished documents and segments stay.
             ConfigError: the sources cannot be iterated over, or a metadata key is one of the names that every document
-                has, or a value of no fitting type, or the decoder runs elsewhere; nothing was read.
+                has, or a value of no fitting type; or the decoder runs elsewhere, or there is no such cluster; nothing was
+                read.
+            StoreMismatch: a worker of the cluster has another decoder.
         """
         if isinstance(sources, Document | str | os.PathLike):
             sources = [sources]
@@ -274,16 +280,17 @@ class Engine:
         if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray):
             raise ConfigError(f"sources must be a document, a path or several, not of type {type(given).__name__}")
         reader = Reader(tenant=tenant, metadata=metadata, config=read)
-        run = Ingest(
-            self.store,
-            self.chunker,
-            self._setup.compressor,
-            facts=self._setup.facts,
-            maker=self._maker(),
-            embedder=self.embedder,
-            progress=progress,
-        )
-        return run.run(sources, reader, tenant, prune=prune)
+        with self._maker(cluster) as maker:
+            run = Ingest(
+                self.store,
+                self.chunker,
+                self._setup.compressor,
+                facts=self._setup.facts,
+                maker=maker,
+                embedder=self.embedder,
+                progress=progress,
+            )
+            return run.run(sources, reader, tenant, prune=prune)
 
     def refine(
         self,
@@ -292,6 +299,7 @@ class Engine:
         tenant: str = "",
         config: RefineConfig | None = None,
         budget: float | None = None,
+        cluster: Cluster | str | None = None,
         progress: Callable[[RefineProgress], None] | None = None,
     ) -> RefineReport:
         """Bring segments nearer to what the decoder makes of their chunks, by a few label-free steps each.
@@ -304,27 +312,27 @@ class Engine:
             tenant: whose.
             config: how many steps, and of which kind.
             budget: seconds, None for no limit.
+            cluster: who refines, as for `ingest`.
             progress: called after each segment.
 
         Raises:
             NotInStore: the tenant has no document of an id.
-            ConfigError: the store holds summary embeddings, or the decoder runs elsewhere.
+            ConfigError: the store holds summary embeddings, the decoder runs elsewhere, or there is no such cluster.
             StoreFull, StoreLocked: what was finished stays.
         """
-        run = Refining(
-            self.store,
-            self.chunker,
-            maker=self._maker(),
-            config=config or RefineConfig(),
-            progress=progress,
-        )
-        return run.run(doc_ids, tenant, budget)
+        with self._maker(cluster) as maker:
+            run = Refining(self.store, self.chunker, maker=maker, config=config or RefineConfig(), progress=progress)
+            return run.run(doc_ids, tenant, budget)
 
-    def _maker(self) -> Maker:
-        """Makes segments in this process; `ConfigError` where the decoder runs elsewhere."""
+    def _maker(self, cluster: Cluster | str | None) -> Maker:
+        """Makes segments, in this process or on a cluster; `ConfigError` where the decoder runs elsewhere."""
         if self._elsewhere:
             self._setup.require_weights()
         setup, form = self._setup, self.manifest.form
+        if cluster is not None:
+            from lloco_engine.cluster import maker_on
+
+            return maker_on(cluster, self.store, setup, self._device, self._dtype)
         return Here(
             self.store,
             lambda: Bench(self.local_decoder, setup.compressor, setup.compress.ratio, form),
@@ -557,6 +565,7 @@ class Engine:
         metadata: Mapping[str, MetadataValue] | None = None,
         prune: bool = False,
         read: ReadConfig | None = None,
+        cluster: Cluster | str | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> IngestReport:
         """`ingest` in a thread; ``progress`` is called there. Cancelled, it stops after the segment at hand."""
@@ -570,7 +579,14 @@ class Engine:
 
         try:
             return await asyncio.to_thread(
-                self.ingest, sources, tenant=tenant, metadata=metadata, prune=prune, read=read, progress=watch
+                self.ingest,
+                sources,
+                tenant=tenant,
+                metadata=metadata,
+                prune=prune,
+                read=read,
+                cluster=cluster,
+                progress=watch,
             )
         except asyncio.CancelledError:
             cancelled.set()

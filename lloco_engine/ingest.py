@@ -312,9 +312,10 @@ class Ingest:
             if self._maker.wants_more:
                 self._begin_missing(rest)
             with self._store.claim(job.segment_id):
-                if (kept := self._store.segment_stats(job.segment_id)) is not None:
+                made = self._maker.taken(job.segment_id)
+                if made is None and (kept := self._store.segment_stats(job.segment_id)) is not None:
                     return kept, 0.0  # another has made it meanwhile
-                made = self._maker.make(job)
+                made = made or self._maker.make(job)
         assert made.stats is not None
         tally = self._tally
         tally.segments += 1

@@ -21,8 +21,14 @@ from lloco_engine.cli.options import (
     Decoder,
     Device,
     Embedder,
+    Ray,
+    RayAddress,
+    RayCores,
+    RayGPUs,
+    RayWorkers,
     StoreDir,
     Tenant,
+    cluster_of,
     parse_limits,
     parse_metadata,
     parse_settings,
@@ -102,6 +108,11 @@ def ingest(
         ),
     ] = None,
     device: Device = None,
+    ray: Ray = False,
+    ray_address: RayAddress = None,
+    ray_workers: RayWorkers = None,
+    ray_cores: RayCores = 1,
+    ray_gpus: RayGPUs = None,
     as_json: AsJSON = False,
 ) -> None:
     """Compress documents into the store.
@@ -130,11 +141,14 @@ def ingest(
       lloco ingest docs/ --compressor autocompressor --decoder princeton-nlp/AutoCompressor-Llama-2-7b-6k
       lloco ingest contracts/ --group law
       lloco ingest docs/ --store fine --refine auto --max-divergence 0.3
+      lloco ingest docs/ --ray
+      lloco ingest docs/ --ray --ray-address auto --ray-gpus 1
     """
     metadata = parse_metadata(meta or [])
     if group is not None:
         metadata[GROUP] = check_group(group)
     limits = {"read": parse_limits(limit)} if limit else {}
+    cluster = cluster_of(ray, ray_address, ray_workers, ray_cores, ray_gpus)
     with factory.open_engine(
         store,
         create=True,
@@ -152,7 +166,13 @@ def ingest(
         try:
             with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
                 report = engine.ingest(
-                    paths, tenant=tenant, metadata=metadata, prune=prune, progress=report_progress, **limits
+                    paths,
+                    tenant=tenant,
+                    metadata=metadata,
+                    prune=prune,
+                    cluster=cluster,
+                    progress=report_progress,
+                    **limits,
                 )
         except KeyboardInterrupt:
             typer.echo("Documents finished so far are in the store; the same command goes on from here.", err=True)

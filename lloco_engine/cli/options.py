@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from lloco_engine.cli.filters import HELP, TEXT_KEYS, parse_filters, value_of
 from lloco_engine.config import ReadConfig
 from lloco_engine.errors import ConfigError
 from lloco_engine.types import MetadataValue
+
+if TYPE_CHECKING:
+    from lloco_engine.cluster import RayCluster
 
 __all__ = [
     "Adapter",
@@ -22,9 +25,15 @@ __all__ = [
     "Device",
     "Embedder",
     "FilterTerms",
+    "Ray",
+    "RayAddress",
+    "RayCores",
+    "RayGPUs",
+    "RayWorkers",
     "StoreDir",
     "TemplateName",
     "Tenant",
+    "cluster_of",
     "parse_filters",
     "parse_limits",
     "parse_metadata",
@@ -75,6 +84,25 @@ TemplateName = Annotated[
         "the decoder.",
     ),
 ]
+Ray = Annotated[
+    bool, typer.Option("--ray", help="Let workers of a Ray cluster make the segments: this machine's cores and GPUs.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="The cluster for --ray instead: HOST:PORT, or 'auto' where this machine is a part of it.",
+    ),
+]
+RayWorkers = Annotated[
+    int | None, typer.Option("--ray-workers", min=1, metavar="N", help="Default: as many as there is room for.")
+]
+RayCores = Annotated[float, typer.Option("--ray-cores", metavar="N", help="Cores of each worker.")]
+RayGPUs = Annotated[
+    float | None,
+    typer.Option("--ray-gpus", min=0, metavar="N", help="GPUs of each worker. Default: one, if the cluster has any."),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Adapter = Annotated[
     str,
@@ -83,6 +111,24 @@ Adapter = Annotated[
     ),
 ]
 FilterTerms = Annotated[list[str] | None, typer.Option("--filter", "-f", metavar="TERM", help=HELP)]
+
+
+def cluster_of(
+    ray: bool, address: str | None, workers: int | None, cores: float, gpus: float | None
+) -> RayCluster | None:
+    """The cluster that the options name; None without ``--ray``.
+
+    Raises:
+        ConfigError: a number is outside its rule.
+        typer.BadParameter: an address is given without ``--ray``.
+    """
+    if not ray:
+        if address is not None or workers is not None:
+            raise typer.BadParameter("say --ray beside --ray-address and --ray-workers")
+        return None
+    from lloco_engine.cluster import RayCluster
+
+    return RayCluster(address or "local", workers, cores, gpus)
 
 
 def parse_metadata(pairs: Sequence[str]) -> dict[str, MetadataValue]:

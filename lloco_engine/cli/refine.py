@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lloco_engine.cli import factory
-from lloco_engine.cli.options import AsJSON, Decoder, Device, StoreDir, Tenant
+from lloco_engine.cli.options import (
+    AsJSON,
+    Decoder,
+    Device,
+    Ray,
+    RayAddress,
+    RayCores,
+    RayGPUs,
+    RayWorkers,
+    StoreDir,
+    Tenant,
+    cluster_of,
+)
 from lloco_engine.cli.output import print_json, safe
 from lloco_engine.config import RefineConfig
 
@@ -46,6 +58,11 @@ def refine(
     ] = RefineConfig.stretch,
     decoder: Decoder = None,
     device: Device = None,
+    ray: Ray = False,
+    ray_address: RayAddress = None,
+    ray_workers: RayWorkers = None,
+    ray_cores: RayCores = 1,
+    ray_gpus: RayGPUs = None,
     as_json: AsJSON = False,
 ) -> None:
     """Bring the store's segments nearer to their text.
@@ -60,15 +77,18 @@ def refine(
     Examples:
       lloco refine --budget 30m
       lloco refine --store work --documents report.pdf --steps 32
+      lloco refine --ray
     """
     config = RefineConfig(steps=steps_of(steps), stretch=stretch)
     seconds = None if budget is None else parse_seconds(budget)
+    cluster = cluster_of(ray, ray_address, ray_workers, ray_cores, ray_gpus)
     with factory.open_engine(store, decoder=decoder, device=device) as engine:
         report = engine.refine(
             documents or None,
             tenant=tenant,
             config=config,
             budget=seconds,
+            cluster=cluster,
             progress=None if as_json else _teller(),
         )
     if as_json:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.errors import ConfigError
+from lloco_engine.shape import DecoderShape
 from lloco_engine.types import Prefix, Segment
 
-__all__ = ["CHUNK", "SHAPES", "document", "random_decoder"]
+__all__ = ["CHUNK", "SHAPES", "document", "lengths", "random_decoder"]
 
 CHUNK = 1536  # tokens of a chunk
 _WINDOW = 196_608  # positions: a source of 128k tokens, what is asked, and room
@@ -109,6 +111,14 @@ def random_decoder(shape: str, device: torch.device, dtype: torch.dtype, seed: i
     return LocalDecoder(model.to(device).eval(), tiny_tokenizer(), shape)
 
 
+def lengths(shape: DecoderShape, tokens: int, ratio: float, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Slots of each KV head, in a random order, of a chunk of so many tokens."""
+    heads = shape.layers * shape.kv_heads
+    steps = np.linspace(0, len(_SHARES) - 1, heads)
+    shares = np.random.default_rng(seed).permutation(np.interp(steps, np.arange(len(_SHARES)), _SHARES))
+    return np.clip(np.round(shares / shares.mean() * tokens / ratio), 0, tokens).astype(np.int64)
+
+
 def document(decoder: LocalDecoder, source_tokens: int, ratio: float, focus: int, seed: int = 0) -> Prefix:
     """A document of random segments in half precision on the CPU, placed as one of chunks of `CHUNK` tokens is.
 
@@ -119,20 +129,16 @@ def document(decoder: LocalDecoder, source_tokens: int, ratio: float, focus: int
         focus: see `lloco_engine.types.Prefix`.
         seed: of which heads keep how much, and of the numbers.
     """
-    shape, random = decoder.shape, np.random.default_rng(seed)
-    heads = shape.layers * shape.kv_heads
-    steps = np.linspace(0, len(_SHARES) - 1, heads)
-    shares = random.permutation(np.interp(steps, np.arange(len(_SHARES)), _SHARES))
-    source = torch.Generator().manual_seed(seed)
+    shape, source = decoder.shape, torch.Generator().manual_seed(seed)
     segments = []
     for begin in range(0, source_tokens, CHUNK):
         tokens = min(CHUNK, source_tokens - begin)
-        lengths = np.clip(np.round(shares / shares.mean() * tokens / ratio), 0, tokens).astype(np.int64)
-        slots = int(lengths.sum())
+        kept = lengths(shape, tokens, ratio, seed)
+        slots = int(kept.sum())
         keys, values = (
             torch.empty(slots, shape.head_dim, dtype=torch.float16).normal_(generator=source) for _ in range(2)
         )
-        told = torch.from_numpy(lengths.reshape(shape.layers, shape.kv_heads))
+        told = torch.from_numpy(kept.reshape(shape.layers, shape.kv_heads))
         segments.append(Segment(keys, values, torch.zeros(slots), told, tokens))
     start = decoder.template_tokens + min(CHUNK, source_tokens)
     return Prefix(tuple(segments), (0,) * len(segments), start, focus=focus)
