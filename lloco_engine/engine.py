@@ -270,8 +270,8 @@ class Engine:
             StoreFull: the disk is full; finished documents and segments stay.
             StoreLocked: another writer held the store for ten seconds; finished documents and segments stay.
             ConfigError: the sources cannot be iterated over, or a metadata key is one of the names that every document
-                has, or a value of no fitting type; or the decoder runs elsewhere, or there is no such cluster; nothing was
-                read.
+                has, or a value of no fitting type; or the decoder runs elsewhere, or there is no such cluster: nothing
+                was read.
             StoreMismatch: a worker of the cluster has another decoder.
         """
         if isinstance(sources, Document | str | os.PathLike):
