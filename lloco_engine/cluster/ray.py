@@ -98,7 +98,7 @@ class _RayCrew(Crew):
         self._asks = {"CPU": cluster.cpus} | ({"GPU": gpus} if gpus else {})
         if cluster.workers is not None:
             return cluster.workers
-        room = min(floor(has.get(name, 0) / asked) for name, asked in self._asks.items())
+        room: int = min(floor(has.get(name, 0) / asked) for name, asked in self._asks.items())
         if room < 1:
             raise ConfigError(
                 f"a worker must fit the cluster, and {self._lacks(has)}: ask for less, or say how many workers there "

@@ -116,7 +116,8 @@ def lengths(shape: DecoderShape, tokens: int, ratio: float, seed: int = 0) -> np
     heads = shape.layers * shape.kv_heads
     steps = np.linspace(0, len(_SHARES) - 1, heads)
     shares = np.random.default_rng(seed).permutation(np.interp(steps, np.arange(len(_SHARES)), _SHARES))
-    return np.clip(np.round(shares / shares.mean() * tokens / ratio), 0, tokens).astype(np.int64)
+    kept: npt.NDArray[np.int64] = np.clip(np.round(shares / shares.mean() * tokens / ratio), 0, tokens).astype(np.int64)
+    return kept
 
 
 def document(decoder: LocalDecoder, source_tokens: int, ratio: float, focus: int, seed: int = 0) -> Prefix:
