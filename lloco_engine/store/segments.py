@@ -147,7 +147,17 @@ def encode(segment: AnySegment, segment_id: str, form: Format) -> tuple[bytes, s
     header = {"format": form.marker(tensors), "segment_id": segment_id, "source_tokens": str(segment.source_tokens)}
     header |= form.strings(segment)
     digest = checksum(tensors, header)
-    return save(tensors, metadata=header | {"checksum": digest}), digest
+    return _in_order(save(tensors, metadata=header | {"checksum": digest})), digest
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with the strings of its header in order, which are in another one whenever the library writes
+    them: so equal segments are equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    return b"".join((data[:8], text.ljust(end - 8), data[end:]))
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:

@@ -42,6 +42,21 @@ def dequantised_slowly(rows, lengths):
     return out
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.dtype)
+def test_equal_segments_are_equal_files(form):
+    files = {segments.encode(segment("some text"), ID, form)[0] for _ in range(9)}
+    assert len(files) == 1
+
+
+def test_bytes_of_a_file_are_read_as_the_file_is(tmp_path):
+    path, checksum = saved(tmp_path)
+    file = segments.received(path.read_bytes(), ID, FORM)
+    assert (file.stats.checksum, file.stats.bytes) == (checksum, path.stat().st_size)
+    assert segments.verify(path.read_bytes(), ID, FORM)[1] == checksum
+    with pytest.raises(SegmentUnavailable, match=r"bytes that a process sent\) cannot be used"):
+        segments.received(path.read_bytes()[:-3], ID, FORM)
+
+
 def test_files_are_plain_safetensors(tmp_path):
     made = segment("some text")
     path, _ = saved(tmp_path)
