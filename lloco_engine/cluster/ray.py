@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RayCluster"]
 
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# No statistics are sent, and workers that this process starts run with its own priority: they are what it waits for.
+_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray asks before it listens on any but the loopback interface
 _LOCAL = "local"
 _OBJECTS = 256 * 2**20  # bytes for what is on its way, of a cluster that is this machine's own
@@ -161,7 +162,7 @@ class _RayCrew(Crew):
 
 
 def _import_ray() -> Any:
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import ray
