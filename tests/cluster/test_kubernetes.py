@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -40,6 +41,25 @@ def test_the_job_that_ingests_runs_a_command_that_there_is():
     for pod in (cluster["headGroupSpec"]["template"]["spec"], group["template"]["spec"]):
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for one in pod["containers"] for mount in one["volumeMounts"]} == volumes
+
+
+def test_the_engine_asks_the_servers_that_there_are():
+    service, servers, engine, _ = yaml.safe_load_all((FOLDER / "answer.yaml").read_text(encoding="utf-8"))
+    assert servers["spec"]["serviceName"] == service["metadata"]["name"]
+    name, port = servers["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    (container,) = engine["spec"]["template"]["spec"]["containers"]
+    urls = [f"http://{name}-{number}.{name}:{port}" for number in range(servers["spec"]["replicas"])]
+    assert container["args"][-1] == f"vllm:{','.join(urls)}#/models/decoder"
+    assert check(shlex.join(["lloco", *container["args"]])) == "serve"
+    (server,) = servers["spec"]["template"]["spec"]["containers"]
+    asked = server["command"]
+    connector = json.loads(asked[asked.index("--kv-transfer-config") + 1])
+    assert connector["kv_connector_module_path"] == "lloco_integrations.vllm.connector"
+    assert connector["kv_connector_extra_config"].keys() == {"store", "pool_mib", "key_file"}
+    for pod in (servers, engine):
+        spec = pod["spec"]["template"]["spec"]
+        mounted = {mount["name"] for one in spec["containers"] for mount in one["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
 def test_the_image_can_be_built_as_the_guide_says():
