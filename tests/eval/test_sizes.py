@@ -13,7 +13,7 @@ def test_a_million_tokens_of_llama_31_8b():
     made = sizes.sizes("llama-3.1-8b", 16.0)
     assert made.context == 1_000_000 * 32 * 8 * 128 * 2 * 2 == 131_072_000_000
     assert abs(made.slots / (made.context / 16) - 1) < 0.01
-    assert 1.1 < made.pool / made.slots < 1.3
+    assert 1.05 < made.pool / made.slots < 1.2
     whole = sizes.sizes("llama-3.1-8b", 16.0, page=1)
     assert abs(whole.pool / whole.slots - (4 * 128 + 4) / (4 * 128)) < 1e-9
 
