@@ -70,9 +70,7 @@ class EvalConfig(Config):
         metavar="NAME",
     )
     refine: int = setting(0, "Steps of refinement for each segment of kv; 0: the fit alone.", least=0, metavar="N")
-    dtype: str = setting(
-        "auto", "Numbers of segments on disk: float16, int8 or int4; auto: as a new store has them.", metavar="TYPE"
-    )
+    dtype: str = setting("float16", "Numbers of segments on disk: float16, int8 or int4.", metavar="TYPE")
     decoder: str = setting(
         DEFAULT_DECODER, "'embedded', a local folder or a hub id.", envvar="LLOCO_DECODER", metavar="NAME"
     )
