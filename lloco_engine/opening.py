@@ -186,7 +186,9 @@ class Setup:
         """Where the decoder runs, where that is not in this process; else ""."""
         if self._address is not None:
             return self._address.place
-        return "" if isinstance(self.decoder, str) or self.decoder.device is not None else self.decoder.name
+        if isinstance(self.decoder, str) or not hasattr(self.decoder, "device"):  # a name, or facts to search by
+            return ""
+        return self.decoder.name if self.decoder.device is None else ""
 
     def require_weights(self) -> None:
         """Raise `ConfigError` where the decoder's weights are not to be had in this process."""

@@ -86,9 +86,11 @@ class EngineDouble:
         tenant: str = "",
         metadata: Mapping[str, Any] | None = None,
         prune: bool = False,
+        cluster: Any = None,
         progress: Any = None,
     ):
         sources = list(sources)
+        assert cluster is None
         self._note("ingest", sources, {"tenant": tenant, "metadata": metadata, "prune": prune})
         skipped: Counter[str] = Counter()
         items = [item for item in sources if isinstance(item, Document)]

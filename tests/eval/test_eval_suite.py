@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from lloco_engine.cli import app
 from lloco_engine.compress import registry
-from lloco_engine.config import ChunkConfig, GenerateConfig, PrefixConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, GenerateConfig, PrefixConfig, RetrieveConfig, StoreConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import metrics, results, tasks
@@ -234,7 +234,8 @@ SHORT = GenerateConfig(max_new_tokens=4)
 def about(data, decoder) -> Iterator[GroupEngines]:
     """Engines of the first document, which is five chunks or more."""
     kept = {kind: registry.get("uncompressed") for kind in ("kv", "kvzip")}
-    common = Engines(decoder, HashingEmbedder(), kept, ChunkConfig(96, 96, 0), RetrieveConfig(top_k=2), PrefixConfig())
+    common = Engines(decoder, HashingEmbedder(), kept, ChunkConfig(96, 96, 0), StoreConfig("float16"),
+                     RetrieveConfig(top_k=2), PrefixConfig())  # fmt: skip
     with common.about(group_records(read_records(data))[0]) as made:
         yield made
 
