@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["FULL", "flush_folder", "move", "new_folder", "open_file", "write_file"]
+__all__ = ["FULL", "flush_folder", "move", "new_file", "new_folder", "open_file", "write_file"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
 
@@ -29,14 +29,14 @@ def write_file(path: Path, data: bytes | memoryview | str, temporary: Path | Non
         data: its content; text is written as UTF-8.
         temporary: folder of the draft; None is that of ``path``.
     """
-    with _draft(path, temporary) as draft:
+    with new_file(path, temporary) as draft:
         _write(draft, data.encode("utf-8") if isinstance(data, str) else data)
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[TextIO]:
     """`write_file` for text that is made bit by bit: what is written in the block is there when it ends well."""
-    with _draft(path, None) as draft, draft.open("x", encoding="utf-8", newline="\n") as file:
+    with new_file(path) as draft, draft.open("x", encoding="utf-8", newline="\n") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -82,7 +82,13 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _draft(path: Path, temporary: Path | None) -> Iterator[Path]:
+def new_file(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Where to write a file, which takes its name when the block ends well; whoever writes it flushes it.
+
+    Args:
+        path: its name; the folder is made if it is missing.
+        temporary: folder of the draft; None is that of ``path``.
+    """
     draft = _beside(path) if temporary is None else temporary / _beside(path).name
     draft.parent.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)

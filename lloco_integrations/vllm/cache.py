@@ -8,18 +8,19 @@ fetched again.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lloco_engine import atomic
+
 __all__ = ["FileCache"]
 
 _KEPT_S = 60.0  # since its last use, for which no file is removed: somebody may be about to open it
 _LESS = 0.9  # of the size that is left when files are removed
-_DRAFT = ".fetched-"
+_DRAFTS = ".fetched"
 
 
 class FileCache:
@@ -60,7 +61,7 @@ class FileCache:
             OSError: it is not there, or cannot be fetched.
         """
         parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or name.startswith(("/", _DRAFT)):
+        if not parts or ".." in parts or name.startswith("/") or parts[0] == _DRAFTS:
             raise ValueError(f"a file's name must lead into the folder, not {name!r}")
         place = self.folder.joinpath(*parts)
         if not again:
@@ -71,15 +72,9 @@ class FileCache:
         return place
 
     def _fetch(self, name: str, place: Path) -> None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=_DRAFT, dir=self.folder)
-        os.close(handle)
-        try:
-            self._remote.get_file(f"{self._base}/{name}", draft)
-            size = os.path.getsize(draft)
-            os.replace(draft, place)
-        finally:
-            Path(draft).unlink(missing_ok=True)
+        with atomic.new_file(place, self.folder / _DRAFTS) as draft:
+            self._remote.get_file(f"{self._base}/{name}", str(draft))
+            size = draft.stat().st_size
         with self._lock:
             self._held += size
             if self._held > self._most:
@@ -101,6 +96,6 @@ class FileCache:
         for path in self.folder.rglob("*"):
             with suppress(FileNotFoundError):
                 status = path.stat()
-                if path.is_file() and not path.name.startswith(_DRAFT):
+                if path.is_file() and _DRAFTS not in path.parts:
                     found.append((status.st_mtime, status.st_size, path))
         return found

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -163,11 +164,19 @@ def test_streams_that_keep_pace_share_every_step(monkeypatch):
     monkeypatch.setattr(batching, "_SHORTEST_S", 5.0)  # so long as this is waited for who was there before
     monkeypatch.setattr(batching, "_LONGEST_S", 5.0)
     steps = Steps()
-    work = [many_steps(steps.stream(), number) for number in range(4)]
-    assert together(*work) == [doubles(number) for number in range(4)]
-    assert steps.shared.count([]) == 0
-    assert sum(map(len, steps.shared)) == 120
-    assert len(steps.shared) <= 30 + 3  # before all have come
+    all_there = threading.Barrier(4)
+
+    def work(number: int) -> list[float]:
+        run = many_steps(steps.stream(), number)
+        all_there.wait(30)
+        return run()
+
+    assert together(*(partial(work, number) for number in range(4))) == [doubles(number) for number in range(4)]
+    sizes = list(map(len, steps.shared))
+    assert sum(sizes) == 120
+    behind = sizes[sizes.index(4) :]  # once all have come, none is left out until it has ended
+    assert behind == sorted(behind, reverse=True)
+    assert len(behind) <= 30
 
 
 def test_the_first_in_the_queue_are_run_first_and_no_more_than_the_limit():
