@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lloco_integrations.vllm.reading import Part, live_mass, merge
+from lloco_integrations.vllm.reading import Part
 from lloco_integrations.vllm.shelf import Shelf, Step, active
 
 __all__ = ["ReadsSegments"]
@@ -21,16 +21,12 @@ else:
 class ReadsSegments(_Base):
     """Goes before an attention implementation of vLLM's among a class's bases.
 
-    vLLM's own kernel serves all rows as ever. It says no weight of what it read, so that of the rows with a memory is
-    found again from the live keys; theirs are short, since what is long are the segments.
+    vLLM's own kernel serves all rows as ever. It says no weight of what it read, so the live tokens of the rows with a
+    memory are read again; theirs are few, since what is long are the segments.
     """
 
     reads_segments = True
-    in_pages = True  # whether it reads segments where `Shelf` has put them into pages
-
-    def live_keys(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Keys (R, H, D, N) of blocks (R, N / block size) int64 of the cache, where segments lie in pages."""
-        raise NotImplementedError
+    in_pages: bool  # whether it reads segments where `Shelf` has put them into pages
 
     @abstractmethod
     def layer_index(self, layer: Any) -> int:
@@ -64,6 +60,7 @@ class ReadsSegments(_Base):
                 self.read_part(shelf, part, layer, query, kv_cache, attn_metadata.block_table, output)
         return output
 
+    @abstractmethod
     def read_part(
         self,
         shelf: Shelf,
@@ -74,16 +71,7 @@ class ReadsSegments(_Base):
         block_table: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Merge what some rows read of segments, which lie in pages, into ``output``."""
-        heads, size = self.num_kv_heads, kv_cache.shape[2]
-        q = part.asked(query, heads)
-        read, mass = part.layout.read(self.layer_index(layer), shelf.pool, q, self.scale)
-        blocks = block_table[part.rows, : -(-max(part.lives) // size)].long()
-        keys = self.live_keys(layer, kv_cache, blocks)
-        alone = live_mass(q, keys, part.ends, part.tokens.shape[1], self.scale)
-        flat = output.view(len(output), heads * self.num_queries_per_kv, -1)
-        merged = merge(part.asked(flat, heads), alone, read, mass)
-        flat[part.tokens] = part.answered(merged).to(flat.dtype)
+        """Merge what some rows read of segments into ``output``."""
 
 
 def _step(shelf: Shelf, metadata: Any) -> Step | None:

@@ -18,6 +18,8 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from lloco_integrations.vllm.attention import ReadsSegments
+from lloco_integrations.vllm.reading import Part, live_mass, merge
+from lloco_integrations.vllm.shelf import Shelf
 
 __all__ = ["SegmentBackend", "SegmentImpl"]
 
@@ -25,10 +27,28 @@ __all__ = ["SegmentBackend", "SegmentImpl"]
 class SegmentImpl(ReadsSegments, FlashAttentionImpl):
     """See `ReadsSegments`."""
 
-    def live_keys(self, layer: Any, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    in_pages = True
+
+    def read_part(
+        self,
+        shelf: Shelf,
+        part: Part,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         """See `ReadsSegments`; the cache is (blocks, H, block size, 2 * D), each token's key before its value."""
-        keys = kv_cache[..., : self.head_size][blocks]
-        return keys.permute(0, 2, 4, 1, 3).flatten(3)
+        heads, size = self.num_kv_heads, kv_cache.shape[2]
+        q = part.asked(query, heads)
+        read, mass = part.layout.read(self.layer_index(layer), shelf.pool, q, self.scale)
+        blocks = block_table[part.rows, : -(-max(part.lives) // size)].long()
+        keys = kv_cache[..., : self.head_size][blocks].permute(0, 2, 4, 1, 3).flatten(3)
+        alone = live_mass(q, keys, part.ends, part.tokens.shape[1], self.scale)
+        flat = output.view(len(output), heads * self.num_queries_per_kv, -1)
+        merged = merge(part.asked(flat, heads), alone, read, mass)
+        flat[part.tokens] = part.answered(merged).to(flat.dtype)
 
     def layer_index(self, layer: Any) -> int:
         """See `ReadsSegments`."""
