@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RetrieveConfig,
         StoreConfig,
     )
+    from lloco_engine.decoder.facts import DecoderFacts
     from lloco_engine.decoder.memory import segment_slots
     from lloco_engine.decoder.prompt import Prompt
     from lloco_engine.engine import Engine
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from lloco_engine.filters import And, Condition, Filter, Filters, Not, Or, parse_filter
     from lloco_engine.kinds import MemoryKind, register_memory
     from lloco_engine.metadata import plain_metadata
-    from lloco_engine.opening import DecoderFacts
     from lloco_engine.reasoning import without_thoughts
     from lloco_engine.remote import RemoteDecoder, register_decoder
     from lloco_engine.request import AskRequest
@@ -115,7 +115,7 @@ _HOMES = {
     ),
     "filters": ("And", "Condition", "Filter", "Filters", "Not", "Or", "parse_filter"),
     "metadata": ("plain_metadata",),
-    "opening": ("DecoderFacts",),
+    "decoder.facts": ("DecoderFacts",),
     "decoder.memory": ("segment_slots",),
     "decoder.prompt": ("Prompt",),
     "reasoning": ("without_thoughts",),

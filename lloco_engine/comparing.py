@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lloco_engine import baselines
 from lloco_engine.request import AskRequest
@@ -12,12 +12,27 @@ from lloco_engine.streaming import AnswerStream
 from lloco_engine.types import Answer
 
 if TYPE_CHECKING:
-    from lloco_engine.engine import Engine
+    from lloco_engine.decoder.answering import AnsweringDecoder
+    from lloco_engine.store import Store
 
 __all__ = ["beside"]
 
 
-def beside(engine: Engine, request: AskRequest, ours: Answer) -> dict[str, Callable[[], AnswerStream]]:
+class Answers(Protocol):
+    """What has answered: an engine."""
+
+    @property
+    def store(self) -> Store:
+        """Holds the documents."""
+        ...
+
+    @property
+    def decoder(self) -> AnsweringDecoder:
+        """Reads them."""
+        ...
+
+
+def beside(engine: Answers, request: AskRequest, ours: Answer) -> dict[str, Callable[[], AnswerStream]]:
     """The answers that stand beside one, each begun when it is called.
 
     Args:

@@ -21,7 +21,7 @@ from lloco_engine.types import AnySegment, Hit, Prefix, SegmentReference
 if TYPE_CHECKING:
     from lloco_engine.decoder.answering import AnsweringDecoder
     from lloco_engine.decoder.prompt import Prompt
-    from lloco_engine.opening import Setup
+    from lloco_engine.store_setup import Setup
 
 __all__ = ["Context", "ContextBuilder", "Found", "Prepared"]
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lloco_engine.fingerprints import model_fingerprint
 from lloco_engine.models import DEFAULT_EMBEDDER, embedder_folder, pick_device
@@ -17,9 +17,33 @@ from lloco_engine.unicode import require_unicode
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "Encodes"]
+
+
+class Encodes(Protocol):
+    """What an engine needs of an embedder. One with `encode_query` too is asked by it for questions."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that stand for everything that shapes a vector."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Numbers per vector."""
+        ...
+
+    def encode(self, texts: Sequence[str], /) -> npt.NDArray[np.float32]:
+        """(texts, dim) float32, rows L2-normalised."""
+        ...
 
 
 class Embedder:

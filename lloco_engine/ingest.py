@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -9,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lloco_engine.chunking import Chunker
 from lloco_engine.compress.chained import chain_starts
 from lloco_engine.documents import file_of, is_older_note, printable
-from lloco_engine.errors import DocumentError, NotInStore, SegmentUnavailable, StoreError
+from lloco_engine.errors import ConfigError, DocumentError, NotInStore, SegmentUnavailable, StoreError
 from lloco_engine.jobs import Compress, Job, Maker, ahead
 from lloco_engine.metadata import same_metadata
 from lloco_engine.process import give_back_memory
@@ -23,15 +23,24 @@ from lloco_engine.vanished import find_vanished
 from lloco_engine.vanished import prune as remove_vanished
 
 if TYPE_CHECKING:
-    from lloco_engine.compress.base import Compressor
-    from lloco_engine.opening import DecoderFacts, Encodes
+    from lloco_engine.store_setup import Setup
 
-__all__ = ["Ingest", "Progress", "Source"]
+__all__ = ["Ingest", "Progress", "Source", "each_of"]
 
 Source = Document | str | Path
 Outcome = Literal["added", "replaced", "unchanged", "repaired", "moved"]
 _LARGE = 1_000_000  # characters of a document that takes many times its size, which then is free but not given back
 _TRIES = 100  # each of them is spoilt only by a writer that was quicker
+
+
+def each_of(sources: Iterable[Source] | Source) -> Iterable[Source]:
+    """Several sources, where there may be one; `ConfigError` where it is neither."""
+    if isinstance(sources, Document | str | os.PathLike):
+        return [sources]
+    given: object = sources
+    if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray):
+        raise ConfigError(f"sources must be a document, a path or several, not of type {type(given).__name__}")
+    return sources
 
 
 @dataclass(frozen=True)
@@ -99,31 +108,20 @@ class Ingest:
 
     Args:
         store: where they go.
-        chunker: of the store's decoder and chunk sizes.
-        compressor: what segments are made by.
-        facts: of the decoder.
+        setup: what the store is made with.
         maker: makes segments.
-        embedder: turns search windows into vectors.
         progress: called as `Progress` says; what it raises stops the run.
     """
 
     def __init__(
         self,
         store: Store,
-        chunker: Chunker,
-        compressor: Compressor,
-        *,
-        facts: DecoderFacts,
+        setup: Setup,
         maker: Maker,
-        embedder: Encodes,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._store = store
-        self._chunker = chunker
-        self._compressor = compressor
-        self._facts = facts
-        self._maker = maker
-        self._embedder = embedder
+        self._store, self._setup, self._maker = store, setup, maker
+        self._chunker = setup.chunker
         self._progress = progress
         self._tally = _Tally()
         self._identities = Identities(store.places)
@@ -187,7 +185,7 @@ class Ingest:
 
     def _jobs(self, document: Document, chunks: Sequence[Chunk]) -> list[Compress]:
         """What is to be made of a document's chunks, in order."""
-        starts = chain_starts(self._compressor, self._facts, [len(chunk.token_ids) for chunk in chunks])
+        starts = chain_starts(self._setup.compressor, self._setup.facts, [len(chunk.token_ids) for chunk in chunks])
         ids: list[str] = []
         jobs: list[Compress] = []
         for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
@@ -241,7 +239,7 @@ class Ingest:
             self._relabel(document, item, state)
             return "repaired"  # saving a segment again is all that it takes
         vectors = [
-            self._embedder.encode([document.text[window.start : window.end] for window in chunk.windows])
+            self._setup.embedder.encode([document.text[window.start : window.end] for window in chunk.windows])
             for chunk in chunks
         ]
         with self._write(document, item, state) as writer:

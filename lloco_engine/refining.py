@@ -114,7 +114,6 @@ class Refining:
         self,
         store: Store,
         chunker: Chunker,
-        *,
         maker: Maker,
         config: RefineConfig,
         progress: Callable[[RefineProgress], None] | None = None,

@@ -32,7 +32,7 @@ from lloco_engine.pretrained import read_ends
 if TYPE_CHECKING:
     import torch
 
-    from lloco_engine.opening import DecoderFacts
+    from lloco_engine.decoder.facts import DecoderFacts
 
 __all__ = ["GROUP", "Address", "RemoteDecoder", "register_decoder"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lloco_engine.config import RetrieveConfig
 from lloco_engine.errors import ConfigError
@@ -13,28 +13,19 @@ from lloco_engine.store import Store
 from lloco_engine.types import Hit, Turn
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from lloco_engine.embedder import Encodes
 
-__all__ = ["Encoder", "Retriever", "best_windows", "searched_for", "with_history"]
+__all__ = ["Retriever", "best_windows", "searched_for", "with_history"]
 
 _TURNS = 3  # of the user, that a question is searched for after
 _LONG_BEFORE = 0.9  # of the score of what is found so
 _WINDOWS = 4  # search windows whose text an answer may repeat
 
 
-class Encoder(Protocol):
-    """What a retriever needs of an embedder."""
-
-    def encode(self, texts: list[str], /) -> npt.NDArray[np.float32]:
-        """(texts, dim) float32, rows L2-normalised."""
-        ...
-
-
 class Retriever:
     """Finds the segments of a store that a question needs, with the embedder that the store was made with."""
 
-    def __init__(self, store: Store, embedder: Encoder) -> None:
+    def __init__(self, store: Store, embedder: Encodes) -> None:
         self._store = store
         self._embedder = embedder
 

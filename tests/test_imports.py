@@ -31,7 +31,7 @@ STAGES = (
     ("jobs",),
     ("refining",),
     ("usage", "streaming", "baselines"),
-    ("opening", "remote", "ingest", "vanished", "request", "context", "comparing", "cluster", "engine"),
+    ("store_setup", "remote", "ingest", "vanished", "request", "context", "comparing", "cluster", "engine"),
     ("finetune", "testing"),
     ("demo", "eval"),
     ("serve",),

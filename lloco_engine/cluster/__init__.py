@@ -15,8 +15,8 @@ from lloco_engine.plugins import PLUGINS
 
 if TYPE_CHECKING:
     from lloco_engine.jobs import Maker
-    from lloco_engine.opening import Setup
     from lloco_engine.store import Store
+    from lloco_engine.store_setup import Setup
 
 __all__ = ["Cluster", "RayCluster", "maker_on"]
 

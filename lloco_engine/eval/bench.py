@@ -35,8 +35,8 @@ from lloco_engine.store import Store
 from lloco_engine.types import Document
 
 if TYPE_CHECKING:
+    from lloco_engine.embedder import Encodes
     from lloco_engine.eval.progress import Report
-    from lloco_engine.opening import Encodes
 
 __all__ = ["BenchConfig", "run"]
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.decoder.spec import DecoderSpec
+    from lloco_engine.embedder import Encodes
     from lloco_engine.eval.data import Group
-    from lloco_engine.opening import Encodes
     from lloco_engine.segment_cache import SegmentCache
 
 __all__ = ["Blank", "Engines", "GroupEngines", "KeptSegments", "Remembered", "filled"]
@@ -92,7 +92,7 @@ class Remembered:
 
     @property
     def name(self) -> str:
-        """As `lloco_engine.opening.Encodes` has it, as all that follows."""
+        """As `lloco_engine.embedder.Encodes` has it, as all that follows."""
         return self._embedder.name
 
     @property

@@ -14,7 +14,7 @@ from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.compress import registry
 from lloco_engine.config import ChunkConfig, RefineConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
-from lloco_engine.embedder import Embedder
+from lloco_engine.embedder import Embedder, Encodes
 from lloco_engine.eval import tasks
 from lloco_engine.eval.engines import Engines, GroupEngines, KeptSegments, Remembered
 from lloco_engine.eval.methods import METHODS, Row
@@ -22,7 +22,6 @@ from lloco_engine.eval.reading import Reader
 from lloco_engine.eval.scoring import Scorer
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.models import cache_folder
-from lloco_engine.opening import Encodes
 from lloco_engine.segment_cache import SegmentCache
 
 __all__ = ["Evaluation"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from lloco_engine.atomic import open_file
 from lloco_engine.decoder.local import LocalDecoder
+from lloco_engine.embedder import Encodes
 from lloco_engine.errors import ConfigError, DocumentError
 from lloco_engine.eval import results
 from lloco_engine.eval.data import Group
@@ -20,7 +21,6 @@ from lloco_engine.eval.methods import Row
 from lloco_engine.eval.partial import Partial
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.eval.workers import beside
-from lloco_engine.opening import Encodes
 
 __all__ = ["EvalConfig", "run"]
 

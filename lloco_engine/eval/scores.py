@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lloco_engine.config import RetrieveConfig
+from lloco_engine.decoder.facts import DecoderFacts
 from lloco_engine.demo import documents_folder, hard_questions, questions
-from lloco_engine.embedder import Embedder
+from lloco_engine.embedder import Embedder, Encodes
 from lloco_engine.engine import Engine
 from lloco_engine.eval.engines import Blank, filled
-from lloco_engine.opening import DecoderFacts, Encodes
 from lloco_engine.readers import read_paths
 from lloco_engine.types import Document, Hit, Turn
 

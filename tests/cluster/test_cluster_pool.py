@@ -222,7 +222,7 @@ def test_jobs_in_this_process_are_made_when_they_are_asked_for(tmp_path, tiny_lo
     with opened(tmp_path / "store", tiny_loaded) as engine:
         chunk = engine.chunker.split(DOCUMENTS[0])[0]
         job = jobs.Compress(engine.store.segment_id("", chunk.token_ids), chunk.token_ids)
-        maker = engine._maker(None)
+        maker = engine._resources.maker(None)
         maker.begin(job)
         assert not maker.wants_more
         assert engine.store.segment_stats(job.segment_id) is None

@@ -477,11 +477,9 @@ def test_the_template_is_chosen_when_a_question_is_asked(folders, tmp_path):
 
 
 def test_the_command_line_ingests_asks_and_says_which_memory(folders, tmp_path, monkeypatch):
-    from lloco_engine import opening
     from lloco_engine.cli import app
 
     monkeypatch.setattr("lloco_engine.embedder.Embedder", lambda name, device=None: HashingEmbedder())
-    assert opening
     (tmp_path / "mill.txt").write_text(TEXT)
 
     def run(*arguments):

@@ -16,6 +16,7 @@ import lloco_integrations.langchain as lc
 import lloco_integrations.llama_index as li
 from lloco_engine import AskRequest, Engine, GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.cli import app, factory
+from lloco_engine.context import ContextBuilder
 from lloco_engine.errors import ConfigError
 from lloco_engine.request import SETTINGS
 from lloco_integrations.handles import Handles
@@ -70,8 +71,8 @@ def asked(engine, monkeypatch) -> list[AskRequest]:
         seen[:] = [request]
         raise Asked
 
-    monkeypatch.setattr(type(engine._context), "find", note)
-    monkeypatch.setattr(type(engine._context), "search", note)
+    monkeypatch.setattr(ContextBuilder, "find", note)
+    monkeypatch.setattr(ContextBuilder, "search", note)
     monkeypatch.setattr(factory, "open_engine", lambda store, **options: engine)
     monkeypatch.setattr(Engine, "close", lambda self: None)
     return seen

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lloco_engine import Document, Engine
 from lloco_engine.config import ChunkConfig
+from lloco_engine.decoder.facts import DecoderFacts
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.eval.scores import _Searched
-from lloco_engine.opening import DecoderFacts
 from lloco_engine.testing import HashingEmbedder
 
 TEXTS = {"a": "The pump of hall nine needs oil. " * 8, "b": "A tram bell was cast in the old foundry. " * 8}

@@ -187,7 +187,7 @@ def store(tmp_path, decoder_folder) -> Path:
 
 def test_a_killed_command_goes_on(store, tmp_path, monkeypatch):
     program = (
-        "import sys; from lloco_engine import engine, opening; from lloco_engine.testing import HashingEmbedder; "
+        "import sys; from lloco_engine import engine; from lloco_engine.testing import HashingEmbedder; "
         "import lloco_engine.embedder as e; e.Embedder = lambda *a: HashingEmbedder(); "
         "from lloco_engine.cli import main; main()"
     )

@@ -242,7 +242,7 @@ def test_making_a_model_loads_nothing_and_is_fast(tmp_path):
         made = [kind(engine=engine) for _ in range(1000) for kind in (ChatLLoCO, LLoCOLLM)]
         assert time.perf_counter() - began < 5
         assert made[0].get_num_tokens("some text") > 0
-        assert engine._decoder is None
+        assert engine._resources._decoder is None
 
 
 async def test_an_answer_that_takes_too_long_is_given_up(model, engine, monkeypatch):

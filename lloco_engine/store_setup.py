@@ -1,120 +1,35 @@
-"""What an engine works with, as a store's manifest says it: found out without loading any weights."""
+"""What a store is made with: the caller's choice, else its manifest's, else the default; and a store opened with it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from lloco_engine import __version__, fingerprints, kinds, models
+from lloco_engine import __version__, kinds, models
 from lloco_engine.config import ChunkConfig, CompressConfig, PrefixConfig, StoreConfig
+from lloco_engine.decoder.facts import DecoderFacts
 from lloco_engine.errors import ConfigError, StoreError, StoreNotFound
 from lloco_engine.kinds import Room
-from lloco_engine.pretrained import read_decoder_config
 from lloco_engine.store import FORMAT_VERSION, Manifest, Store
-from lloco_engine.weights import weight_files
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from lloco_engine.chunking import Chunker
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.answering import AnsweringDecoder
     from lloco_engine.decoder.template import Template
+    from lloco_engine.embedder import Encodes
     from lloco_engine.remote import Address
-    from lloco_engine.shape import DecoderShape
 
-__all__ = ["DecoderFacts", "Encodes", "Setup", "open_store"]
+__all__ = ["Setup", "open_store", "stored_manifest"]
 
 
 _STEP = 64  # a default segment size that is made to fit is a multiple of it
 _LEAST = 256  # tokens below which nothing fits well: the size must be chosen then
-
-
-class Encodes(Protocol):
-    """What an engine needs of an embedder."""
-
-    @property
-    def name(self) -> str:
-        """What the user called it."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digits that stand for everything that shapes a vector."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """Numbers per vector."""
-        ...
-
-    def encode(self, texts: Sequence[str], /) -> npt.NDArray[np.float32]:
-        """(texts, dim) float32, rows L2-normalised."""
-        ...
-
-
-@dataclass(frozen=True)
-class DecoderFacts:
-    """A decoder without its weights: the attributes of a decoder that chunking and a manifest need."""
-
-    name: str
-    fingerprint: str
-    tokenizer: Any
-    tokenizer_fingerprint: str
-    template: Template
-    shape: DecoderShape
-
-    @property
-    def template_tokens(self) -> int:
-        """Tokens of the template prefix."""
-        return len(self.template.prefix_ids)
-
-    @classmethod
-    def of(
-        cls, decoder: str | AnsweringDecoder, template: str | None = None, fingerprint: str | None = None
-    ) -> DecoderFacts:
-        """The facts of a decoder by name, read from its folder, or of a loaded one.
-
-        Args:
-            decoder: which.
-            template: as `LocalDecoder` takes it; a loaded decoder has its own.
-            fingerprint: what is believed of a folder without weights, whose fingerprint cannot be taken.
-
-        Raises:
-            ModelNotFound: nothing of that name can be read.
-            UnsupportedModel: the engine cannot run its family.
-        """
-        from lloco_engine.decoder.template import Template
-        from lloco_engine.shape import DecoderShape
-
-        if not isinstance(decoder, str):
-            return cls(
-                decoder.name,
-                decoder.fingerprint,
-                decoder.tokenizer,
-                decoder.tokenizer_fingerprint,
-                decoder.template,
-                decoder.shape,
-            )
-        folder = Path(models.decoder_folder(decoder))
-        if fingerprint is None or weight_files(folder):
-            fingerprint = fingerprints.model_fingerprint(folder)  # first: it says best what is wrong with a folder
-        config = read_decoder_config(folder)
-        tokenizer = models.load_tokenizer(decoder)
-        shape = DecoderShape.of(config)
-        return cls(
-            decoder,
-            fingerprint,
-            tokenizer,
-            fingerprints.tokenizer_fingerprint(tokenizer),
-            Template.suited(tokenizer, config, template),
-            shape,
-        )
 
 
 class Setup:
@@ -158,7 +73,7 @@ class Setup:
             chunk = chunk or ChunkConfig.from_json(stored.chunk)
         self.decoder = decoder or models.DEFAULT_DECODER
         self.template = template
-        self._stored = stored
+        self.stored = stored
         embedder = embedder or models.DEFAULT_EMBEDDER
         self.embedder: Encodes = Embedder(embedder, device) if isinstance(embedder, str) else embedder
         self.compress = compress or CompressConfig()
@@ -173,12 +88,12 @@ class Setup:
     def facts(self) -> DecoderFacts:
         """The decoder without its weights, its template as the store was made with it."""
         # which weights answer elsewhere is seen to there
-        weights = self._stored.decoder_fingerprint if self._address is not None and self._stored is not None else None
+        weights = self.stored.decoder_fingerprint if self._address is not None and self.stored is not None else None
         facts = DecoderFacts.of(self.decoder, self.template, weights)
-        if self._stored is None or not isinstance(self.decoder, str):
+        if self.stored is None or not isinstance(self.decoder, str):
             return facts
-        made_with = self._stored.template_fingerprint
-        forms = _forms(facts.template, self._stored.created)
+        made_with = self.stored.template_fingerprint
+        forms = _forms(facts.template, self.stored.created)
         return replace(facts, template=next((one for one in forms if one.fingerprint == made_with), facts.template))
 
     @property
@@ -212,8 +127,8 @@ class Setup:
         if not isinstance(self.decoder, str):
             return self.decoder
         if self._address is not None:
-            assert self._stored is not None
-            return self._address.opens(self._address.place, self.facts, self._stored.to_json())
+            assert self.stored is not None
+            return self._address.opens(self._address.place, self.facts, self.stored.to_json())
         from lloco_engine.decoder.local import LocalDecoder
 
         loaded = LocalDecoder.load(self.decoder, device=device, dtype=dtype, template=self.facts.template)
@@ -236,6 +151,18 @@ class Setup:
             file=sys.stderr,
         )
         return fitting
+
+    @property
+    def chunker(self) -> Chunker:
+        """What cuts documents into the store's chunks."""
+        from lloco_engine.chunking import Chunker
+
+        return Chunker(self.facts.tokenizer, self.chunk, self.facts.template.text_ids)
+
+    @property
+    def text_room(self) -> int:
+        """Positions of the decoder's window beside the template prefix and the longest segment."""
+        return max(0, self.facts.shape.window - self.facts.template_tokens - self.chunk.segment_tokens)
 
     def expected(self) -> dict[str, Any]:
         """The fields of a manifest that a store must have to be used with this."""
@@ -328,18 +255,21 @@ def _forms(template: Template, created: str) -> Iterator[Template]:
             yield from (dated, dated.in_pieces)
 
 
-def stored_manifest(path: Path) -> Manifest | None:
+def stored_manifest(path: Path, *, create: bool = True) -> Manifest | None:
     """The manifest of the store in ``path``; None where there is no store.
 
     Raises:
+        StoreNotFound: there is nothing, and ``create`` is False.
         StoreCorrupt: it cannot be read.
         StoreMismatch: a newer engine wrote it.
     """
+    if not create and not path.exists():
+        Store.open(path)  # says so
     file = path / "manifest.json"
     return Manifest.load(file) if file.exists() else None
 
 
-def open_store(path: Path, setup: Setup, *, stored: Manifest | None, create: bool) -> Store:
+def open_store(path: Path, setup: Setup, *, create: bool) -> Store:
     """Open the store in ``path``, or make it.
 
     Raises:
@@ -347,7 +277,7 @@ def open_store(path: Path, setup: Setup, *, stored: Manifest | None, create: boo
         StoreMismatch: it was made with something else; names the field.
         StoreError: as `Store.open` and `Store.create`.
     """
-    if stored is None:
+    if setup.stored is None:
         try:
             return Store.open(path)  # says what is wrong where a store lost its manifest
         except StoreNotFound:
@@ -360,5 +290,5 @@ def open_store(path: Path, setup: Setup, *, stored: Manifest | None, create: boo
                 raise
             # another process made it meanwhile
     else:
-        stored.check({"memory": setup.compressor.memory}, path)  # before what else the other kind would need
+        setup.stored.check({"memory": setup.compressor.memory}, path)  # before what else the other kind would need
     return Store.open(path, expect=setup.expected(), config=setup.store)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
-from lloco_engine.adapters.routing import Adapters
-from lloco_engine.comparing import beside
 from lloco_engine.config import (
     ChunkConfig,
     CompressConfig,
@@ -22,20 +15,20 @@ from lloco_engine.config import (
     RetrieveConfig,
     StoreConfig,
 )
-from lloco_engine.context import Context, ContextBuilder, Found, Prepared
-from lloco_engine.errors import ConfigError, LLoCOError, SegmentUnavailable
-from lloco_engine.ingest import Ingest, Progress, Source
-from lloco_engine.jobs import Bench, Here, Maker
-from lloco_engine.opening import Encodes, Setup, open_store, stored_manifest
-from lloco_engine.process import ProcessLock
+from lloco_engine.context import Prepared
+from lloco_engine.engine.answering import Answering
+from lloco_engine.engine.resources import Resources
+from lloco_engine.engine.twins import in_thread
+from lloco_engine.errors import SegmentUnavailable
+from lloco_engine.ingest import Ingest, Progress, Source, each_of
 from lloco_engine.readers import Reader
 from lloco_engine.refining import RefineProgress, RefineReport, Refining
-from lloco_engine.relevance import NOTHING, doubt, floor_of
+from lloco_engine.relevance import doubt, floor_of
 from lloco_engine.request import AskRequest
-from lloco_engine.retrieve import best_windows
-from lloco_engine.store import DocumentInfo, Manifest, Problem, Store
+from lloco_engine.store import DocumentInfo, Manifest, Problem
+from lloco_engine.store_setup import Setup, open_store, stored_manifest
 from lloco_engine.streaming import AnswerStream, AsyncAnswerStream
-from lloco_engine.types import Answer, Document, Hit, IngestReport, MetadataValue, Usage
+from lloco_engine.types import Answer, Hit, IngestReport, MetadataValue
 
 if TYPE_CHECKING:
     from lloco_engine.chunking import Chunker
@@ -43,9 +36,9 @@ if TYPE_CHECKING:
     from lloco_engine.compress.base import Compressor
     from lloco_engine.decoder.answering import AnsweringDecoder
     from lloco_engine.decoder.local import LocalDecoder
-    from lloco_engine.decoder.prompt import Generation
+    from lloco_engine.embedder import Encodes
 
-__all__ = ["AnswerStream", "AsyncAnswerStream", "Engine", "Progress"]
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -55,27 +48,12 @@ class Engine:
     steps: each is the same as alone, and together they come sooner.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        setup: Setup,
-        *,
-        prefix: PrefixConfig,
-        retrieval: RetrieveConfig,
-        device: str | None,
-        dtype: str | None,
-    ) -> None:
-        self.store = store
-        self.embedder: Encodes = setup.embedder
-        self.prefix = prefix
-        self.retrieval = retrieval
-        self.adapters = Adapters(store, lambda: self.decoder)
-        self._setup, self._elsewhere = setup, setup.elsewhere
-        self._device, self._dtype = device, dtype
-        self._decoder: AnsweringDecoder | None = None
-        self._lock = ProcessLock(f"the engine of {store.path}")
-        self._compressing = threading.Lock()
-        self._context = ContextBuilder(store, setup)
+    def __init__(self, resources: Resources, prefix: PrefixConfig, retrieval: RetrieveConfig) -> None:
+        self._resources, self._setup = resources, resources.setup
+        self.store, self.adapters = resources.store, resources.adapters
+        self.embedder: Encodes = resources.setup.embedder
+        self.prefix, self.retrieval = prefix, retrieval
+        self._answering = Answering(resources)
 
     @classmethod
     def open(
@@ -121,11 +99,8 @@ class Engine:
             StoreError: the store cannot be opened or made.
         """
         path = Path(store).expanduser()
-        if not create and not path.exists():
-            Store.open(path)  # raises before a model is looked for
-        stored = stored_manifest(path)
         setup = Setup(
-            stored,
+            stored_manifest(path, create=create),
             decoder=decoder,
             embedder=embedder,
             compress=compress,
@@ -137,31 +112,12 @@ class Engine:
         )
         if prefix is not None:
             setup.check(prefix)
-        opened = open_store(path, setup, stored=stored, create=create)
-        engine = cls(
-            opened,
-            setup,
-            prefix=prefix or PrefixConfig(),
-            retrieval=retrieve or RetrieveConfig(),
-            device=device,
-            dtype=dtype,
-        )
-        if engine._elsewhere:
-            try:
-                engine.adapters.load_all()  # whether the decoder answers, and has them, is found out now
-            except BaseException:
-                engine.close()
-                raise
-        return engine
+        resources = Resources(open_store(path, setup, create=create), setup, device, dtype)
+        return cls(resources, prefix or PrefixConfig(), retrieve or RetrieveConfig())
 
     def close(self) -> None:
         """Let go of the store and of the decoder: its weights, or what leads to it."""
-        self.store.close()
-        if self._lock.here:
-            with self._lock:
-                if self._decoder is not None and isinstance(self._setup.decoder, str):
-                    self._decoder.close()
-                self._decoder = None
+        self._resources.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,8 +134,7 @@ class Engine:
     def text_room(self) -> int:
         """Positions for text, slots aside: what the decoder's window leaves beside the template prefix and the longest
         segment, when segments are placed in parallel. Question and answer must fit it. No weights are loaded."""
-        facts = self._setup.facts
-        return max(0, facts.shape.window - facts.template_tokens - self._setup.chunk.segment_tokens)
+        return self._setup.text_room
 
     @property
     def window(self) -> int:
@@ -189,10 +144,7 @@ class Engine:
     @property
     def decoder(self) -> AnsweringDecoder:
         """The decoder, opened on first use."""
-        with self._lock:
-            if self._decoder is None:
-                self._decoder = self._setup.open_decoder(self._device, self._dtype)
-            return self._decoder
+        return self._resources.decoder
 
     @property
     def local_decoder(self) -> LocalDecoder:
@@ -201,9 +153,7 @@ class Engine:
         Raises:
             ConfigError: it runs elsewhere.
         """
-        if self._elsewhere:
-            self._setup.require_weights()
-        return cast("LocalDecoder", self.decoder)
+        return self._resources.local_decoder
 
     @property
     def decoder_folder(self) -> Path:
@@ -220,10 +170,7 @@ class Engine:
     @property
     def chunker(self) -> Chunker:
         """What cuts documents into the store's chunks."""
-        from lloco_engine.chunking import Chunker
-
-        facts = self._setup.facts
-        return Chunker(facts.tokenizer, self._setup.chunk, facts.template.text_ids)
+        return self._setup.chunker
 
     def load_adapter(self, folder: str | Path, name: str) -> None:
         """Load a PEFT LoRA adapter, to be named in ``adapter=``; `AdapterError` where it is not for this decoder."""
@@ -274,23 +221,10 @@ class Engine:
                 was read.
             StoreMismatch: a worker of the cluster has another decoder.
         """
-        if isinstance(sources, Document | str | os.PathLike):
-            sources = [sources]
-        given: object = sources
-        if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray):
-            raise ConfigError(f"sources must be a document, a path or several, not of type {type(given).__name__}")
+        several = each_of(sources)
         reader = Reader(tenant=tenant, metadata=metadata, config=read)
-        with self._maker(cluster) as maker:
-            run = Ingest(
-                self.store,
-                self.chunker,
-                self._setup.compressor,
-                facts=self._setup.facts,
-                maker=maker,
-                embedder=self.embedder,
-                progress=progress,
-            )
-            return run.run(sources, reader, tenant, prune=prune)
+        with self._resources.maker(cluster) as maker:
+            return Ingest(self.store, self._setup, maker, progress).run(several, reader, tenant, prune=prune)
 
     def refine(
         self,
@@ -320,24 +254,9 @@ class Engine:
             ConfigError: the store holds summary embeddings, the decoder runs elsewhere, or there is no such cluster.
             StoreFull, StoreLocked: what was finished stays.
         """
-        with self._maker(cluster) as maker:
-            run = Refining(self.store, self.chunker, maker=maker, config=config or RefineConfig(), progress=progress)
+        with self._resources.maker(cluster) as maker:
+            run = Refining(self.store, self.chunker, maker, config or RefineConfig(), progress)
             return run.run(doc_ids, tenant, budget)
-
-    def _maker(self, cluster: Cluster | str | None) -> Maker:
-        """Makes segments, in this process or on a cluster; `ConfigError` where the decoder runs elsewhere."""
-        if self._elsewhere:
-            self._setup.require_weights()
-        setup, form = self._setup, self.manifest.form
-        if cluster is not None:
-            from lloco_engine.cluster import maker_on
-
-            return maker_on(cluster, self.store, setup, self._device, self._dtype)
-        return Here(
-            self.store,
-            lambda: Bench(self.local_decoder, setup.compressor, setup.compress.ratio, form),
-            self._compressing,
-        )
 
     def delete(self, doc_id: str, tenant: str = "") -> None:
         """Remove a document and the segments that no other has; `NotInStore` when the tenant has no such document."""
@@ -396,11 +315,11 @@ class Engine:
 
         None where segments stand by themselves, as compact KV does.
         """
-        return self._context.earlier(hit)
+        return self._answering.context.earlier(hit)
 
     def unusable(self, hits: Sequence[Hit]) -> list[Hit]:
         """Those hits whose segments are missing or damaged, so that an answer would be made without them."""
-        return [hit for hit in hits if isinstance(self._context.read(hit), SegmentUnavailable)]
+        return [hit for hit in hits if isinstance(self._answering.context.read(hit), SegmentUnavailable)]
 
     def token_ids(self, text: str) -> list[int]:
         """The decoder's token ids of a text, by the store's tokenizer; no weights are loaded."""
@@ -422,7 +341,7 @@ class Engine:
             ConfigError: the question is empty, or a setting breaks its rule.
             StoreMismatch: the embedder's vectors are not of the store's length.
         """
-        return self._context.search(self._request(question, options, "retrieve"))
+        return self._answering.context.search(self._request(question, options, "retrieve"))
 
     def doubt(self, hits: Sequence[Hit], floor: float | None = None) -> str | None:
         """Why no document seems to answer the question that hits were retrieved for: the warning of an answer.
@@ -460,32 +379,7 @@ class Engine:
         Segments are found and placed, and everything that can be refused is refused, before this returns. Where no
         document seems to answer and ``when_nothing`` is ``"refuse"``, the decoder is not even loaded.
         """
-        from lloco_engine.usage import usage_of
-
-        request = self._request(question, options)
-        found = self._find(request)
-        refuses = request.retrieve.when_nothing == "refuse" and not (request.context or request.verbatim)
-        if refuses and (found.nothing or not found.hits):
-            return _refusal(found)
-        prepared = self._prepared(request, found)
-        memory, adapter = prepared.memory, prepared.adapter
-        began = time.perf_counter()
-        generation, pieces = self.decoder.stream(prepared.prompt, prepared.generate, adapter)
-        before = prepared.seconds + time.perf_counter() - began
-
-        def finish() -> Answer:
-            usage = usage_of(
-                self.decoder,
-                generation,
-                prefix=memory.prefix,
-                texts=(hit.text for hit in memory.hits),
-                retrieve_s=prepared.retrieve_s,
-                load_s=memory.load_s,
-                before_s=before,
-            )
-            return _answer(generation, memory, usage=usage, adapter=adapter or "none")
-
-        return AnswerStream(pieces, memory.hits, finish)
+        return self._answering.stream(self._request(question, options))
 
     def prepare(self, question: str | AskRequest, **options: Any) -> Prepared:
         """What `ask` would give to the decoder, which is not asked: hits, placed segments, prompt, adapter.
@@ -493,8 +387,7 @@ class Engine:
         For those who do with it what `ask` does not, such as several questions together; arguments and errors are
         those of `ask`. ``when_nothing`` has no say in it.
         """
-        request = self._request(question, options)
-        return self._prepared(request, self._find(request))
+        return self._answering.prepare(self._request(question, options))
 
     def score(self, question: str | AskRequest, answers: Sequence[str], **options: Any) -> list[tuple[float, int]]:
         """How likely the decoder thinks answers to a question, over what `ask` would read for it.
@@ -510,38 +403,6 @@ class Engine:
         asked = self.prepare(question, **options)
         return self.local_decoder.answer_losses([asked.prompt] * len(answers), answers, asked.adapter)
 
-    def _find(self, request: AskRequest) -> Found:
-        if request.hits is None:
-            _ = self.embedder.dim  # loads it: no cost of one question
-        return self._context.find(request)
-
-    def _prepared(self, request: AskRequest, found: Found) -> Prepared:
-        from lloco_engine.decoder.prompt import Prompt
-
-        decoder = self.decoder
-        self.adapters.check(request.adapter, request.tenant)
-        began = time.perf_counter()
-        text = Prompt(
-            request.question,
-            context=request.context or None,
-            history=tuple(request.history),
-            verbatim=request.verbatim,
-            tenant=request.tenant,
-        )
-        room = len(decoder.prompt_ids(text)) + request.generate.max_new_tokens
-        memory = self._context.place(found, decoder, request.prefix, room)
-        prompt = replace(text, prefix=memory.prefix, draft=best_windows(memory.hits))
-        adapter = self.adapters.choose(request.adapter, memory.hits, request.tenant)
-        spent = found.seconds + time.perf_counter() - began
-        return Prepared(prompt, request.generate, adapter, memory, found.seconds, spent)
-
-    def _request(self, question: str | AskRequest, options: Mapping[str, Any], call: str = "ask") -> AskRequest:
-        """What is asked: as the engine was opened, but for what is given."""
-        self._lock.check()
-        if isinstance(question, AskRequest):
-            return question.but(options, call)
-        return AskRequest(question, self.retrieval, self.prefix).but(options, call)
-
     def compare(self, question: str | AskRequest, **options: Any) -> dict[str, Answer]:
         """The answer of `ask` beside those of the same decoder reading raw text; see `lloco_engine.baselines`.
 
@@ -551,50 +412,21 @@ class Engine:
             ``"lloco"``; ``"in_context"``, from the whole documents that the hits come from, cut to the window; and
             ``"text_retrieval"``, from the text of the same hits.
         """
-        request = self._request(question, options)
-        ours = self.ask(request)
-        return {"lloco": ours} | {name: start().whole() for name, start in beside(self, request, ours).items()}
+        return self._answering.compare(self._request(question, options))
+
+    def _request(self, question: str | AskRequest, options: Mapping[str, Any], call: str = "ask") -> AskRequest:
+        """What is asked: as the engine was opened, but for what is given."""
+        self._resources.lock.check()
+        if not isinstance(question, AskRequest):
+            question = AskRequest(question, self.retrieval, self.prefix)
+        return question.but(options, call)
 
     # -- async twins --------------------------------------------------------------------------------------------
 
-    async def aingest(
-        self,
-        sources: Iterable[Source] | Source,
-        *,
-        tenant: str = "",
-        metadata: Mapping[str, MetadataValue] | None = None,
-        prune: bool = False,
-        read: ReadConfig | None = None,
-        cluster: Cluster | str | None = None,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> IngestReport:
-        """`ingest` in a thread; ``progress`` is called there. Cancelled, it stops after the segment at hand."""
-        cancelled = threading.Event()
-
-        def watch(state: Progress) -> None:
-            if cancelled.is_set():
-                raise LLoCOError("the ingest was cancelled; the same call goes on from here")
-            if progress is not None:
-                progress(state)
-
-        try:
-            return await asyncio.to_thread(
-                self.ingest,
-                sources,
-                tenant=tenant,
-                metadata=metadata,
-                prune=prune,
-                read=read,
-                cluster=cluster,
-                progress=watch,
-            )
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    async def aretrieve(self, question: str | AskRequest, **options: Any) -> list[Hit]:
-        """`retrieve` in a thread."""
-        return await asyncio.to_thread(lambda: self.retrieve(question, **options))
+    aingest = in_thread(ingest, "; ``progress`` is called there. Cancelled, it stops after the segment at hand")
+    aretrieve = in_thread(retrieve)
+    acompare = in_thread(compare)
+    adelete = in_thread(delete)
 
     async def aask(self, question: str | AskRequest, **options: Any) -> Answer:
         """`ask` in a thread, which stops at its next piece of text when the task is cancelled."""
@@ -606,31 +438,3 @@ class Engine:
     def astream(self, question: str | AskRequest, **options: Any) -> AsyncAnswerStream:
         """`stream` for asyncio: ``async for piece in engine.astream(...)``."""
         return AsyncAnswerStream(lambda: self.stream(question, **options))
-
-    async def acompare(self, question: str | AskRequest, **options: Any) -> dict[str, Answer]:
-        """`compare` in a thread."""
-        return await asyncio.to_thread(lambda: self.compare(question, **options))
-
-    async def adelete(self, doc_id: str, tenant: str = "") -> None:
-        """`delete` in a thread."""
-        await asyncio.to_thread(self.delete, doc_id, tenant)
-
-
-def _refusal(found: Found) -> AnswerStream:
-    """An answer that says that there is none, without a decoder."""
-    usage = Usage(retrieve_s=found.seconds, ttft_s=found.seconds)
-    warnings = (*found.warnings, found.nothing) if found.nothing else found.warnings
-    return AnswerStream(iter([NOTHING]), (), lambda: Answer(NOTHING, usage=usage, warnings=warnings))
-
-
-def _answer(generation: Generation, memory: Context, **more: Any) -> Answer:
-    return Answer(
-        text=generation.text,
-        hits=memory.hits,
-        finish=generation.finish or "stop",
-        warnings=(*memory.warnings, *generation.warnings),
-        reasoning=generation.reasoning,
-        token_ids=tuple(generation.token_ids),
-        hints=generation.hints,
-        **more,
-    )
