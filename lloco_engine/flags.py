@@ -1,19 +1,56 @@
-"""Flags that are made of settings: a new `lloco_engine.config.setting` is a flag without a line here."""
+"""Flags of commands: those that several have, and those made of settings, which are a line in their dataclass each."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from functools import wraps
-from typing import Annotated, Any, cast, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from lloco_engine.config import Config
 from lloco_engine.errors import ConfigError
 
-__all__ = ["split", "values_of", "with_flags"]
+__all__ = ["AsJSON", "Device", "Options", "split", "values_of", "with_flags", "with_options"]
+
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps. Default: the best there is.")
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Says of a command's parameter that it is made of several options, as ``Annotated[KIND, Options(make)]``.
+
+    Args:
+        make: its parameters are the options, and what it returns is given to the command.
+    """
+
+    make: Callable[..., Any]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command in whose signature the options stand that its parameters are made of (`Options`)."""
+    parameters: list[inspect.Parameter] = []
+    made: dict[str, tuple[Callable[..., Any], list[str]]] = {}
+    for one in inspect.signature(command, eval_str=True).parameters.values():
+        group = next((part for part in get_args(one.annotation) if isinstance(part, Options)), None)
+        parts = [one] if group is None else list(inspect.signature(group.make, eval_str=True).parameters.values())
+        if group is not None:
+            made[one.name] = group.make, [part.name for part in parts]
+        parameters += parts
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        values = {
+            name: make(**{option: given.pop(option) for option in options}) for name, (make, options) in made.items()
+        }
+        command(**given, **values)
+
+    return _signed(run, parameters)
 
 
 def with_flags(
@@ -33,15 +70,20 @@ def with_flags(
     own = list(inspect.signature(like, eval_str=True).parameters.values())
     at = next((number for number, one in enumerate(own, 1) if one.name == after), len(own))
     parameters = [*own[:at], *(_parameter(one, hints[name]) for name, one in flags.items()), *own[at:]]
-    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
 
     @wraps(command)
     def run(**given: Any) -> None:
         command(settings={name: _value(one, given.pop(name)) for name, one in flags.items()}, **given)
 
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
+    return _signed(run, parameters)
+
+
+def _signed(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """Give a command, which takes anything by name, the parameters that Typer reads."""
+    named = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    command.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in named}
+    return command
 
 
 def values_of(settings: Mapping[str, Any], kinds: Mapping[str, type[Config]]) -> dict[str, Config]:

@@ -13,7 +13,7 @@ import typer
 from lloco_engine.adapters.loading import default_folder
 from lloco_engine.adapters.manifest import AdapterManifest
 from lloco_engine.adapters.registry import Kept, Registry
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import AsJSON, StoreDir, Tenant
 from lloco_engine.cli.output import human_bytes, print_json, print_table
 
@@ -91,7 +91,7 @@ def add(
       lloco adapters add trained/ --group law
     """
     names = ("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint", "memory")
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         AdapterManifest.load(folder).check({name: getattr(opened.manifest, name) for name in names})
         version = Registry(opened).add(folder, group, tenant).version
     _said({"group": group, "version": version}, f"group {group} is answered by version {version}", as_json)
@@ -169,7 +169,7 @@ def average(
 
 @contextmanager
 def _registry(store: Path) -> Iterator[Registry]:
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         yield Registry(opened)
 
 

@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import (
     Adapter,
     AsJSON,
-    CompressorName,
-    Decoder,
-    Device,
-    Embedder,
     FilterTerms,
+    Models,
     StoreDir,
-    TemplateName,
     Tenant,
     parse_filters,
 )
 from lloco_engine.cli.output import answer_json, print_answer_details, print_json, print_table, safe, usage_line
-from lloco_engine.flags import values_of, with_flags
+from lloco_engine.flags import values_of, with_flags, with_options
 from lloco_engine.request import SETTINGS
 from lloco_engine.types import Answer, Turn
 
@@ -112,6 +108,7 @@ def _command(answer: Answering) -> Callable[..., None]:
     """A command that answers a question in this way; its help is what ``answer`` says of itself."""
 
     def parameters(
+        *,
         question: Question,
         store: StoreDir = Path("lloco-store"),
         filters: FilterTerms = None,
@@ -119,11 +116,7 @@ def _command(answer: Answering) -> Callable[..., None]:
         history: HistoryFile = None,
         adapter: Adapter = "auto",
         tenant: Tenant = "",
-        decoder: Decoder = None,
-        compressor: CompressorName = None,
-        template: TemplateName = None,
-        embedder: Embedder = None,
-        device: Device = None,
+        models: Models,
         as_json: AsJSON = False,
     ) -> None:
         """What both commands take besides the settings of a question."""
@@ -137,9 +130,9 @@ def _command(answer: Answering) -> Callable[..., None]:
         history: Path | None,
         adapter: str,
         tenant: str,
+        models: Mapping[str, Any],
         as_json: bool,
         settings: Mapping[str, Any],
-        **models: Any,
     ) -> None:
         if whole_document is not None and filters:
             raise typer.BadParameter("--whole-document reads one document and takes no --filter")
@@ -151,10 +144,10 @@ def _command(answer: Answering) -> Callable[..., None]:
             "tenant": tenant,
             **values_of(settings, SETTINGS),
         }
-        with factory.open_engine(store, **models) as engine:
+        with stores.open_engine(store, **models) as engine:
             answer(engine, question, wanted, as_json)
 
-    return with_flags(run, parameters, list(SETTINGS.values()))
+    return with_options(with_flags(run, parameters, list(SETTINGS.values())))
 
 
 def _row(name: str, answer: Answer) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import AsJSON, StoreDir, Tenant
 from lloco_engine.cli.output import hit_json, human_bytes, print_json, print_table, safe
 from lloco_engine.errors import NotInStore, SegmentUnavailable
@@ -43,7 +43,7 @@ def list_documents(
       lloco ls --store work --tenant acme
       lloco ls --json | jq -r '.[].doc_id'
     """
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         infos = opened.documents(tenant)
     if as_json:
         print_json([_info_json(info) for info in infos])
@@ -84,7 +84,7 @@ def show(
       lloco show report.pdf --text > report.txt
       lloco show report.pdf --json
     """
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         info = opened.document(doc_id, tenant)
         if text and not as_json:
             content = opened.document_text(doc_id, tenant)
@@ -154,7 +154,7 @@ def remove(
       lloco rm report.pdf
       lloco rm old-1.md old-2.md --yes
     """
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         if not yes:
             if as_json or not sys.stdin.isatty():
                 raise typer.BadParameter("without a terminal to ask on, removing needs --yes")

@@ -13,30 +13,26 @@ import typer
 
 from lloco_engine.adapters.registry import check_group
 from lloco_engine.adapters.routing import GROUP
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import (
     AsJSON,
+    Cluster,
     CompressorName,
     CompressorSettings,
     Decoder,
     Device,
     Embedder,
-    Ray,
-    RayAddress,
-    RayCores,
-    RayGPUs,
-    RayWorkers,
     StoreDir,
     Tenant,
-    cluster_of,
     parse_limits,
     parse_metadata,
     parse_settings,
 )
 from lloco_engine.cli.output import human_bytes, print_json, print_table, safe
 from lloco_engine.cli.refine import steps_of
-from lloco_engine.config import RefineConfig
-from lloco_engine.types import IngestReport
+from lloco_engine.config import ReadConfig, RefineConfig
+from lloco_engine.flags import Options, with_options
+from lloco_engine.types import IngestReport, MetadataValue
 
 if TYPE_CHECKING:
     from lloco_engine.engine import Progress
@@ -54,11 +50,10 @@ class OnDisk(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command()(ingest)
+    app.command()(with_options(ingest))
 
 
-def ingest(
-    paths: Annotated[list[Path], typer.Argument(help="Files and folders.", show_default=False)],
+def new_store(
     store: StoreDir = Path("lloco-store"),
     decoder: Decoder = None,
     embedder: Embedder = None,
@@ -88,16 +83,36 @@ def ingest(
         ),
     ] = None,
     dtype: Annotated[OnDisk | None, typer.Option(help="Numbers of segments on disk; float16 for a new store.")] = None,
-    tenant: Tenant = "",
+) -> dict[str, Any]:
+    """A store, and what it is made with if it is new, as `lloco_engine.cli.stores.open_engine` takes it."""
+    own = parse_settings(settings or []) | _refinement(refine, store)
+    if max_divergence is not None:
+        own["max_divergence"] = max_divergence
+    return {
+        "store": store,
+        "decoder": decoder,
+        "embedder": embedder,
+        "compressor": compressor,
+        "settings": own,
+        "ratio": ratio,
+        "segment_tokens": segment_tokens,
+        "dtype": dtype and dtype.value,
+    }
+
+
+def labels(
     meta: Annotated[
         list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata for every document; repeatable.")
     ] = None,
     group: Annotated[
         str | None, typer.Option("--group", metavar="NAME", help="Group of every document, whose adapter will answer.")
     ] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Remove documents whose files have vanished from the folders.")
-    ] = False,
+) -> dict[str, MetadataValue]:
+    """Metadata that every document gets."""
+    return parse_metadata(meta or []) | ({} if group is None else {GROUP: check_group(group)})
+
+
+def limits(
     limit: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,12 +122,23 @@ def ingest(
             "max_memory; repeatable.",
         ),
     ] = None,
+) -> ReadConfig | None:
+    """What a file may ask of the readers; None: what it may by default."""
+    return parse_limits(limit) if limit else None
+
+
+def ingest(
+    *,
+    paths: Annotated[list[Path], typer.Argument(help="Files and folders.", show_default=False)],
+    made: Annotated[dict[str, Any], Options(new_store)],
+    tenant: Tenant = "",
+    metadata: Annotated[dict[str, MetadataValue], Options(labels)],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove documents whose files have vanished from the folders.")
+    ] = False,
+    read: Annotated[ReadConfig | None, Options(limits)],
     device: Device = None,
-    ray: Ray = False,
-    ray_address: RayAddress = None,
-    ray_workers: RayWorkers = None,
-    ray_cores: RayCores = 1,
-    ray_gpus: RayGPUs = None,
+    cluster: Cluster,
     as_json: AsJSON = False,
 ) -> None:
     """Compress documents into the store.
@@ -144,35 +170,17 @@ def ingest(
       lloco ingest docs/ --ray
       lloco ingest docs/ --ray --ray-address auto --ray-gpus 1
     """
-    metadata = parse_metadata(meta or [])
-    if group is not None:
-        metadata[GROUP] = check_group(group)
-    limits = {"read": parse_limits(limit)} if limit else {}
-    cluster = cluster_of(ray, ray_address, ray_workers, ray_cores, ray_gpus)
-    with factory.open_engine(
-        store,
-        create=True,
-        decoder=decoder,
-        embedder=embedder,
-        ratio=ratio,
-        segment_tokens=segment_tokens,
-        dtype=dtype.value if dtype else None,
-        device=device,
-        compressor=compressor,
-        settings=parse_settings(settings or [])
-        | _refinement(refine, store)
-        | ({} if max_divergence is None else {"max_divergence": max_divergence}),
-    ) as engine:
+    with stores.open_engine(create=True, device=device, **made) as engine:
         try:
-            with _progress(paths, show=not as_json and sys.stderr.isatty()) as report_progress:
+            with _progress(paths, show=not as_json and sys.stderr.isatty()) as progress:
                 report = engine.ingest(
                     paths,
                     tenant=tenant,
                     metadata=metadata,
                     prune=prune,
+                    read=read,
                     cluster=cluster,
-                    progress=report_progress,
-                    **limits,
+                    progress=progress,
                 )
         except KeyboardInterrupt:
             typer.echo("Documents finished so far are in the store; the same command goes on from here.", err=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lloco_engine import __version__
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import AsJSON, Decoder, Device, StoreDir
 from lloco_engine.cli.output import counted, human_bytes, print_json, safe
 from lloco_engine.errors import ModelNotFound, StoreNotFound
@@ -124,7 +124,7 @@ def restore(
 
 
 def _say_copied(source: Path, dest: Path, as_json: bool) -> None:
-    with factory.open_store(dest) as opened:
+    with stores.open_store(dest) as opened:
         documents = len(opened.documents())
     if as_json:
         print_json({"from": str(source), "to": str(dest), "documents": documents})
@@ -134,7 +134,7 @@ def _say_copied(source: Path, dest: Path, as_json: bool) -> None:
 
 def _compress_again(store: Path, decoder: str | None, device: str | None) -> list[str]:
     """Make damaged segments again from the text that the store keeps; a sentence for each document."""
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         broken = [info for info in opened.documents() if opened.missing_segments(info.doc_id, info.tenant)]
         documents = [
             Document(
@@ -151,7 +151,7 @@ def _compress_again(store: Path, decoder: str | None, device: str | None) -> lis
     if not documents:
         return []
     done: list[str] = []
-    with factory.open_engine(store, decoder=decoder, device=device) as engine:
+    with stores.open_engine(store, decoder=decoder, device=device) as engine:
         for tenant in sorted({document.tenant for document in documents}):
             report = engine.ingest([document for document in documents if document.tenant == tenant], tenant=tenant)
             done += [f"{doc_id} was compressed again" for doc_id in (*report.repaired, *report.replaced)]
@@ -174,7 +174,7 @@ def stats(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> Non
       lloco stats
       lloco stats --json | jq .bytes.total
     """
-    with factory.open_store(store) as opened:
+    with stores.open_store(store) as opened:
         figures = opened.stats()
     if as_json:
         print_json(figures)
@@ -192,7 +192,7 @@ def info(store: StoreDir = Path("lloco-store"), as_json: AsJSON = False) -> None
     """
     facts: dict[str, Any] = {"lloco": __version__, "libraries": _versions(), "models": _models()}
     try:
-        with factory.open_store(store) as opened:
+        with stores.open_store(store) as opened:
             facts["store"] = {
                 "path": str(store),
                 "memory": opened.manifest.memory,

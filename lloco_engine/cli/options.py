@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lloco_engine.cli.filters import HELP, TEXT_KEYS, parse_filters, value_of
 from lloco_engine.config import ReadConfig
 from lloco_engine.errors import ConfigError
+from lloco_engine.flags import AsJSON, Device, Options
 from lloco_engine.types import MetadataValue
 
 if TYPE_CHECKING:
@@ -19,21 +20,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AsJSON",
+    "Cluster",
     "CompressorName",
     "CompressorSettings",
     "Decoder",
     "Device",
     "Embedder",
     "FilterTerms",
-    "Ray",
-    "RayAddress",
-    "RayCores",
-    "RayGPUs",
-    "RayWorkers",
+    "Models",
     "StoreDir",
-    "TemplateName",
     "Tenant",
-    "cluster_of",
     "parse_filters",
     "parse_limits",
     "parse_metadata",
@@ -55,9 +51,6 @@ Decoder = Annotated[
 ]
 Embedder = Annotated[
     str | None, typer.Option("--embedder", metavar="NAME", help="As --decoder, for the search embedder.")
-]
-Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps. Default: the best there is.")
 ]
 Tenant = Annotated[
     str, typer.Option("--tenant", metavar="NAME", help="Whose documents; tenants never see each other's.")
@@ -84,26 +77,6 @@ TemplateName = Annotated[
         "the decoder.",
     ),
 ]
-Ray = Annotated[
-    bool, typer.Option("--ray", help="Let workers of a Ray cluster make the segments: this machine's cores and GPUs.")
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="The cluster for --ray instead: HOST:PORT, or 'auto' where this machine is a part of it.",
-    ),
-]
-RayWorkers = Annotated[
-    int | None, typer.Option("--ray-workers", min=1, metavar="N", help="Default: as many as there is room for.")
-]
-RayCores = Annotated[float, typer.Option("--ray-cores", metavar="N", help="Cores of each worker.")]
-RayGPUs = Annotated[
-    float | None,
-    typer.Option("--ray-gpus", min=0, metavar="N", help="GPUs of each worker. Default: one, if the cluster has any."),
-]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Adapter = Annotated[
     str,
     typer.Option(
@@ -113,22 +86,61 @@ Adapter = Annotated[
 FilterTerms = Annotated[list[str] | None, typer.Option("--filter", "-f", metavar="TERM", help=HELP)]
 
 
-def cluster_of(
-    ray: bool, address: str | None, workers: int | None, cores: float, gpus: float | None
-) -> RayCluster | None:
-    """The cluster that the options name; None without ``--ray``.
+def models(
+    decoder: Decoder = None,
+    compressor: CompressorName = None,
+    template: TemplateName = None,
+    embedder: Embedder = None,
+    device: Device = None,
+) -> dict[str, Any]:
+    """What answers, as `lloco_engine.cli.stores.open_engine` takes it."""
+    given = {"decoder": decoder, "compressor": compressor, "template": template, "embedder": embedder}
+    return {**given, "device": device}
+
+
+Models = Annotated[dict[str, Any], Options(models)]
+
+
+def cluster(
+    ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Let workers of a Ray cluster make the segments: this machine's cores and GPUs."),
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="The cluster for --ray instead: HOST:PORT, or 'auto' where this machine is a part of it.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option("--ray-workers", min=1, metavar="N", help="Default: as many as there is room for.")
+    ] = None,
+    ray_cores: Annotated[float, typer.Option("--ray-cores", metavar="N", help="Cores of each worker.")] = 1,
+    ray_gpus: Annotated[
+        float | None,
+        typer.Option(
+            "--ray-gpus", min=0, metavar="N", help="GPUs of each worker. Default: one, if the cluster has any."
+        ),
+    ] = None,
+) -> Any:
+    """The `RayCluster` whose workers make segments; None without ``--ray``.
 
     Raises:
         ConfigError: a number is outside its rule.
         typer.BadParameter: an address is given without ``--ray``.
     """
     if not ray:
-        if address is not None or workers is not None:
+        if ray_address is not None or ray_workers is not None:
             raise typer.BadParameter("say --ray beside --ray-address and --ray-workers")
         return None
     from lloco_engine.cluster import RayCluster
 
-    return RayCluster(address or "local", workers, cores, gpus)
+    return RayCluster(ray_address or "local", ray_workers, ray_cores, ray_gpus)
+
+
+Cluster = Annotated["RayCluster | None", Options(cluster)]
 
 
 def parse_metadata(pairs: Sequence[str]) -> dict[str, MetadataValue]:

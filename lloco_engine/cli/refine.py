@@ -10,22 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import (
     AsJSON,
+    Cluster,
     Decoder,
     Device,
-    Ray,
-    RayAddress,
-    RayCores,
-    RayGPUs,
-    RayWorkers,
     StoreDir,
     Tenant,
-    cluster_of,
 )
 from lloco_engine.cli.output import print_json, safe
 from lloco_engine.config import RefineConfig
+from lloco_engine.flags import with_options
 
 if TYPE_CHECKING:
     from lloco_engine.refining import RefineProgress
@@ -37,10 +33,11 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command()(refine)
+    app.command()(with_options(refine))
 
 
 def refine(
+    *,
     store: StoreDir = Path("lloco-store"),
     documents: Annotated[
         list[str] | None,
@@ -58,11 +55,7 @@ def refine(
     ] = RefineConfig.stretch,
     decoder: Decoder = None,
     device: Device = None,
-    ray: Ray = False,
-    ray_address: RayAddress = None,
-    ray_workers: RayWorkers = None,
-    ray_cores: RayCores = 1,
-    ray_gpus: RayGPUs = None,
+    cluster: Cluster,
     as_json: AsJSON = False,
 ) -> None:
     """Bring the store's segments nearer to their text.
@@ -81,8 +74,7 @@ def refine(
     """
     config = RefineConfig(steps=steps_of(steps), stretch=stretch)
     seconds = None if budget is None else parse_seconds(budget)
-    cluster = cluster_of(ray, ray_address, ray_workers, ray_cores, ray_gpus)
-    with factory.open_engine(store, decoder=decoder, device=device) as engine:
+    with stores.open_engine(store, decoder=decoder, device=device) as engine:
         report = engine.refine(
             documents or None,
             tenant=tenant,

@@ -10,20 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lloco_engine.cli import factory
+from lloco_engine.cli import stores
 from lloco_engine.cli.options import (
     AsJSON,
-    CompressorName,
-    Decoder,
-    Device,
-    Embedder,
+    Models,
     StoreDir,
-    TemplateName,
     Tenant,
     parse_settings,
 )
 from lloco_engine.cli.output import print_json, print_table, safe
 from lloco_engine.errors import ConfigError
+from lloco_engine.flags import with_options
 
 __all__ = ["register"]
 
@@ -38,8 +35,8 @@ KeysFile = Annotated[Path, typer.Option("--keys", envvar="LLOCO_KEYS", metavar="
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
-    app.command()(serve)
-    app.command("mcp")(tools)
+    app.command()(with_options(serve))
+    app.command("mcp")(with_options(tools))
     keys = typer.Typer(no_args_is_help=True, help="Keys: who may ask a server, for which tenant.")
     keys.command("add")(add)
     keys.command("list")(show)
@@ -48,6 +45,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
+    *,
     store: StoreDir = Path("lloco-store"),
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: one that is free.")] = 8000,
@@ -61,11 +59,7 @@ def serve(
             help="concurrent, queue, requests, question_chars, body_bytes, upload_bytes, body_s or send_s; repeatable.",
         ),
     ] = None,
-    decoder: Decoder = None,
-    compressor: CompressorName = None,
-    template: TemplateName = None,
-    embedder: Embedder = None,
-    device: Device = None,
+    models: Models,
 ) -> None:
     """Serve a store: the OpenAI API, and a page to look at.
 
@@ -92,8 +86,7 @@ def serve(
     if not store.exists():
         typer.echo(f"there is no store at {store}: an empty one is made", err=True)
     typer.echo(f"opening the store at {store}", err=True)
-    models: dict[str, Any] = {"decoder": decoder, "compressor": compressor, "template": template, "embedder": embedder}
-    with factory.open_engine(store, create=True, device=device, **models) as engine:
+    with stores.open_engine(store, create=True, **models) as engine:
         run(
             engine,
             host=host,
@@ -106,6 +99,7 @@ def serve(
 
 
 def tools(
+    *,
     store: StoreDir = Path("lloco-store"),
     http: Annotated[bool, typer.Option("--http", help="Listen at an address instead of standard input.")] = False,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="With --http: where to listen.")] = "127.0.0.1",
@@ -113,11 +107,7 @@ def tools(
     keys: Keys = None,
     write: Annotated[bool, typer.Option("--write", help="Tools that add and delete documents, too.")] = False,
     tenant: Tenant = "",
-    decoder: Decoder = None,
-    compressor: CompressorName = None,
-    template: TemplateName = None,
-    embedder: Embedder = None,
-    device: Device = None,
+    models: Models,
 ) -> None:
     """Give a store to agents as tools, by the Model Context Protocol.
 
@@ -140,8 +130,7 @@ def tools(
     if keys is not None and (tenant or not http):
         raise typer.BadParameter("--keys is for --http, and each key has its own tenant; leave --tenant out, or --keys")
     known = check_address(host, keys) if http else None
-    models: dict[str, Any] = {"decoder": decoder, "compressor": compressor, "template": template, "embedder": embedder}
-    with factory.open_engine(store, device=device, **models) as engine:
+    with stores.open_engine(store, **models) as engine:
         shared: dict[str, Any] = {"tenant": tenant, "write": write, "say": lambda text: typer.echo(text, err=True)}
         if http:
             run_http(engine, host=host, port=port, keys=known, **shared)

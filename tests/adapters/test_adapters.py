@@ -461,13 +461,13 @@ def test_adapters_on_the_command_line(store, made):
 
 
 def test_a_group_is_given_with_the_documents(tmp_path, monkeypatch):
-    from lloco_engine.cli import factory
+    from lloco_engine.cli import stores
 
     (tmp_path / "a.md").write_text("The court of Orne sat in May.")
     double = create_autospec(Engine, instance=True)
     double.__enter__.return_value = double
     double.ingest.return_value = IngestReport()
-    monkeypatch.setattr(factory, "open_engine", lambda *_, **__: double)
+    monkeypatch.setattr(stores, "open_engine", lambda *_, **__: double)
     assert cli("ingest", tmp_path / "a.md", "--group", "law", "--meta", "year=2024").exit_code == 0
     assert double.ingest.call_args.kwargs["metadata"] == {"group": "law", "year": 2024}
     assert cli("ingest", tmp_path / "a.md", "--group", "a/b").exit_code == 1

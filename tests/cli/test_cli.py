@@ -21,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 from lloco_engine import __version__
-from lloco_engine.cli import app, factory
+from lloco_engine.cli import app, stores
 from lloco_engine.cli.ingest import _progress
 from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
@@ -86,11 +86,12 @@ class EngineDouble:
         tenant: str = "",
         metadata: Mapping[str, Any] | None = None,
         prune: bool = False,
+        read: Any = None,
         cluster: Any = None,
         progress: Any = None,
     ):
         sources = list(sources)
-        assert cluster is None
+        assert (read, cluster) == (None, None)
         self._note("ingest", sources, {"tenant": tenant, "metadata": metadata, "prune": prune})
         skipped: Counter[str] = Counter()
         items = [item for item in sources if isinstance(item, Document)]
@@ -182,15 +183,15 @@ def engine(monkeypatch) -> EngineDouble:
         double.opened = {"store": store, **options}
         return specced(Engine, double)
 
-    monkeypatch.setattr(factory, "open_engine", create_autospec(factory.open_engine, side_effect=opened))
+    monkeypatch.setattr(stores, "open_engine", create_autospec(stores.open_engine, side_effect=opened))
     return double
 
 
 @pytest.fixture
 def store(monkeypatch) -> StoreDouble:
     double = StoreDouble()
-    opened = create_autospec(factory.open_store, side_effect=lambda store: specced(Store, double))
-    monkeypatch.setattr(factory, "open_store", opened)
+    opened = create_autospec(stores.open_store, side_effect=lambda store: specced(Store, double))
+    monkeypatch.setattr(stores, "open_store", opened)
     return double
 
 
@@ -710,7 +711,7 @@ def test_open_engine_takes_what_is_not_given_from_the_store(monkeypatch, tmp_pat
     seen: dict[str, Any] = {}
     opener = SimpleNamespace(open=lambda store, **options: seen.update(options))
     monkeypatch.setitem(sys.modules, "lloco_engine.engine", SimpleNamespace(Engine=opener))
-    factory.open_engine(tmp_path, create=True)
+    stores.open_engine(tmp_path, create=True)
     assert (seen["decoder"], seen["compress"].ratio, seen["chunk"]) == ("embedded", 16.0, None)  # sizes that fit it
     manifest = {
         "decoder": "d",
@@ -721,12 +722,12 @@ def test_open_engine_takes_what_is_not_given_from_the_store(monkeypatch, tmp_pat
         "chunk": {"segment_tokens": 400},
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    factory.open_engine(tmp_path)
+    stores.open_engine(tmp_path)
     assert (seen["decoder"], seen["embedder"], seen["create"]) == ("d", "e", False)
     assert (seen["compress"].name, seen["compress"].ratio) == ("c", 8.0)
     assert (seen["chunk"].segment_tokens, seen["store_config"].dtype) == (400, "int8")
-    factory.open_engine(tmp_path, ratio=4, segment_tokens=64, dtype="float16", decoder="other")
+    stores.open_engine(tmp_path, ratio=4, segment_tokens=64, dtype="float16", decoder="other")
     assert (seen["decoder"], seen["compress"].ratio, seen["store_config"].dtype) == ("other", 4, "float16")
     assert (seen["chunk"].segment_tokens, seen["chunk"].window_tokens) == (64, 64)
     with pytest.raises(StoreNotFound):
-        factory.open_engine(tmp_path / "none")
+        stores.open_engine(tmp_path / "none")

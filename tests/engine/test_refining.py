@@ -273,7 +273,7 @@ def test_kill_leaves_each_segment_as_before_or_after(engine, filled, tiny_folder
 
 def test_the_command_tells_how_far_it_is_and_show_tells_the_divergence(engine, tiny_folder, monkeypatch):
     path = engine.store.path
-    monkeypatch.setattr("lloco_engine.cli.factory.open_engine", lambda store, **_: opened(store, str(tiny_folder)))
+    monkeypatch.setattr("lloco_engine.cli.stores.open_engine", lambda store, **_: opened(store, str(tiny_folder)))
     runner = CliRunner()
     done = runner.invoke(
         app, ["refine", "--store", str(path), "--steps", "4", "--stretch", "32", "--documents", "mills"]

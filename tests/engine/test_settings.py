@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import lloco_integrations.langchain as lc
 import lloco_integrations.llama_index as li
 from lloco_engine import AskRequest, Engine, GenerateConfig, PrefixConfig, RetrieveConfig
-from lloco_engine.cli import app, factory
+from lloco_engine.cli import app, stores
 from lloco_engine.context import ContextBuilder
 from lloco_engine.errors import ConfigError
 from lloco_engine.request import SETTINGS
@@ -73,7 +73,7 @@ def asked(engine, monkeypatch) -> list[AskRequest]:
 
     monkeypatch.setattr(ContextBuilder, "find", note)
     monkeypatch.setattr(ContextBuilder, "search", note)
-    monkeypatch.setattr(factory, "open_engine", lambda store, **options: engine)
+    monkeypatch.setattr(stores, "open_engine", lambda store, **options: engine)
     monkeypatch.setattr(Engine, "close", lambda self: None)
     return seen
 
