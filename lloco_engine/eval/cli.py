@@ -15,7 +15,7 @@ from lloco_engine.eval.cli_report import report
 from lloco_engine.eval.cli_scores import scores
 from lloco_engine.eval.settings import EvalConfig
 from lloco_engine.eval.tasks import NAMES as TASKS
-from lloco_engine.flags import split, with_flags
+from lloco_engine.flags import Device, split, with_flags
 
 __all__ = ["register"]
 
@@ -27,9 +27,6 @@ _COSTS = ("prompt_slots", "prompt_tokens", "source_tokens")
 Decoder = Annotated[
     str,
     typer.Option("--decoder", envvar="LLOCO_DECODER", metavar="NAME", help="'embedded', a local folder or a hub id."),
-]
-Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps. Default: the best there is.")
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lloco_engine.eval.published import NAMES
+from lloco_engine.flags import AsJSON
 
 __all__ = ["data"]
 
@@ -24,7 +25,7 @@ def data(
         str | None, typer.Option(metavar="NAME", help="Which part. Default: the one to evaluate on.")
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="DOCS", min=1, help="Write only the first documents.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Turn a published data set into records, one document with its questions a
     line.

@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lloco_engine.flags import AsJSON, Device, Options, with_options
 
 if TYPE_CHECKING:
     from lloco_engine.finetune.config import FinetuneConfig
@@ -34,21 +37,17 @@ Decoder = Annotated[
         help="'embedded', a local folder or a hub id. Default: the store's.",
     ),
 ]
-Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps. Default: the best there is.")
-]
 Tenant = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose documents of the store.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
-    app.command()(finetune)
+    app.command()(with_options(finetune))
     app.command("self-study")(self_study)
     app.command()(practice)
 
 
-def finetune(
+def data_files(
     data: Annotated[
         list[Path] | None,
         typer.Option("--data", metavar="FILE", help="JSON Lines, one document with its questions a line; repeatable."),
@@ -57,18 +56,65 @@ def finetune(
         list[Path] | None,
         typer.Option("--self-study", metavar="FILE", help="What `lloco self-study` wrote; repeatable."),
     ] = None,
+    limit: Annotated[
+        list[int] | None,
+        typer.Option("--limit", metavar="DOCS", min=1, help="First documents of each --data, in the same order."),
+    ] = None,
+) -> list[Any]:
+    """What is trained on; `typer.BadParameter` where there is nothing."""
+    from lloco_engine.finetune.run import DataFile
+
+    limits = [*(limit or []), *([None] * len(data or []))]
+    files = [DataFile(path, most) for path, most in zip(data or [], limits, strict=False)]
+    files += [DataFile(path, self_study=True) for path in studied or []]
+    if not files:
+        raise typer.BadParameter("give at least one --data or --self-study file")
+    return files
+
+
+def changed_preset(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="small (decoders under a billion weights) or paper (LLoCO's own).")
+    ] = "small",
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the preset's.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,
+    max_minutes: Annotated[
+        float, typer.Option(metavar="M", min=0.0, help="Wall time by which the run ends well; 0 is no limit.")
+    ] = 0.0,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=JSON", help="Any other setting, e.g. ratios=[8,16]; repeatable."),
+    ] = None,
+) -> Callable[[float | None], Any]:
+    """How it is trained: the preset with changes. A store's ratio is among those trained on, unless they were named."""
+    named = {"learning_rate": learning_rate, "rank": rank, "epochs": epochs, "max_minutes": max_minutes}
+    changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None} | _settings(setting)
+
+    def config(ratio: float | None) -> FinetuneConfig:
+        from lloco_engine.finetune.config import preset as get
+
+        made = get(preset, **changes)
+        if ratio is None or "ratios" in changes:
+            return made
+        return replace(made, ratios=tuple(sorted({*made.ratios, ratio})))
+
+    return config
+
+
+Files = Annotated["list[DataFile]", Options(data_files)]
+Training = Annotated["Callable[[float | None], FinetuneConfig]", Options(changed_preset)]
+
+
+def finetune(
+    *,
+    files: Files,
     store: Store = None,
     group: Annotated[str, typer.Option("--group", metavar="NAME", help="Group of the store's documents.")] = "default",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write the adapter's folder here, without a store.")
     ] = None,
-    preset: Annotated[
-        str, typer.Option(metavar="NAME", help="small (decoders under a billion weights) or paper (LLoCO's own).")
-    ] = "small",
-    limit: Annotated[
-        list[int] | None,
-        typer.Option("--limit", metavar="DOCS", min=1, help="First documents of each --data, in the same order."),
-    ] = None,
+    config: Training,
     max_document_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Leave longer documents out.")
     ] = None,
@@ -76,19 +122,9 @@ def finetune(
         Path | None,
         typer.Option("--from", metavar="DIR", help="An adapter to go on from: of the same rank, of no other targets."),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the preset's.")] = None,
-    rank: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="Instead of the preset's.")] = None,
-    max_minutes: Annotated[
-        float, typer.Option(metavar="M", min=0.0, help="Wall time by which the run ends well; 0 is no limit.")
-    ] = 0.0,
     refine: Annotated[
         int, typer.Option(metavar="N", min=0, help="With --out: steps of refinement for each segment that is read.")
     ] = 0,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=JSON", help="Any other setting, e.g. ratios=[8,16]; repeatable."),
-    ] = None,
     work: Annotated[
         Path | None, typer.Option("--work", metavar="DIR", help="The run's own folder, if not beside what it makes.")
     ] = None,
@@ -110,34 +146,24 @@ def finetune(
       lloco finetune --store work --self-study studied.jsonl --group law --max-minutes 60
       lloco finetune --data a.jsonl --data b.jsonl --out adapter --preset paper
     """
-    from lloco_engine.finetune.run import DataFile
-
     if (store is None) == (out is None):
         raise typer.BadParameter("give --store, to tune for a store's group, or --out, to write a folder")
-    named = {"learning_rate": learning_rate, "rank": rank, "epochs": epochs, "max_minutes": max_minutes}
-    changes: dict[str, Any] = {name: value for name, value in named.items() if value is not None} | _settings(setting)
-    limits = [*(limit or []), *([None] * len(data or []))]
-    files = [DataFile(path, most) for path, most in zip(data or [], limits, strict=False)]
-    files += [DataFile(path, self_study=True) for path in studied or []]
-    if not files:
-        raise typer.BadParameter("give at least one --data or --self-study file")
     common = {"group": group, "longest": max_document_tokens, "start": begin_with}
-    if store is not None:
-        if refine:
-            raise typer.BadParameter(
-                "goes with --out; a store says itself how its segments are made", param_hint="--refine"
-            )
-        _for_store(store, files, preset, changes, {**common, "tenant": tenant, "work": work}, decoder, device, as_json)
+    if out is not None:
+        _for_folder(out, files, config(None), common, refine, work, decoder, device, as_json)
         return
-    assert out is not None
-    _for_folder(out, files, preset, changes, common, refine, work, decoder, device, as_json)
+    assert store is not None
+    if refine:
+        raise typer.BadParameter(
+            "goes with --out; a store says itself how its segments are made", param_hint="--refine"
+        )
+    _for_store(store, files, config, {**common, "tenant": tenant, "work": work}, decoder, device, as_json)
 
 
 def _for_store(
     store: Path,
     files: Sequence[DataFile],
-    preset: str,
-    changes: dict[str, Any],
+    config: Callable[[float | None], FinetuneConfig],
     options: dict[str, Any],
     decoder: str | None,
     device: str | None,
@@ -149,9 +175,9 @@ def _for_store(
     from lloco_engine.finetune.run import finetune_store
 
     with Engine.open(store, decoder=decoder, create=False, device=device or _own_device()) as engine:
-        config = _config(preset, changes, engine.manifest.ratio)
         with _shown(as_json) as progress:
-            kept = finetune_store(engine, files, config, told=_told(as_json), progress=progress, **options)
+            made = config(engine.manifest.ratio)
+            kept = finetune_store(engine, files, made, told=_told(as_json), progress=progress, **options)
         group = options["group"]
         tagged = any((info.metadata.get(GROUP) or DEFAULT) == group for info in engine.documents(options["tenant"]))
     if as_json:
@@ -169,8 +195,7 @@ def _for_store(
 def _for_folder(
     out: Path,
     files: Sequence[DataFile],
-    preset: str,
-    changes: dict[str, Any],
+    config: FinetuneConfig,
     options: dict[str, Any],
     refine: int,
     work: Path | None,
@@ -184,7 +209,6 @@ def _for_folder(
     from lloco_engine.decoder.local import LocalDecoder
     from lloco_engine.finetune.run import Finetune
 
-    config = _config(preset, changes, None)
     loaded = LocalDecoder.load(decoder or "embedded", device=device or _own_device())
     chunker = Chunker(loaded.tokenizer, text_ids=loaded.template.text_ids)
     compressor = registry.get(CompressConfig.name, **RefineConfig(steps=refine).settings)
@@ -302,18 +326,6 @@ def _own_device() -> str | None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return None
-
-
-def _config(preset: str, changes: dict[str, Any], ratio: float | None) -> FinetuneConfig:
-    """The preset with changes; a store's own ratio is among those trained on, unless they were named."""
-    from dataclasses import replace
-
-    from lloco_engine.finetune.config import preset as get
-
-    config = get(preset, **changes)
-    if ratio is not None and "ratios" not in changes:
-        config = replace(config, ratios=tuple(sorted({*config.ratios, ratio})))
-    return config
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
