@@ -22,6 +22,7 @@ from lloco_engine.cli.options import (
     Decoder,
     Device,
     Embedder,
+    RayCommand,
     StoreDir,
     Tenant,
     parse_limits,
@@ -50,7 +51,7 @@ class OnDisk(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command()(with_options(ingest))
+    app.command(cls=RayCommand)(with_options(ingest))
 
 
 def new_store(
@@ -168,7 +169,7 @@ def ingest(
       lloco ingest contracts/ --group law
       lloco ingest docs/ --store fine --refine auto --max-divergence 0.3
       lloco ingest docs/ --ray
-      lloco ingest docs/ --ray --ray-address auto --ray-gpus 1
+      lloco ingest docs/ --ray auto --ray-gpus 1
     """
     with stores.open_engine(create=True, device=device, **made) as engine:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lloco_engine.cli.filters import HELP, TEXT_KEYS, parse_filters, value_of
 from lloco_engine.config import ReadConfig
@@ -28,6 +30,7 @@ __all__ = [
     "Embedder",
     "FilterTerms",
     "Models",
+    "RayCommand",
     "StoreDir",
     "Tenant",
     "parse_filters",
@@ -35,6 +38,8 @@ __all__ = [
     "parse_metadata",
     "parse_settings",
 ]
+
+_ADDRESS = re.compile(r"auto|local|(?:ray://)?[^/\s]+:\d+")  # of a Ray cluster
 
 StoreDir = Annotated[
     Path, typer.Option("--store", envvar="LLOCO_STORE", metavar="DIR", help="Folder of the store.", show_default=True)
@@ -101,17 +106,27 @@ def models(
 Models = Annotated[dict[str, Any], Options(models)]
 
 
+class RayCommand(TyperCommand):
+    """A command with ``--ray [ADDRESS]``: what follows is its value only where it looks like an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See `TyperCommand.parse_args`; ``--ray`` alone is this machine."""
+        end = args.index("--") if "--" in args else len(args)
+        named = [
+            "--ray=local" if one == "--ray" and at < end and not _ADDRESS.fullmatch(after) else one
+            for at, (one, after) in enumerate(zip(args, [*args[1:], ""], strict=True))
+        ]
+        return super().parse_args(ctx, named)
+
+
 def cluster(
     ray: Annotated[
-        bool,
-        typer.Option("--ray", help="Let workers of a Ray cluster make the segments: this machine's cores and GPUs."),
-    ] = False,
-    ray_address: Annotated[
         str | None,
         typer.Option(
-            "--ray-address",
-            metavar="ADDRESS",
-            help="The cluster for --ray instead: HOST:PORT, or 'auto' where this machine is a part of it.",
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Let workers of a Ray cluster make the segments: of this machine's cores and GPUs, or of the cluster "
+            "at HOST:PORT, or 'auto' where this machine is a part of it.",
         ),
     ] = None,
     ray_workers: Annotated[
@@ -125,19 +140,19 @@ def cluster(
         ),
     ] = None,
 ) -> Any:
-    """The `RayCluster` whose workers make segments; None without ``--ray``.
+    """The `RayCluster` whose workers make segments; None without ``--ray``. Commands that take it are `RayCommand`.
 
     Raises:
         ConfigError: a number is outside its rule.
-        typer.BadParameter: an address is given without ``--ray``.
+        typer.BadParameter: workers are asked for without ``--ray``.
     """
-    if not ray:
-        if ray_address is not None or ray_workers is not None:
-            raise typer.BadParameter("say --ray beside --ray-address and --ray-workers")
+    if ray is None:
+        if ray_workers is not None:
+            raise typer.BadParameter("say --ray beside --ray-workers")
         return None
     from lloco_engine.cluster import RayCluster
 
-    return RayCluster(ray_address or "local", ray_workers, ray_cores, ray_gpus)
+    return RayCluster(ray, ray_workers, ray_cores, ray_gpus)
 
 
 Cluster = Annotated["RayCluster | None", Options(cluster)]

@@ -16,6 +16,7 @@ from lloco_engine.cli.options import (
     Cluster,
     Decoder,
     Device,
+    RayCommand,
     StoreDir,
     Tenant,
 )
@@ -33,7 +34,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command()(with_options(refine))
+    app.command(cls=RayCommand)(with_options(refine))
 
 
 def refine(

@@ -25,6 +25,7 @@ from lloco_engine.cli import app, stores
 from lloco_engine.cli.ingest import _progress
 from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
+from lloco_engine.cluster import RayCluster
 from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
 from lloco_engine.engine import Engine
 from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
@@ -50,6 +51,7 @@ class EngineDouble:
         self.answer = ANSWER
         self.error: BaseException | None = None
         self.closed = 0
+        self.cluster: Any = None
 
     def __enter__(self) -> EngineDouble:
         return self
@@ -91,7 +93,8 @@ class EngineDouble:
         progress: Any = None,
     ):
         sources = list(sources)
-        assert (read, cluster) == (None, None)
+        assert read is None
+        self.cluster = cluster
         self._note("ingest", sources, {"tenant": tenant, "metadata": metadata, "prune": prune})
         skipped: Counter[str] = Counter()
         items = [item for item in sources if isinstance(item, Document)]
@@ -476,6 +479,25 @@ def test_ingest_passes_every_option_on(engine, corpus):
     assert engine.calls == [
         ("ingest", [corpus], {"tenant": "acme", "metadata": {"year": 2024, "team": "pumps"}, "prune": True})
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "address"),
+    [(["--ray"], "local"), (["--ray", "--prune"], "local"), (["--ray", "auto"], "auto"), (["--ray=head"], "head"),
+     (["--ray", "head.lan:6379"], "head.lan:6379"), (["--ray", "ray://[::1]:10001"], "ray://[::1]:10001")],
+    ids=str,
+)  # fmt: skip
+def test_ray_takes_an_address_or_none(engine, corpus, flags, address):
+    assert run("ingest", *flags, corpus).exit_code == 0
+    assert (engine.cluster.address, engine.calls[0][1]) == (address, [corpus])
+    assert run("ingest", corpus, *flags, "--ray-workers", "2", "--ray-gpus", "0.5").exit_code == 0
+    assert engine.cluster == RayCluster(address, 2, 1, 0.5)
+
+
+def test_no_cluster_makes_segments_without_ray(engine, corpus):
+    assert run("ingest", corpus).exit_code == 0
+    assert engine.cluster is None
+    assert run("ingest", corpus, "--ray-workers", "2").exit_code == 2
 
 
 def test_an_empty_folder_is_said_to_be_empty(engine, tmp_path):
