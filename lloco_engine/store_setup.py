@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lloco_engine.embedder import Encodes
     from lloco_engine.remote import Address
 
-__all__ = ["Setup", "open_store", "stored_manifest"]
+__all__ = ["Setup", "makers_of", "open_store", "stored_manifest"]
 
 
 _STEP = 64  # a default segment size that is made to fit is a multiple of it
@@ -166,23 +166,13 @@ class Setup:
 
     def expected(self) -> dict[str, Any]:
         """The fields of a manifest that a store must have to be used with this."""
-        facts, embeds = self.facts, self.kind.embeds
-        shape = facts.shape
-        return {
-            "decoder_fingerprint": facts.fingerprint,
-            "tokenizer_fingerprint": facts.tokenizer_fingerprint,
-            "template_fingerprint": "none" if embeds else facts.template.fingerprint,
-            "layers": shape.layers,
-            "kv_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "memory": self.compressor.memory,
+        return makers_of(self.facts, self.compressor) | {
             "compressor": self.compressor.name,
-            "compressor_settings": self.compressor.settings,
             "ratio": self._ratio(),
             "dtype": self.store.dtype,
             "embedder_fingerprint": self.embedder.fingerprint,
             "chunk": self.chunk.to_json(),
-            "summary_dim": shape.embedding if embeds else 0,
+            "summary_dim": self.facts.shape.embedding if self.kind.embeds else 0,
         }
 
     def _ratio(self) -> float:
@@ -225,6 +215,20 @@ class Setup:
             engine_version=__version__,
             **self.expected(),
         )
+
+
+def makers_of(decoder: DecoderFacts | AnsweringDecoder, compressor: Compressor) -> dict[str, Any]:
+    """The fields of a manifest that say which decoder and compressor make segments."""
+    return {
+        "decoder_fingerprint": decoder.fingerprint,
+        "tokenizer_fingerprint": decoder.tokenizer_fingerprint,
+        "template_fingerprint": "none" if kinds.get(compressor.memory).embeds else decoder.template.fingerprint,
+        "layers": decoder.shape.layers,
+        "kv_heads": decoder.shape.kv_heads,
+        "head_dim": decoder.shape.head_dim,
+        "memory": compressor.memory,
+        "compressor_settings": compressor.settings,
+    }
 
 
 def _elsewhere(decoder: object, stored: Manifest | None) -> Address | None:

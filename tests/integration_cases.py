@@ -11,6 +11,14 @@ from lloco_engine.testing import HashingEmbedder
 
 TENANTS = ("red", "blue")
 TOPICS = ("pump", "crane", "valve", "mirror", "ladder", "kettle")
+# what a real decoder is asked about
+TEXTS = {
+    "velmora": "Velmora Pumps was founded in 1931 in the harbour town of Astrelin by the engineer Ilse Kontar. Its "
+    "best known pump, the Kingfisher, lifts two hundred litres a second and stands in the lock of Orvane.",
+    "harrow": "The Harrow-9 dries kelp. Its production drum is made of phosphor bronze, and its spindle clamp is "
+    "tightened to 27 newton metres. It was designed by Maud Tessaly in Brackenhythe.",
+}
+QUESTION = "Who founded Velmora Pumps?"
 
 
 def story(topic: str, tenant: str = "red", sentences: int = 5) -> str:

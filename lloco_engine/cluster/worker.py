@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lloco_engine import __version__, errors, kinds
+from lloco_engine import __version__, errors
 from lloco_engine.errors import ConfigError, LLoCOError
 from lloco_engine.jobs import Bench, Job
 from lloco_engine.plugins import PLUGINS
@@ -109,6 +109,7 @@ class Worker:
     def _loaded(self) -> Bench:
         from lloco_engine.compress import registry
         from lloco_engine.decoder.local import LocalDecoder
+        from lloco_engine.store_setup import makers_of
 
         recipe = self._recipe
         if recipe.version != __version__:
@@ -121,18 +122,7 @@ class Worker:
         manifest = Manifest.from_json(recipe.manifest)
         compressor = registry.get(manifest.compressor, **manifest.compressor_settings)
         decoder = LocalDecoder.load(recipe.decoder, device=recipe.device, dtype=recipe.dtype, template=recipe.template)
-        embeds = kinds.get(manifest.memory).embeds
-        loaded = {
-            "memory": compressor.memory,
-            "compressor_settings": compressor.settings,
-            "decoder_fingerprint": decoder.fingerprint,
-            "tokenizer_fingerprint": decoder.tokenizer_fingerprint,
-            "template_fingerprint": "none" if embeds else decoder.template.fingerprint,
-            "layers": decoder.shape.layers,
-            "kv_heads": decoder.shape.kv_heads,
-            "head_dim": decoder.shape.head_dim,
-        }
-        manifest.check(loaded, Path(recipe.store))
+        manifest.check(makers_of(decoder, compressor), Path(recipe.store))
         decoder.template_cache()
         return Bench(decoder, compressor, manifest.ratio, manifest.form)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from cluster_cases import TeamCluster, content, differing, documents, opened
+from summary_cases import save_tiny_autocompressor
 
 from lloco_engine import Document, jobs
 from lloco_engine.cluster import RayCluster
@@ -13,7 +14,7 @@ from lloco_engine.cluster.pool import Pool
 from lloco_engine.cluster.worker import Outcome
 from lloco_engine.config import CompressConfig, RefineConfig
 from lloco_engine.errors import ConfigError, LLoCOError, StoreMismatch
-from lloco_engine.testing import save_tiny_autocompressor, save_tiny_decoder
+from lloco_engine.testing import save_tiny_decoder
 from lloco_engine.types import IngestReport
 
 DOCUMENTS = documents(12)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from summary_cases import save_tiny_autocompressor
 
 from lloco_engine.compress.autocompressor import AutoCompressor
 from lloco_engine.errors import ConfigError, ModelNotFound, UnsupportedModel
-from lloco_engine.testing import save_tiny_autocompressor, save_tiny_decoder
+from lloco_engine.testing import save_tiny_decoder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SUMMARY = 4

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from decoder_cases import TEXT, place, spiced, tiny, tokens, whole
+from summary_cases import save_tiny_autocompressor
 
 from lloco_engine.compress import attention_matching, chained, registry, repetition
 from lloco_engine.compress.attention_matching import AttentionMatching
@@ -19,7 +20,7 @@ from lloco_engine.compress.repetition import causal_attention, spread
 from lloco_engine.compress.uncompressed import Uncompressed
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import ConfigError
-from lloco_engine.testing import save_tiny_autocompressor, tiny_decoder
+from lloco_engine.testing import tiny_decoder
 from lloco_engine.types import Segment
 
 SHAPES = [

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from summary_cases import save_tiny_autocompressor
 from typer.testing import CliRunner
 
 from lloco_engine import ChunkConfig, CompressConfig, Document, Engine, GenerateConfig, PrefixConfig
@@ -28,7 +29,7 @@ from lloco_engine.kinds.summary import SummaryFormat, SummarySegment
 from lloco_engine.models import quiet
 from lloco_engine.prefix import Room, assemble
 from lloco_engine.store import Store, segments
-from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor, save_tiny_decoder, tiny_tokenizer
+from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_tokenizer
 from lloco_engine.tokenizing import encode
 from lloco_engine.types import Prefix, Segment
 

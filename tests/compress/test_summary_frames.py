@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from summary_cases import save_tiny_autocompressor
 
 from lloco_engine import ChunkConfig, CompressConfig, Document, Engine, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.kinds.summary import SummarySegment
 from lloco_engine.models import quiet
 from lloco_engine.prefix import Room, assemble
-from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor
+from lloco_engine.testing import HashingEmbedder
 
 pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 

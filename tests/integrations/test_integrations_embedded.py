@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from integration_cases import QUESTION, TEXTS
 from llama_cases import chat_memory
 from llama_index.core import VectorStoreIndex
 from llama_index.core.chat_engine import ContextChatEngine
@@ -15,13 +16,6 @@ from lloco_integrations.llama_index import LLoCOEmbedding, LLoCOLLM, LLoCONodePo
 
 pytestmark = pytest.mark.usefixtures("no_network", "closed_loop")
 GENERATE = GenerateConfig(max_new_tokens=24)
-TEXTS = {
-    "velmora": "Velmora Pumps was founded in 1931 in the harbour town of Astrelin by the engineer Ilse Kontar. Its "
-    "best known pump, the Kingfisher, lifts two hundred litres a second and stands in the lock of Orvane.",
-    "harrow": "The Harrow-9 dries kelp. Its production drum is made of phosphor bronze, and its spindle clamp is "
-    "tightened to 27 newton metres. It was designed by Maud Tessaly in Brackenhythe.",
-}
-QUESTION = "Who founded Velmora Pumps?"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import langchain_cases as cases
 import pytest
+from integration_cases import QUESTION, TEXTS
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.output_parsers import StrOutputParser
@@ -16,13 +17,6 @@ from lloco_integrations.langchain import ChatLLoCO, LLoCOLLM, LLoCORetriever
 
 pytestmark = pytest.mark.usefixtures("no_network")
 GENERATE = GenerateConfig(max_new_tokens=16)
-TEXTS = {
-    "velmora": "Velmora Pumps was founded in 1931 in the harbour town of Astrelin by the engineer Ilse Kontar. Its "
-    "best known pump, the Kingfisher, lifts two hundred litres a second and stands in the lock of Orvane.",
-    "harrow": "The Harrow-9 dries kelp. Its production drum is made of phosphor bronze, and its spindle clamp is "
-    "tightened to 27 newton metres. It was designed by Maud Tessaly in Brackenhythe.",
-}
-QUESTION = "Who founded Velmora Pumps?"
 
 
 @pytest.fixture(scope="module")

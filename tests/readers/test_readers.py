@@ -14,8 +14,14 @@ import pytest
 from lloco_engine.config import ReadConfig
 from lloco_engine.errors import ConfigError
 from lloco_engine.readers import read_paths
-from lloco_engine.readers.formats import read_html, read_markdown, read_pdf
+from lloco_engine.readers.formats import parse
 from lloco_engine.types import Document, Failure
+
+
+def read_as(suffix: str, data: bytes) -> tuple[str, str]:
+    """Title and text of a file."""
+    parsed = parse(suffix, data, ReadConfig())
+    return parsed.title, parsed.text
 
 
 def pdf(*pages: str, title: str = "", password: str | None = None) -> bytes:
@@ -75,7 +81,7 @@ def test_a_byte_order_mark_is_dropped(tmp_path):
 
 
 def test_markdown_is_titled_by_its_first_heading():
-    assert read_markdown(b"intro\n\n## The pump ##\n\ntext\n# Later\n") == (
+    assert read_as(".md", b"intro\n\n## The pump ##\n\ntext\n# Later\n") == (
         "The pump",
         "intro\n\n## The pump ##\n\ntext\n# Later\n",
     )
@@ -83,14 +89,14 @@ def test_markdown_is_titled_by_its_first_heading():
 
 @pytest.mark.parametrize("title", [f"0x{'f' * 9_000}", "9" * 9_000, "[" * 9_000, "2024-99-99"])
 def test_a_title_that_cannot_be_told_does_not_cost_the_text(title):
-    found, text = read_markdown(f"---\ntitle: {title}\n---\n# The pump\n\ntext".encode())
+    found, text = read_as(".md", f"---\ntitle: {title}\n---\n# The pump\n\ntext".encode())
     assert found in ("The pump", title)
     assert text.endswith("# The pump\n\ntext")
 
 
 def test_comments_among_code_spans():
     line = "a `<!-- kept -->` b<!-- gone --> ``c ` <!-- kept --> `` ` ``` <!-- gone -->`` d <!-- shown"
-    assert read_markdown(line.encode())[1] == "a `<!-- kept -->` b ``c ` <!-- kept --> `` ` ``` `` d <!-- shown"
+    assert read_as(".md", line.encode())[1] == "a `<!-- kept -->` b ``c ` <!-- kept --> `` ` ``` `` d <!-- shown"
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
@@ -101,7 +107,7 @@ def test_lines_of_a_page_that_is_shown_turned_keep_their_order(angle):
     writer.add_page(PdfReader(io.BytesIO(pdf("one) Tj 0 -14 Td (two) Tj 0 -14 Td (three"))).pages[0].rotate(angle))
     turned = io.BytesIO()
     writer.write(turned)
-    assert read_pdf(turned.getvalue())[1] == "one\ntwo\nthree"
+    assert read_as(".pdf", turned.getvalue())[1] == "one\ntwo\nthree"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_lines_of_a_page_that_is_shown_turned_keep_their_order(angle):
     ],
 )
 def test_what_is_code_and_what_a_comment(source, kept):
-    assert read_markdown(source.encode())[1] == kept
+    assert read_as(".md", source.encode())[1] == kept
 
 
 def test_html_gives_what_a_browser_shows():
@@ -128,7 +134,7 @@ def test_html_gives_what_a_browser_shows():
     <table><tr><th>x</th> <td>y</td></tr><tr><td>1</td><td>2</td></tr></table><pre>def f():
     return 1</pre><noscript>no</noscript><svg><title>no</title><text>3,150 rpm</text></svg>
     <img alt="no"/>end</body></html>"""
-    title, text = read_html(page)
+    title, text = read_as(".html", page)
     assert title == "Pumps & cranes"
     assert text == (
         "Head\n\nOne bold and two.\n\ncafé 👍\nline\n\na\nb\n\nx\ty\n1\t2\n\ndef f():\n    return 1\n\n3,150 rpm\n\nend"
@@ -144,7 +150,7 @@ def test_html_without_title_takes_its_first_heading(tmp_path):
     "page", [b"<p>a<style>never closed", b"<p>a</p></div></script>", b"a<", b"<p>a &notanentity; &#xFFFFFFF;"]
 )
 def test_broken_html_still_gives_its_text(page):
-    assert read_html(page)[1].startswith("a")
+    assert read_as(".html", page)[1].startswith("a")
 
 
 def test_a_pdf_gives_its_pages_and_title(tmp_path):
@@ -157,7 +163,7 @@ def test_a_pdf_gives_its_pages_and_title(tmp_path):
 def test_an_encrypted_pdf_is_refused_unless_its_password_is_empty(tmp_path):
     (tmp_path / "r.pdf").write_bytes(pdf("Secret.", password="hush"))
     assert "must not be encrypted" in refused(tmp_path / "r.pdf")
-    assert read_pdf(pdf("Open.", password=""))[1] == "Open."
+    assert read_as(".pdf", pdf("Open.", password=""))[1] == "Open."
 
 
 def test_a_damaged_pdf_is_refused_in_silence(tmp_path, capfd):

@@ -7,11 +7,12 @@ import shlex
 
 import pytest
 from adapter_cases import adapter
+from summary_cases import save_tiny_autocompressor
 from typer.testing import CliRunner
 
 from lloco_engine import ChunkConfig, CompressConfig, Document, Engine
 from lloco_engine.cli import app
-from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor
+from lloco_engine.testing import HashingEmbedder
 from lloco_integrations.vllm.args import arguments
 from lloco_integrations.vllm.client import served_name
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 from adapter_cases import adapter
+from summary_cases import save_tiny_autocompressor
 from typer.testing import CliRunner
 from vllm_cases import KEY, Server, running
 
@@ -27,7 +28,7 @@ from lloco_engine import (
 )
 from lloco_engine.cli import app
 from lloco_engine.decoder.local import LocalDecoder
-from lloco_engine.testing import HashingEmbedder, save_tiny_autocompressor, save_tiny_decoder, tiny_tokenizer
+from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_tokenizer
 from lloco_integrations.vllm import client
 from lloco_integrations.vllm.replicas import Replicas, parse_urls
 
