@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 from lloco_engine import kinds
 from lloco_engine.compress import registry
 from lloco_engine.compress.base import Compressor
-from lloco_engine.config import NUMBERS, ChunkConfig, CompressConfig, Config, RetrieveConfig
+from lloco_engine.config import NUMBERS, ChunkConfig, CompressConfig, RetrieveConfig
 from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.embedder import Embedder
 from lloco_engine.engine import Engine, Progress
-from lloco_engine.errors import ConfigError, StoreError
+from lloco_engine.errors import StoreError
 from lloco_engine.eval.corpus import parts, source_ids
 from lloco_engine.eval.costs import SLOW, QuestionCosts
 from lloco_engine.eval.engines import KeptSegments, Remembered, filled
 from lloco_engine.eval.machine import PeakMemory, circumstances
 from lloco_engine.eval.reference import against_transformers
+from lloco_engine.eval.settings import BenchConfig
 from lloco_engine.eval.timing import median_ratio, seconds
-from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER, cache_folder
+from lloco_engine.models import cache_folder
 from lloco_engine.segment_cache import SegmentCache
 from lloco_engine.store import Store
 from lloco_engine.types import Document
@@ -39,58 +40,6 @@ if TYPE_CHECKING:
     from lloco_engine.eval.progress import Report
 
 __all__ = ["BenchConfig", "run"]
-
-
-@dataclass(frozen=True)
-class BenchConfig(Config):
-    """Settings of a bench. The defaults of all but ``source_tokens`` and ``repeats`` are part of what the keys mean.
-
-    Args:
-        source_tokens: tokens of the searched store and of the longest whole source.
-        repeats: measurements of each kind.
-        shortest: the shortest whole source; each is twice as long as the one before.
-        segment_tokens, ratio, top_k: of the retrieved segments.
-        whole_ratio: source tokens per slot where a whole source is read.
-        new_tokens: greedy tokens over which decoding is timed.
-        reference_context: tokens of text in the prompts that transformers' generate answers too.
-        reference_tokens: most tokens of those answers.
-        decoder, device, embedder: as elsewhere.
-        compressor: of `lloco_engine.compress.registry.NAMES`.
-    """
-
-    source_tokens: int = 131072
-    repeats: int = 7
-    shortest: int = 2048
-    segment_tokens: int = ChunkConfig.segment_tokens
-    ratio: float = CompressConfig.ratio
-    top_k: int = 4
-    whole_ratio: float = 30.0
-    new_tokens: int = 32
-    reference_context: int = 1024
-    reference_tokens: int = 64
-    decoder: str = DEFAULT_DECODER
-    device: str | None = None
-    embedder: str = DEFAULT_EMBEDDER
-    compressor: str = CompressConfig.name
-
-    def __post_init__(self) -> None:
-        if self.source_tokens < max(self.shortest, self.segment_tokens):
-            least = max(self.shortest, self.segment_tokens)
-            raise ConfigError(f"source_tokens must be at least {least}, not {self.source_tokens}")
-        if self.new_tokens < 2 or self.repeats < 1:
-            raise ConfigError(
-                f"new_tokens must be at least 2 and repeats at least 1, not {self.new_tokens} and {self.repeats}"
-            )
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The source lengths: doubling from the shortest, and the longest itself."""
-        made = []
-        length = self.shortest
-        while length < self.source_tokens:
-            made.append(length)
-            length *= 2
-        return (*made, self.source_tokens)
 
 
 def run(

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lloco_engine.engine import Engine
-    from lloco_engine.eval.bench import BenchConfig
     from lloco_engine.eval.machine import PeakMemory
     from lloco_engine.eval.progress import Report
+    from lloco_engine.eval.settings import BenchConfig
 
 __all__ = ["SLOW", "QuestionCosts"]
 

@@ -1,4 +1,4 @@
-"""Settings of one evaluation."""
+"""Settings of one evaluation, and of one bench."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lloco_engine.config import ChunkConfig, Config, GenerateConfig, PrefixConfig, StoreConfig, same_setting, setting
+from lloco_engine.config import (
+    ChunkConfig,
+    CompressConfig,
+    Config,
+    GenerateConfig,
+    PrefixConfig,
+    StoreConfig,
+    same_setting,
+    setting,
+)
 from lloco_engine.errors import ConfigError
 from lloco_engine.eval import tasks
 from lloco_engine.eval.methods import METHODS, Method, Row
 from lloco_engine.models import DEFAULT_DECODER, DEFAULT_EMBEDDER
 
-__all__ = ["EvalConfig"]
+__all__ = ["BenchConfig", "EvalConfig"]
 
 
 @dataclass(frozen=True)
@@ -150,3 +159,55 @@ class EvalConfig(Config):
             for ratio in (self.ratios if METHODS[method].by_ratio else (None,))
         ]
         return list(dict.fromkeys(made))
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """Settings of a bench. The defaults of all but ``source_tokens`` and ``repeats`` are part of what the keys mean.
+
+    Args:
+        source_tokens: tokens of the searched store and of the longest whole source.
+        repeats: measurements of each kind.
+        shortest: the shortest whole source; each is twice as long as the one before.
+        segment_tokens, ratio, top_k: of the retrieved segments.
+        whole_ratio: source tokens per slot where a whole source is read.
+        new_tokens: greedy tokens over which decoding is timed.
+        reference_context: tokens of text in the prompts that transformers' generate answers too.
+        reference_tokens: most tokens of those answers.
+        decoder, device, embedder: as elsewhere.
+        compressor: of `lloco_engine.compress.registry.NAMES`.
+    """
+
+    source_tokens: int = 131072
+    repeats: int = 7
+    shortest: int = 2048
+    segment_tokens: int = ChunkConfig.segment_tokens
+    ratio: float = CompressConfig.ratio
+    top_k: int = 4
+    whole_ratio: float = 30.0
+    new_tokens: int = 32
+    reference_context: int = 1024
+    reference_tokens: int = 64
+    decoder: str = DEFAULT_DECODER
+    device: str | None = None
+    embedder: str = DEFAULT_EMBEDDER
+    compressor: str = CompressConfig.name
+
+    def __post_init__(self) -> None:
+        if self.source_tokens < max(self.shortest, self.segment_tokens):
+            least = max(self.shortest, self.segment_tokens)
+            raise ConfigError(f"source_tokens must be at least {least}, not {self.source_tokens}")
+        if self.new_tokens < 2 or self.repeats < 1:
+            raise ConfigError(
+                f"new_tokens must be at least 2 and repeats at least 1, not {self.new_tokens} and {self.repeats}"
+            )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The source lengths: doubling from the shortest, and the longest itself."""
+        made = []
+        length = self.shortest
+        while length < self.source_tokens:
+            made.append(length)
+            length *= 2
+        return (*made, self.source_tokens)
