@@ -329,7 +329,7 @@ class Engine:
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def retrieve(self, question: str | AskRequest, **options: Any) -> list[Hit]:
+    def retrieve(self, /, question: str | AskRequest, **options: Any) -> list[Hit]:
         """The segments that a question needs, best first.
 
         Args:
@@ -403,7 +403,7 @@ class Engine:
         asked = self.prepare(question, **options)
         return self.local_decoder.answer_losses([asked.prompt] * len(answers), answers, asked.adapter)
 
-    def compare(self, question: str | AskRequest, **options: Any) -> dict[str, Answer]:
+    def compare(self, /, question: str | AskRequest, **options: Any) -> dict[str, Answer]:
         """The answer of `ask` beside those of the same decoder reading raw text; see `lloco_engine.baselines`.
 
         All three answer with the same adapter and settings, hints among them.
