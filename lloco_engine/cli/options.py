@@ -112,10 +112,10 @@ class RayCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See `TyperCommand.parse_args`; ``--ray`` alone is this machine."""
         end = args.index("--") if "--" in args else len(args)
-        named = [
-            "--ray=local" if one == "--ray" and at < end and not _ADDRESS.fullmatch(after) else one
-            for at, (one, after) in enumerate(zip(args, [*args[1:], ""], strict=True))
-        ]
+        named = list(args)
+        for at, one in enumerate(args[:end]):
+            if one == "--ray" and not _ADDRESS.fullmatch("".join(args[at + 1 : at + 2])):
+                named[at] = "--ray=local"
         return super().parse_args(ctx, named)
 
 

@@ -26,12 +26,12 @@ from lloco_engine.cli.ingest import _progress
 from lloco_engine.cli.options import parse_filters, parse_metadata
 from lloco_engine.cli.output import human_bytes, safe
 from lloco_engine.cluster import RayCluster
-from lloco_engine.config import GenerateConfig, PrefixConfig, RetrieveConfig
+from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig, PrefixConfig, RetrieveConfig, StoreConfig
 from lloco_engine.engine import Engine
-from lloco_engine.errors import NotInStore, PromptTooLong, StoreMismatch, StoreNotFound
+from lloco_engine.errors import NotInStore, PromptTooLong, StoreCorrupt, StoreMismatch, StoreNotFound
 from lloco_engine.readers import read_paths
 from lloco_engine.request import AskRequest
-from lloco_engine.store import DocumentInfo, Problem, Store
+from lloco_engine.store import FORMAT_VERSION, DocumentInfo, Manifest, Problem, Store
 from lloco_engine.store.writer import Writer
 from lloco_engine.types import Answer, Divergence, Document, Failure, Hit, IngestReport, Span, Turn, Usage
 
@@ -733,23 +733,29 @@ def test_open_engine_takes_what_is_not_given_from_the_store(monkeypatch, tmp_pat
     seen: dict[str, Any] = {}
     opener = SimpleNamespace(open=lambda store, **options: seen.update(options))
     monkeypatch.setitem(sys.modules, "lloco_engine.engine", SimpleNamespace(Engine=opener))
+    named = ("decoder", "embedder", "compress", "chunk", "store_config")
     stores.open_engine(tmp_path, create=True)
-    assert (seen["decoder"], seen["compress"].ratio, seen["chunk"]) == ("embedded", 16.0, None)  # sizes that fit it
-    manifest = {
-        "decoder": "d",
-        "embedder": "e",
-        "ratio": 8.0,
-        "compressor": "c",
-        "dtype": "int8",
-        "chunk": {"segment_tokens": 400},
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert [seen[name] for name in named] == [None] * 5  # the engine's defaults, and sizes that fit the decoder
+    stores.open_engine(tmp_path, create=True, segment_tokens=64, compressor="c", settings={"a": 1})
+    assert (seen["compress"], seen["chunk"]) == (CompressConfig("c", 16, {"a": 1}), ChunkConfig(64, 64, 40))
+    prints = dict.fromkeys(("decoder_fingerprint", "tokenizer_fingerprint", "template_fingerprint"), "0" * 16)
+    manifest = Manifest(
+        FORMAT_VERSION, "d", **prints, layers=1, kv_heads=1, head_dim=8, memory="compact_kv", compressor="c",
+        compressor_settings={"a": 1, "b": 2}, ratio=8.0, dtype="int8", embedder="e", embedder_fingerprint="0" * 16,
+        embedder_dim=4, chunk={"segment_tokens": 400, "window_tokens": 100, "window_overlap": 20},
+    )  # fmt: skip
+    (tmp_path / "manifest.json").write_text(manifest.dumps())
     stores.open_engine(tmp_path)
-    assert (seen["decoder"], seen["embedder"], seen["create"]) == ("d", "e", False)
-    assert (seen["compress"].name, seen["compress"].ratio) == ("c", 8.0)
-    assert (seen["chunk"].segment_tokens, seen["store_config"].dtype) == (400, "int8")
-    stores.open_engine(tmp_path, ratio=4, segment_tokens=64, dtype="float16", decoder="other")
-    assert (seen["decoder"], seen["compress"].ratio, seen["store_config"].dtype) == ("other", 4, "float16")
-    assert (seen["chunk"].segment_tokens, seen["chunk"].window_tokens) == (64, 64)
+    assert [seen[name] for name in named] == [None] * 5  # as the store was made
+    assert seen["create"] is False
+    stores.open_engine(tmp_path, ratio=4, segment_tokens=64, dtype="float16", decoder="other", settings={"a": 3})
+    assert (seen["decoder"], seen["store_config"]) == ("other", StoreConfig("float16"))
+    assert seen["compress"] == CompressConfig("c", 4, {"a": 3, "b": 2})
+    assert seen["chunk"] == ChunkConfig(64, 64, 20)
+    stores.open_engine(tmp_path, compressor="another")
+    assert seen["compress"] == CompressConfig("another")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreCorrupt, match=r"manifest\.json"):
+        stores.open_engine(tmp_path)
     with pytest.raises(StoreNotFound):
         stores.open_engine(tmp_path / "none")
