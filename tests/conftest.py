@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("kills", 100, "kill -9 of a writer"),
         ("flips", 1000, "damaged bytes of a store"),
         ("inputs", 60, "bad files"),
-        ("forgeries", 100_000, "forged handles"),
+        ("forgeries", 100_000, "forged handles, and requests to vLLM"),
         ("live", 200, "files damaged under a running engine"),
         ("full", 60, "changes on a disk with little room"),
         ("soak", 30, "seconds of asking beside a writer"),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +81,9 @@ class Server:
         body = {"model": "base", "prompt": list(ids), "max_tokens": 12, "temperature": 0, "return_token_ids": True}
         if memory is not None:
             body["kv_transfer_params"] = memory
-        return self.client.post(f"{self.url}/v1/completions", json=body | more)
+        text = json.dumps(body | more)  # even what is no JSON: NaN, lone surrogates
+        headers = {"Content-Type": "application/json"}
+        return self.client.post(f"{self.url}/v1/completions", content=text, headers=headers)
 
     def tokens(self, ids: Sequence[int], memory: dict[str, Any] | None = None, **more: Any) -> list[int]:
         """Token ids of a completion."""
@@ -90,11 +94,22 @@ class Server:
 
     def logits(self, ids: Sequence[int], memory: dict[str, Any] | None, most: int, **more: Any) -> dict[int, float]:
         """The largest logits of the first token."""
-        asked = {"max_tokens": 1, "logprobs": most, "return_tokens_as_token_ids": True}
-        answer = self.post(ids, memory, **asked | more)
+        return self.told(ids, memory, most, **{"max_tokens": 1} | more)[1][0]
+
+    def told(
+        self, ids: Sequence[int], memory: dict[str, Any] | None, most: int, **more: Any
+    ) -> tuple[list[int], list[dict[int, float]]]:
+        """Token ids of a completion, and the largest logits of each of them."""
+        answer = self.post(ids, memory, **{"logprobs": most, "return_tokens_as_token_ids": True} | more)
         assert answer.status_code == 200, answer.text
-        (top,) = answer.json()["choices"][0]["logprobs"]["top_logprobs"]
-        return {int(name.removeprefix("token_id:")): value for name, value in top.items()}
+        choice = answer.json()["choices"][0]
+        tops = choice["logprobs"]["top_logprobs"]
+        return choice["token_ids"], [{int(name.removeprefix("token_id:")): top[name] for name in top} for top in tops]
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        lines = self.client.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.rsplit(None, 1)[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
     def kill(self) -> None:
         """Kill -9, all of its processes."""
@@ -114,9 +129,7 @@ def served(
     **environment: str,
 ) -> Iterator[Server]:
     """A server of a decoder that reads a store, until the block ends; its log is in ``folder``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "base"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-logprobs", "-1", "--logprobs-mode", "raw_logits", *arguments]
@@ -135,10 +148,30 @@ def served(
         command += ["--kv-transfer-config", json.dumps(connector)]
     else:
         environment["VLLM_PLUGINS"] = ""
-    log = folder / f"vllm-{port}.log"
     given = os.environ | ENVIRONMENT | {"LLOCO_VLLM_KEY": KEY.decode()} | environment
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=given, start_new_session=True)
+    with _running(command, port, store, folder, given) as server:
+        yield server
+
+
+@contextmanager
+def served_as_printed(store: Path, key_file: Path, folder: Path, port: int = 0) -> Iterator[Server]:
+    """A server that a shell starts by what `lloco vllm-args` prints, until the block ends; its log is in ``folder``."""
+    port = port or _free_port()
+    more = ["--device", "cpu", "--port", port, "--key-file", key_file, "--pool-mib", 256, "--max-model-len", 2048]
+    lloco = [sys.executable, "-m", "lloco_engine", "vllm-args", "--store", store, *more]
+    printed = subprocess.run([str(word) for word in lloco], capture_output=True, text=True, check=True).stdout
+    command = printed.replace(" python -m ", f" {shlex.quote(PYTHON)} -m ", 1).replace("SPACE=4", "SPACE=1")
+    with _running(["sh", "-c", f"exec env {command}"], port, store, folder, os.environ) as server:
+        yield server
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], port: int, store: Path, folder: Path, environment: Mapping[str, str]
+) -> Iterator[Server]:
+    log = folder / f"vllm-{port}.log"
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", store, process, log)
     try:
         _await(server)
@@ -151,6 +184,12 @@ def served(
             except subprocess.TimeoutExpired:
                 server.kill()
         server.client.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _await(server: Server) -> None:

@@ -1,94 +1,36 @@
 """An engine whose decoder is a real vLLM server, started by the command that `lloco vllm-args` prints.
 
-``LLOCO_VLLM_STORE`` names a store of the embedded decoder to use; else a small one is made. ``LLOCO_VLLM_URL`` names a
-server of it that runs already, with the key in ``LLOCO_VLLM_KEY_FILE``; else one is started.
+``LLOCO_VLLM_URL`` names a server of the store that runs already, with the key in ``LLOCO_VLLM_KEY_FILE``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from vllm_server_cases import has_vllm, served_as_printed
 
 from lloco_engine import DecoderUnavailable, Engine
-from lloco_engine.demo import documents_folder, questions
+from lloco_engine.demo import questions
 from lloco_engine.serve.running import serving
 
-PYTHON, URL = os.environ.get("LLOCO_VLLM_PYTHON", ""), os.environ.get("LLOCO_VLLM_URL", "")
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not (PYTHON or URL), reason="needs vLLM: make vllm-test")]
+URL = os.environ.get("LLOCO_VLLM_URL", "")
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not (URL or has_vllm()), reason="needs vLLM: make vllm-test")]
 
 TWELVE = {"max_new_tokens": 12}
-PATIENCE_S = 900
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    if given := os.environ.get("LLOCO_VLLM_STORE"):
-        return Path(given)
-    folder = tmp_path_factory.mktemp("vllm") / "store"
-    paths = sorted(path for path in documents_folder().iterdir() if path.suffix in (".md", ".txt"))
-    with Engine.open(folder) as engine:
-        assert not engine.ingest(paths[:3]).failed
-    return folder
-
-
-@pytest.fixture(scope="module")
-def key_file(tmp_path_factory) -> Path:
-    if URL:
-        return Path(os.environ["LLOCO_VLLM_KEY_FILE"])
-    file = tmp_path_factory.mktemp("key") / "vllm.key"
-    file.write_text("4c" * 32 + "\n")
-    return file
 
 
 @pytest.fixture(scope="module")
 def address(store, key_file, tmp_path_factory):
-    """A server's address; the command is run as a shell would."""
+    """A server's address."""
     if URL:
         yield URL
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    more = ["--device", "cpu", "--port", port, "--key-file", key_file, "--pool-mib", 256, "--max-model-len", 2048]
-    lloco = [sys.executable, "-m", "lloco_engine", "vllm-args", "--store", store, *more]
-    printed = subprocess.run([str(word) for word in lloco], capture_output=True, text=True, check=True).stdout
-    command = printed.replace(" python -m ", f" exec {shlex.quote(PYTHON)} -m ", 1).replace("SPACE=4", "SPACE=1")
-    command = "env " + command.replace(" exec ", " ", 1)
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(["sh", "-c", command], stdout=out, stderr=out, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _await(url, process, log)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while process.poll() is None and time.monotonic() < end:
-        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            return
-        time.sleep(1)
-    raise AssertionError(f"the server does not answer:\n{log.read_text(errors='replace')[-6000:]}")
+    with served_as_printed(store, key_file, tmp_path_factory.mktemp("server")) as server:
+        yield server.url
 
 
 @pytest.fixture
