@@ -19,6 +19,7 @@ from lloco_integrations.vllm.prompt_embeds import TARGETS, check_targets
 __all__ = ["app", "arguments"]
 
 MODULE = "vllm.entrypoints.openai.api_server"
+REFUSALS = "lloco_integrations.vllm.refusals.Refusals"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM knows
 _LONGEST = 4096  # tokens of a prompt and its answer
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -67,6 +68,7 @@ def arguments(
         given += ["--enable-prompt-embeds"]
     else:
         given += ["--kv-transfer-config", json.dumps(_connector(engine, store, cache, pool_mib, key_file))]
+        given += ["--middleware", REFUSALS]
         if device == "cuda":
             given += ["--attention-backend", "FLASH_ATTN"]
     given += _adapters(engine, embeds=embeds)

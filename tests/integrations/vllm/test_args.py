@@ -15,6 +15,7 @@ from lloco_engine.cli import app
 from lloco_engine.testing import HashingEmbedder
 from lloco_integrations.vllm.args import arguments
 from lloco_integrations.vllm.client import served_name
+from lloco_integrations.vllm.refusals import Refusals
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def test_the_command_names_the_store_the_decoder_and_its_adapters(store, tiny_fo
     assert flags["--attention-backend"] == ["FLASH_ATTN"] and "--dtype" not in flags
     connector = json.loads(flags["--kv-transfer-config"][0])
     assert connector["kv_connector_module_path"] == "lloco_integrations.vllm.connector"
+    assert flags["--middleware"] == [f"{Refusals.__module__}.{Refusals.__name__}"]
     extra = {"store": str(store), "key_file": str(tmp_path / "key"), "pool_mib": 64}
     assert connector["kv_connector_extra_config"] == extra
     named = dict(word.split("=", 1) for word in flags["--lora-modules"])
@@ -104,5 +106,5 @@ def test_summary_embeddings_need_no_connector(tmp_path):
     }
     with Engine.open(tmp_path / "store", decoder=str(folder), **options) as engine:
         _, given = arguments(engine, device="cpu")
-    assert "--enable-prompt-embeds" in given and "--kv-transfer-config" not in given
+    assert "--enable-prompt-embeds" in given and not {"--kv-transfer-config", "--middleware"} & {*given}
     assert given[given.index("--max-model-len") + 1] == "1024"
