@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from lloco_integrations.vllm.attention import ReadsSegments
-from lloco_integrations.vllm.reading import Part
+from lloco_integrations.vllm.reading import Part, live_rows
 from lloco_integrations.vllm.shelf import Shelf
 
 __all__ = ["SegmentBackend", "SegmentImpl"]
@@ -40,14 +40,11 @@ class SegmentImpl(ReadsSegments, CPUAttentionBackendImpl):
         """
         if layer.isa != _ISA:
             raise RuntimeError(f"keys must be float32 in blocks of a multiple of 32 ({_ISA!r}), not {layer.isa!r}")
-        index, (blocks, heads, size, _) = self.layer_index(layer), kv_cache.shape
-        pairs, new = kv_cache.view(blocks, heads, 2 * size, -1), part.tokens.shape[1]
-        flat = output.view(len(output), heads * self.num_queries_per_kv, -1)
+        index, (_, heads, size, _) = self.layer_index(layer), kv_cache.shape
+        pairs = kv_cache.view(len(kv_cache), heads, 2 * size, -1)
+        new, flat = part.tokens.shape[1], output.view(len(output), heads * self.num_queries_per_kv, -1)
         for row, tokens, live, recall in zip(part.rows.tolist(), part.tokens, part.lives, part.recalls, strict=True):
-            held = pairs.index_select(0, block_table[row, : -(-live // size)].long())
-            laid = held[:, :, :size].reshape(len(held), heads, -1, size)  # keys (D, size)
-            keys = laid.permute(1, 0, 3, 2).reshape(1, heads, -1, laid.shape[2])[:, :, :live]
-            values = held[:, :, size:].transpose(0, 1).reshape(1, heads, -1, laid.shape[2])[:, :, :live]
+            keys, values = live_rows(pairs.index_select(0, block_table[row, : -(-live // size)].long()), live)
             q = query.index_select(0, tokens).transpose(0, 1)[None]
             read = recall.slots.layer(index).attend(q, keys, values, _mask(new, live), self.scale)
             flat.index_copy_(0, tokens, read.view(new, *flat.shape[1:]))

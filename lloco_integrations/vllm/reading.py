@@ -26,7 +26,19 @@ import torch
 from lloco_engine import Segment, segment_slots
 from lloco_integrations.vllm.pool import PAGE, heads_of
 
-__all__ = ["Held", "Layout", "Pages", "Part", "Recall", "Turn", "inverse_frequencies", "live_mass", "merge", "parts"]
+__all__ = [
+    "Held",
+    "Layout",
+    "Pages",
+    "Part",
+    "Recall",
+    "Turn",
+    "inverse_frequencies",
+    "live_mass",
+    "live_rows",
+    "merge",
+    "parts",
+]
 
 TIE = 1e-3  # largest logits no further apart count as equal, as in the engine's decoder (docs/decisions/0009-focus.md)
 PIECE = 256  # new tokens of a row whose logits are held at once
@@ -317,6 +329,22 @@ def live_mass(q: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor, new: int,
     last = ends[:, None] - new + torch.arange(new, device=q.device)  # (R, T) the place of each token itself
     later = torch.arange(keys.shape[3], device=q.device) > last[..., None]
     return logits.masked_fill_(later[:, None, None], -torch.inf).logsumexp(-1).view(rows, heads, many)
+
+
+def live_rows(blocks: torch.Tensor, live: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Live keys and values (1, H, S, D), which lie alike, of blocks as vLLM's kernel for float32 on a CPU has them.
+
+    Args:
+        blocks: (blocks, H, 2 * size, D), of one row: in each the keys, as (D, size), before the values (size, D).
+        live: S, tokens in them.
+    """
+    many, heads, size, dim = blocks.shape[0], blocks.shape[1], blocks.shape[2] // 2, blocks.shape[3]
+    turned = blocks[:, :, :size].reshape(many, heads, dim, size).permute(1, 0, 3, 2)
+    keys, values = (
+        part.contiguous().view(1, heads, many * size, dim)[:, :, :live]  # a copy even of one block
+        for part in (turned, blocks[:, :, size:].transpose(0, 1))
+    )
+    return keys, values
 
 
 def merge(live: torch.Tensor, live_mass: torch.Tensor, read: torch.Tensor, read_mass: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from lloco_integrations.vllm.reading import (
     Turn,
     inverse_frequencies,
     live_mass,
+    live_rows,
     merge,
     parts,
 )
@@ -284,3 +285,14 @@ def test_a_decoder_that_reads_pages_says_what_the_local_one_does():
         made = decoder.runner.forward(ids, torch.arange(live), plain, attention=attention)
         logits = decoder.runner.logits(made)[0, len(before) :]
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("live", [1, 16, 17, 40])
+def test_live_tokens_of_one_block_and_of_several_lie_alike(live):
+    size, many = 16, -(-live // 16)
+    keys, values = torch.randn(2, many, HEADS, size, DIM)
+    blocks = torch.cat((keys.transpose(2, 3).reshape(many, HEADS, size, DIM), values), 2)
+    made = live_rows(blocks, live)
+    for found, wanted in zip(made, (keys, values), strict=True):
+        assert found.equal(wanted.transpose(0, 1).reshape(1, HEADS, -1, DIM)[:, :, :live])
+    assert made[0].stride() == made[1].stride() and made[0].stride(3) == 1
