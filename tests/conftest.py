@@ -99,6 +99,22 @@ def tiny_loaded(tiny_folder: Path) -> LocalDecoder:
     return LocalDecoder.load(str(tiny_folder))
 
 
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny seeded decoder's folder of a module's own."""
+    from lloco_engine.testing import save_tiny_decoder
+
+    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def decoder(decoder_folder: Path) -> LocalDecoder:
+    """The decoder of `decoder_folder`, which a module's tests may load adapters into."""
+    from lloco_engine.decoder.local import LocalDecoder
+
+    return LocalDecoder.load(str(decoder_folder))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of evaluation data beside the checkout (or at $LLOCO_DATA), which the project works without."""

@@ -29,21 +29,11 @@ from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
 from lloco_engine.decoder.local import LocalDecoder, Prompt
 from lloco_engine.errors import AdapterError, ConfigError, StoreFull
 from lloco_engine.store import Store, adapters, schema
-from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
+from lloco_engine.testing import HashingEmbedder
 from lloco_engine.types import Hit, IngestReport, Span
 
 SHORT = GenerateConfig(max_new_tokens=4)
 BEFORE_ADAPTERS = next(n for n, step in enumerate(schema.MIGRATIONS) if "CREATE TABLE adapters" in step)
-
-
-@pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory) -> Path:
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(scope="module")
-def decoder(decoder_folder) -> LocalDecoder:
-    return LocalDecoder.load(str(decoder_folder))
 
 
 @pytest.fixture(scope="module")

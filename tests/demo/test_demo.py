@@ -10,19 +10,13 @@ import pytest
 
 from lloco_engine.baselines import in_context, room_for_text, whole
 from lloco_engine.config import ChunkConfig, CompressConfig, GenerateConfig
-from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.demo import __main__ as program
 from lloco_engine.demo import documents_folder, questions
 from lloco_engine.demo.in_context import InContext
 from lloco_engine.errors import ConfigError, StoreMismatch
-from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
+from lloco_engine.testing import HashingEmbedder
 
 SHORT = GenerateConfig(max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> LocalDecoder:
-    return LocalDecoder.load(str(save_tiny_decoder(tmp_path_factory.mktemp("decoder"))))
 
 
 @pytest.fixture

@@ -22,12 +22,11 @@ from lloco_engine import (
     Span,
     Turn,
 )
-from lloco_engine.decoder.local import LocalDecoder
 from lloco_engine.demo import documents_folder, hard_questions
 from lloco_engine.eval.scores import MOST_REFUSED
 from lloco_engine.relevance import NOTHING, doubt, floor_of
 from lloco_engine.retrieve import searched_for
-from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
+from lloco_engine.testing import HashingEmbedder
 
 SHORT = GenerateConfig(max_new_tokens=4)
 TOPICS = ("pump", "crane", "valve", "mirror", "ladder", "kettle", "anvil", "barge")
@@ -37,11 +36,6 @@ NEVER = "Explain photosynthesis."
 
 def story(topic: str) -> str:
     return " ".join(f"The {topic} number {number} stands in hall {number} of {topic}." for number in range(6))
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> LocalDecoder:
-    return LocalDecoder.load(str(save_tiny_decoder(tmp_path_factory.mktemp("decoder"))))
 
 
 @pytest.fixture(scope="module")

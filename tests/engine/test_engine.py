@@ -56,16 +56,6 @@ BOTH = [PUMPS, CRANES]
 
 
 @pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory) -> Path:
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(scope="module")
-def decoder(decoder_folder) -> LocalDecoder:
-    return LocalDecoder.load(str(decoder_folder))
-
-
-@pytest.fixture(scope="module")
 def opened(tmp_path_factory, decoder):
     """Opens engines on the one decoder; a store by name, a fresh one each time."""
 

@@ -39,7 +39,7 @@ from lloco_engine.finetune.segments import Segments
 from lloco_engine.finetune.train import rate
 from lloco_engine.readers.records import Question, Record
 from lloco_engine.store import Store
-from lloco_engine.testing import HashingEmbedder, save_tiny_decoder, tiny_tokenizer
+from lloco_engine.testing import HashingEmbedder, tiny_tokenizer
 from lloco_engine.types import Prefix
 
 QUESTIONS = ["Who is the keeper?", "Who came from the north?", "When?"]
@@ -277,11 +277,6 @@ QUICK = {
     "evaluate_every": 2,
     "holdout": 0.2,
 }
-
-
-@pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory) -> Path:
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from lloco_engine.finetune.distill import read_teachers
 from lloco_engine.finetune.run import DataFile, Finetune
 from lloco_engine.finetune.self_study import KINDS, SelfStudy, SelfStudyConfig
 from lloco_engine.readers.records import read_records
-from lloco_engine.testing import HashingEmbedder, save_tiny_decoder
+from lloco_engine.testing import HashingEmbedder
 from lloco_engine.types import Hit, Span
 
 ALL = SelfStudyConfig(gain=-1000.0)  # a tiny decoder is not helped by the text
@@ -33,11 +33,6 @@ ALL = SelfStudyConfig(gain=-1000.0)  # a tiny decoder is not helped by the text
 def chunk(number: int) -> Hit:
     text = f"The pump in hall {number} needs {number + 3} litres of oil."
     return Hit(f"s{number}", "pumps.md", number, Span(0, len(text)), text, 12, 1.0)
-
-
-@pytest.fixture(scope="module")
-def decoder_folder(tmp_path_factory) -> Path:
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
 
 
 class Scripted:
