@@ -186,14 +186,15 @@ class RefineConfig(Config):
 
     Args:
         steps: of Adam; 0 leaves a segment as it was fitted. The default is what ``auto`` stands for (docs/log.md).
-        stretch: tokens of the chunk that a step reads; 0 reads all of it in every step.
+        stretch: tokens of the chunk that a step reads; 0 reads all of it in every step. Short chunks are read whole,
+            which gains more than parts of them do (docs/log.md).
         keys, values, biases: size of a step, as far as ``pace`` leaves it. Values bear the largest ones (docs/log.md).
         pace: a step goes so far that by its slope this share of the divergence would be gone, five times its size at
             most; 0: it has its size. Either falls linearly to nothing after the last step.
     """
 
     steps: int = 8
-    stretch: int = 128
+    stretch: int = 256
     keys: float = 0.01
     values: float = 0.03
     biases: float = 0.01

@@ -81,7 +81,7 @@ class AttentionMatching(Compressor):
     iterations: int = 60
     floor: float = 0.1
     refine: int = 0
-    stretch: int = 128
+    stretch: int = 256
     keys: float = 0.01
     values: float = 0.03
     biases: float = 0.01

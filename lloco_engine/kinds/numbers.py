@@ -128,7 +128,9 @@ def _to_int8(rows: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tenso
     """(N, D) float32 -> int8, and the scales (L, H, D) that turn it back."""
     import torch
 
-    scale = _of_heads(rows.abs(), lengths, "amax").clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    # the largest as float16 has it, so that rows that were read from disk are packed into the same bytes again
+    largest = _of_heads(rows.abs(), lengths, "amax").half().float()
+    scale = largest.clamp_min_(torch.finfo(torch.float32).tiny) / 127
     quantised = (rows / _by_row(scale, lengths)).round_().clamp_(-127, 127).to(torch.int8)
     return {"": quantised, ".scale": scale}
 

@@ -143,7 +143,7 @@ def test_no_steps_are_the_fit_alone_bit_for_bit(monkeypatch):
 def test_settings_say_every_rate_that_is_not_what_former_releases_took():
     plain = AttentionMatching().settings
     assert AttentionMatching(refine=8, stretch=128).settings == plain | {"refine": 8, "stretch": 128}
-    assert AttentionMatching(refine=8, values=0.06).settings == plain | {"refine": 8, "stretch": 128, "values": 0.06}
+    assert AttentionMatching(refine=8, values=0.06).settings == plain | {"refine": 8, "stretch": 256, "values": 0.06}
     assert AttentionMatching(values=0.06, keys=0.5, biases=0.2).settings == plain
     config = RefineConfig(3, 64, 0.02, 0.05, 0.04, 0.5)
     assert AttentionMatching(**config.settings)._refinement == config

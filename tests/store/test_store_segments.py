@@ -116,6 +116,13 @@ def test_int4_takes_a_third_of_what_float16_takes():
     assert sizes[1] < 0.3 * sizes[0]
 
 
+def test_what_was_read_from_int8_is_written_the_same_to_the_byte(tmp_path):
+    path, _ = saved(tmp_path, FORMS[1])
+    once = path.read_bytes()
+    again, _ = saved(tmp_path, FORMS[1], segments.read(path, ID, FORMS[1]))
+    assert again.read_bytes() == once
+
+
 def test_what_was_read_from_int4_is_written_the_same(tmp_path):
     """A segment that is replaced by itself, as refinement does where it made nothing better, does not wander."""
     once = segments.read(saved(tmp_path, FORMS[2])[0], ID, FORMS[2])
