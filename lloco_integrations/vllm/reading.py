@@ -257,6 +257,12 @@ class Part:
     heads: int
 
     @property
+    def positions(self) -> torch.Tensor:
+        """(R, T) of the new tokens, as vLLM numbers them."""
+        new = self.tokens.shape[1]
+        return self.ends[:, None] - new + torch.arange(new, device=self.ends.device)
+
+    @property
     def layout(self) -> Layout:
         """Of the pages of their segments."""
         return _layout(self.recalls, self.layers, self.heads, self.tokens.device)
@@ -363,10 +369,20 @@ class Turn:
     def __init__(self, inverse: torch.Tensor) -> None:
         self._inverse = inverse
 
-    def by(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (tokens, 1, D) of positions (tokens,); the sign of the rotation is folded into sin."""
-        angles = positions[:, None].float() * self._inverse.to(positions.device)
-        cos, sin = angles.cos(), angles.sin()
+    def by(self, shifts: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (tokens, 1, D) of so many positions (tokens,) more; the rotation's sign is folded into sin.
+
+        The angles at both ends are rounded to float32 as those of decoders are, by 1e-4 at some thousand positions, so
+        that what is turned on is what a decoder turns at once, and not only near it.
+
+        Args:
+            shifts: (tokens,) how many.
+            positions: (tokens,) where they are.
+        """
+        inverse = self._inverse.to(positions.device)
+        here, there = (at[:, None].float() * inverse for at in (positions, positions + shifts))
+        angles = there.double() - here.double()
+        cos, sin = angles.cos().float(), angles.sin().float()
         return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
     @staticmethod

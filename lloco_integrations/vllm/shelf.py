@@ -169,7 +169,7 @@ class Shelf:
             return None
         turned = torch.cat([part.tokens.flatten() for part in made])
         shifts = torch.cat([part.shifts.repeat_interleave(part.tokens.shape[1]) for part in made])
-        return Step(made, turned, *self._turn.by(shifts))
+        return Step(made, turned, *self._turn.by(shifts, torch.cat([part.positions.flatten() for part in made])))
 
     def close(self) -> None:
         """No more is loaded."""

