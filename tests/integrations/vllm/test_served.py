@@ -277,8 +277,8 @@ def test_missing_and_damaged_segments_fail_their_readers_alone(decoder, store, t
     shutil.copytree(store, copy, ignore=shutil.ignore_patterns("catalogue*", "index"))
     ids = ids_in(copy)
     mib = 3.2 * max(page_mib(copy, one) for one in ids)
-    tight = "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "6", "--num-gpu-blocks-override", "14"
-    tight = *tight, "--max-model-len", "416"
+    tight = "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "6", "--num-gpu-blocks-override", "7"
+    tight = *tight, "--max-model-len", "160"
     with start(copy, tmp_path, *tight, pool_mib=mib) as server:
         every = [asked(decoder, copy, n, (1, 2, 3, 0)[n % 4]) for n in range(20)]
         wanted = [alone(decoder, one) for one in every]
