@@ -16,7 +16,7 @@ from lloco_engine.readers.pdf import parse_pdf
 from lloco_engine.readers.tables import parse_csv
 from lloco_engine.types import Page, Span
 
-__all__ = ["FORMATS", "parse"]
+__all__ = ["FORMATS", "parse", "read_html", "read_markdown", "read_pdf", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,28 @@ def _visible_pages(parsed: Parsed) -> Parsed:
         pieces.append(text)
         at += len(text) + 2
     return replace(parsed, text="\n\n".join(pieces), title=visible(parsed.title), pages=tuple(pages))
+
+
+def read_text(data: bytes) -> tuple[str, str]:
+    """Plain text as it stands; it has no title."""
+    return _pair(".txt", data)
+
+
+def read_markdown(data: bytes) -> tuple[str, str]:
+    """Markdown as it stands but for its comments, after its title."""
+    return _pair(".md", data)
+
+
+def read_html(data: bytes) -> tuple[str, str]:
+    """The title of a page, and the text that a browser would show."""
+    return _pair(".html", data)
+
+
+def read_pdf(data: bytes) -> tuple[str, str]:
+    """The title of a PDF, and its text layer."""
+    return _pair(".pdf", data)
+
+
+def _pair(suffix: str, data: bytes) -> tuple[str, str]:
+    parsed = parse(suffix, data, ReadConfig())
+    return parsed.title, parsed.text
