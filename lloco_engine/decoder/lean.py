@@ -8,6 +8,7 @@ held to `interface` when a decoder is loaded (`lloco_engine.decoder.probe`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,14 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Te
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.rsqrt(length.square() / x.shape[-1] + epsilon) * weight
+    return x * weight * torch.addcmul(_as_tensor(epsilon), length, length, value=1 / x.shape[-1]).rsqrt()
+
+
+@cache
+def _as_tensor(number: float) -> torch.Tensor:
+    """A number as torch adds it to others without converting it each time; on the CPU, float32."""
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
 def _in_bfloat16(product: Product) -> Product:
@@ -133,10 +141,9 @@ class LeanRunner(Runner):
             qkv_product, o_product, gate_up_product, down_product = products[4 * index : 4 * index + 4]
             x = _rms_norm(hidden, layer.weight_in, layer.epsilon)
             qkv = qkv_product(x).view(rows, tokens, -1, shape.head_dim)
-            q, k = qkv[:, :, : shape.query_heads], qkv[:, :, shape.query_heads : -shape.kv_heads]
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = layer.q_norm(q), layer.k_norm(k)
-                qk = torch.cat((q, k), dim=2)
+                q, k = qkv[:, :, : shape.query_heads], qkv[:, :, shape.query_heads : -shape.kv_heads]
+                qk = torch.cat((layer.q_norm(q), layer.k_norm(k)), dim=2)
             else:
                 qk = qkv[:, :, : -shape.kv_heads]
             qk = torch.addcmul(qk * cos, torch.roll(qk, shape.head_dim // 2, -1), sin).transpose(1, 2)

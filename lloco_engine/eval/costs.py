@@ -168,13 +168,13 @@ class QuestionCosts:
     def _pairs(self, what: str, one: _Ask, other: _Ask, repeats: int, *, warm_up: bool = True) -> _Pairs:
         """Both on the same question, one after the other, each time on another question.
 
-        All are asked once before, so that the store holds the segments; `_cold` measures without it.
+        All are asked once before, so that the store holds the segments; `_cold` measures without it. Without
+        ``warm_up`` the other is not: a text that is read for a minute has nothing to hold.
         """
         asked = [self.questions[number % len(self.questions)] for number in range(repeats)]
-        if warm_up:
-            one(asked[0])
-            for question in dict.fromkeys(asked):
-                other(question)
+        one(asked[0])
+        for question in dict.fromkeys(asked if warm_up else ()):
+            other(question)
         pairs = []
         for number, question in enumerate(asked):
             self.tell(what, number, repeats)
