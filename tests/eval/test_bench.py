@@ -134,6 +134,20 @@ def test_answers_that_differ_from_transformers_give_no_ratio(decoder, monkeypatc
     assert not differing["equal"] and differing["ratio"] is None and differing["ratio_without_lookup"] is None
 
 
+def test_speeds_of_prompts_that_keep_many_guesses_and_few_are_weighed_alike(decoder, monkeypatch):
+    speeds = iter([(1, 1, 1), (1, 5, 4), (1, 3, 2), (1, 9, 8), (1, 2, 1), (1, 12, 4)] * 2)
+
+    def runs(*_: Any) -> list[Any]:
+        return [tuple(reference._Decoded((1, 2), float(speed), 1) for speed in next(speeds)) for _ in range(3)]
+
+    monkeypatch.setattr(reference, "_runs", runs)
+    found = reference.against_transformers(
+        decoder, context_tokens=64, new_tokens=6, repeats=3, progress=lambda *_: None
+    )
+    assert found["ratio"] == pytest.approx(27**0.5), "medians of 3 and 9, twice"
+    assert found["ratio_without_lookup"] == pytest.approx(8**0.5), "medians of 2 and 4, twice"
+
+
 def test_the_source_is_as_long_as_asked_and_does_not_repeat(decoder):
     ids = source_ids(decoder.tokenizer, 200_000)
     assert len(ids) == 200_000
