@@ -141,14 +141,19 @@ class Rows:
     Args:
         rows: the answers.
         choose: tokens (B,) of processed logits (B, vocabulary).
-        draft: guesses what follows, for a single row that is greedy; a guess that the decoder does not make itself is
-            taken back. None: nothing is guessed.
+        draft: makes what guesses what follows, for a single row that is greedy; a guess that the decoder does not make
+            itself is taken back. It is called once the first token is out, which does not wait for it. None: nothing is
+            guessed.
     """
 
     def __init__(
-        self, rows: Sequence[Row], choose: Callable[[torch.Tensor], torch.Tensor], draft: Draft | None = None
+        self,
+        rows: Sequence[Row],
+        choose: Callable[[torch.Tensor], torch.Tensor],
+        draft: Callable[[], Draft] | None = None,
     ) -> None:
-        self._rows, self._choose, self._draft = rows, choose, draft
+        self._rows, self._choose, self._begin_draft = rows, choose, draft
+        self._draft: Draft | None = None
         self._last: list[int] = []
         self._guesses: list[int] = []
         self._wrong = 0
@@ -198,12 +203,16 @@ class Rows:
         if self._wrong:
             ahead.forget(self._wrong)
             self._wrong = 0
-        draft = None if ahead.crowded else self._draft
-        self._guesses = [] if draft is None else self._guess(draft, self._rows[0])
+        begin = None if ahead.crowded else self._begin_draft
+        self._guesses = [] if begin is None else self._guess(begin, self._rows[0])
         for row in self._rows:
             row.generation.steps += not row.ended
         return ahead([[token, *self._guesses] for token in self._last])
 
-    def _guess(self, draft: Draft, row: Row) -> list[int]:
-        guesses, free = draft.guess(row.generation.token_ids), row.text.free()
+    def _guess(self, begin: Callable[[], Draft], row: Row) -> list[int]:
+        said = row.generation.token_ids
+        if self._draft is None:
+            self._draft = begin()
+            self._draft.extend(said)
+        guesses, free = self._draft.guess(said), row.text.free()
         return [] if free is not None and free <= len(guesses) else guesses  # what must follow is no guess

@@ -154,11 +154,11 @@ class LocalDecoder(AdaptedDecoder):
         seed = config.seed
         return draw(None if seed is None else torch.Generator(device=self.runner.device).manual_seed(seed))
 
-    def _draft(self, prompts: Sequence[Prompt], config: GenerateConfig) -> Draft | None:
-        """What guesses ahead, for one answer that is greedy; steps that are replayed cost less than guesses save."""
+    def _draft(self, prompts: Sequence[Prompt], config: GenerateConfig) -> Callable[[], Draft] | None:
+        """Makes what guesses ahead for one answer that is greedy; steps that are replayed cost less than guesses."""
         if len(prompts) > 1 or not config.lookup or config.temperature or self.replays:
             return None
-        return Draft(encode(self.tokenizer, prompts[0].draft))
+        return lambda: Draft(encode(self.tokenizer, prompts[0].draft))
 
     def _row(self, prompt: Prompt, config: GenerateConfig, generation: Generation, budget: int, began: float) -> Row:
         own = hints(config.hint_weights, self._pieces, prompt.draft, prompt.question)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from decoder_cases import OTHERS, SHAPES, TARGETS, TEXT, place, save_adapter, sp
 from peft import LoraConfig
 
 from lloco_engine.config import GenerateConfig
-from lloco_engine.decoder import attention, drafting, interface, lean
+from lloco_engine.decoder import attention, drafting, interface, lean, local
 from lloco_engine.decoder.attention import kernels
 from lloco_engine.decoder.lean import LeanRunner
 from lloco_engine.decoder.local import LocalDecoder, Prompt
@@ -308,6 +309,21 @@ def test_no_more_tokens_than_asked_for(count):
     batch = decoder.generate([Prompt(QUESTION), Prompt("And when?")], config)
     assert [len(one.token_ids) for one in (made, *batch)] == [count] * 3
     assert {one.finish for one in (made, *batch)} == {"length"}
+
+
+def test_the_first_token_does_not_wait_for_the_text_that_guesses_come_from(monkeypatch):
+    decoder, said = tiny(), []
+
+    def noted(ids: Any) -> drafting.Draft:
+        said.append(len(made.token_ids))
+        return drafting.Draft(ids)
+
+    monkeypatch.setattr(local, "Draft", noted)
+    noted.SIZE = drafting.Draft.SIZE
+    made, pieces = decoder.stream(Prompt(QUESTION, draft=TEXT), GenerateConfig(4, min_new_tokens=4))
+    list(pieces)
+    assert said == [1], "made once, when the first token is there"
+    assert len(made.token_ids) == 4
 
 
 def test_a_stop_string_ends_the_text_before_it():
