@@ -119,6 +119,8 @@ def test_what_is_timed_is_what_the_engine_does_by_default(decoder, tmp_path, mon
     }
     assert all(len(answer.token_ids) == options["generate"].max_new_tokens
                for options, answer in calls if options["generate"] != GenerateConfig(1))  # fmt: skip
+    firsts = [options for options, _ in calls if options["generate"] == GenerateConfig(1)]
+    assert len(firsts) == 2 * len(config.lengths), "once to warm up, and once beside the text in context"
     assert {len(answer.hits) for options, answer in calls if "whole_document" in options} == {5}
     assert {len(answer.hits) for options, answer in calls if "hits" in options} == {0}
 
